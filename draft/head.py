@@ -1,0 +1,239 @@
+"""What all heads that read target features have in common: pending features, extend, and growing a tree.
+
+A head's row i is f(embedding of token i, feature i - 1). After a step the target has computed features for the rows
+it accepted; each is paired with the token that followed it and waits as *pending* until the next proposal, when all
+pending pairs run through the head in one pass (*extend*). The last of them is the root's row, from which the tree
+grows. Rows written while growing are scratch: they hold the head's own guesses of features and are recomputed from
+true ones when they are accepted.
+
+Example: rows 0..4 are committed, token 5 is the root. The step accepts two nodes (rows 5, 6, 7 now hold their KV) and
+chooses a bonus. Pending are then the pairs (token 6, feature 5), (token 7, feature 6), (bonus, feature 7); extend
+writes the head's rows 6, 7 and 8, and row 8 is the new root's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from draft.calibration import Calibration
+from draft.none import root_tokens
+from draft.tree import Limits, Offers, grow
+from engine.core import Batch, DraftScores, DraftTree, SamplingTensors, Sequence, Speculation, Verdict, slots_of
+from engine.kvcache import KVPool, RowPlan, as_run, visible_bias
+from engine.sampler import perturb
+
+_LONG = 64  # pending pairs past which a sequence is extended on its own, so that others are not padded to it
+
+
+class HeadModel(Protocol):
+    """The network of a head; shapes as in core."""
+
+    feature_layers: tuple[int, ...]
+    token_ids: Tensor  # [Vd] int64: which token each column of the logits stands for
+    pool: KVPool
+
+    def inject(self, features: Tensor) -> Tensor:
+        """Target features [.., F] -> the head's input feature [.., H]."""
+        ...
+
+    def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        """tokens, positions: [B, n]; feature: [B, n, H]. Writes KV rows, returns [B, n, H]: the next feature."""
+        ...
+
+    def logits(self, feature: Tensor) -> Tensor:
+        """[.., H] as returned by forward -> [.., Vd] float32."""
+        ...
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Pairs that wait for extend. Rows 1..num_rows of the head are computed."""
+
+    num_rows: int = 0
+    tokens: list[Tensor] = field(default_factory=list)    # each [n]
+    features: list[Tensor] = field(default_factory=list)  # each [n, F]
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(tokens) for tokens in self.tokens)
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """Remove the first ``count`` pairs."""
+        tokens, features = torch.cat(self.tokens), torch.cat(self.features)
+        self.tokens = [tokens[count:]] if count < len(tokens) else []
+        self.features = [features[count:]] if count < len(tokens) else []
+        self.num_rows += count
+        return tokens[:count], features[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some sequences of a batch, seen by the head."""
+
+    index: Tensor       # [b] int64 rows of the batch
+    kv_lens: Tensor     # [b]
+    page_table: Tensor  # [b, P]
+    page_size: int
+    sampling: SamplingTensors
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """[b, n] row numbers -> [b, n] slots."""
+        return slots_of(rows, self.page_table, self.page_size)
+
+
+class FeatureDraft:
+    """A draft (core.Draft) around a HeadModel. shared_noise: rank candidates with the sampler's own noise."""
+
+    def __init__(self, model: HeadModel, name: str, *, shared_noise: bool = True) -> None:
+        self.model, self.name, self.shared_noise = model, name, shared_noise
+        self.device = str(model.token_ids.device)
+        self.calibration = Calibration(self.device)
+        self._pending: dict[int, _Pending] = {}
+
+    def scratch_rows(self, speculation: Speculation) -> int:
+        """The tree's own nodes for the target, or the nodes expanded while growing, whichever is more."""
+        if speculation.is_off:
+            return 0
+        return max(speculation.nodes - 1, speculation.top_k * (speculation.depth - 1))
+
+    def forget(self, seq: Sequence) -> None:
+        self._pending.pop(seq.request.id, None)
+
+    # --- learning ---------------------------------------------------------------------------------------------------
+
+    def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
+        """Pair the features of the accepted nodes with the tokens that followed them."""
+        if tree.scores is not None:
+            self.calibration.observe(tree, verdict, batch.sampling)
+        lengths = verdict.length.tolist()
+        for row, seq in enumerate(batch.seqs):
+            if batch.speculation[row].is_off and seq.request.id not in self._pending:
+                continue
+            path = verdict.path[row, : lengths[row]]
+            pending = self._pending.setdefault(seq.request.id, _Pending())
+            pending.tokens.append(torch.cat((tree.tokens[row, path[1:]], verdict.bonus[row : row + 1])))
+            pending.features.append(features[row, path])
+            if batch.prompt is not None:
+                # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for the
+                # first answer token's sake the last chunk waits until that token is out.
+                if int(batch.prompt.next_token[row]) >= 0:
+                    self._extend_alone(batch, row, pending)
+
+    def _extend_alone(self, batch: Batch, row: int, pending: _Pending) -> None:
+        count = pending.num_waiting - 1
+        if count < 1:
+            return
+        first = pending.num_rows + 1
+        tokens, features = pending.take(count)
+        self._extend(self._rows(batch, [row]), tokens[None], features[None], torch.tensor([[first]]).to(self.device),
+                     torch.tensor([count]).to(self.device), first + count)
+
+    # --- proposing --------------------------------------------------------------------------------------------------
+
+    def propose(self, batch: Batch) -> DraftTree:
+        """Trees for the sequences that speculate, the root alone for the others."""
+        active = [row for row, (seq, spec) in enumerate(zip(batch.seqs, batch.speculation, strict=True))
+                  if not spec.is_off and seq.request.id in self._pending]
+        roots = root_tokens(batch)
+        if not active:
+            return DraftTree(roots, torch.full_like(roots, -1))
+        for row in active:
+            pending = self._pending[batch.seqs[row].request.id]
+            if pending.num_waiting > _LONG:
+                self._extend_alone(batch, row, pending)
+        rows = self._rows(batch, active)
+        limits = Limits.of([batch.speculation[row] for row in active], self.device)
+        tree = self._grow(rows, roots[rows.index, 0], self._extend_all(batch, active, rows), limits)
+        return tree if len(active) == len(batch.seqs) else _spread(tree, rows.index, roots)
+
+    def _rows(self, batch: Batch, rows: list[int]) -> _Rows:
+        index = torch.tensor(rows, dtype=torch.int64).to(self.device)
+        return _Rows(index, batch.kv_lens[index], batch.page_table[index], batch.page_size,
+                     batch.sampling.select(index))
+
+    def _extend_all(self, batch: Batch, active: list[int], rows: _Rows) -> Tensor:
+        """Run all pending pairs; returns the feature after each root, [b, 1, H]."""
+        pendings = [self._pending[batch.seqs[row].request.id] for row in active]
+        counts = [pending.num_waiting for pending in pendings]
+        firsts = torch.tensor([[pending.num_rows + 1] for pending in pendings]).to(self.device)
+        pairs = [pending.take(count) for pending, count in zip(pendings, counts, strict=True)]
+        assert all(p.num_rows == batch.seqs[row].kv_len for p, row in zip(pendings, active, strict=True))
+        if len(pairs) == 1:
+            tokens, features = pairs[0][0][None], pairs[0][1][None]
+        else:
+            tokens = torch.nn.utils.rnn.pad_sequence([pair[0] for pair in pairs], batch_first=True)
+            features = torch.nn.utils.rnn.pad_sequence([pair[1] for pair in pairs], batch_first=True)
+        count = torch.tensor(counts).to(self.device)
+        longest = max(pending.num_rows for pending in pendings) + 1
+        out = self._extend(rows, tokens, features, firsts, count, longest)
+        return out.gather(1, (count - 1)[:, None, None].expand(-1, 1, out.shape[-1]))
+
+    def _extend(self, rows: _Rows, tokens: Tensor, features: Tensor, first: Tensor, count: Tensor,
+                longest: int) -> Tensor:
+        """tokens: [b, n]; features: [b, n, F]; first: [b, 1] row number of the first pair; count: [b] real pairs;
+        longest: rows to read, row 0 (which does not exist) included. Returns [b, n, H]."""
+        place = torch.arange(tokens.shape[1], device=self.device)[None]
+        row = first + place
+        write = torch.where(place < count[:, None], rows.slots(row), place % rows.page_size)
+        key = torch.arange(1, longest, device=self.device)[None].expand(len(tokens), -1)
+        visible = key[:, None] <= row[..., None]
+        plan = RowPlan(as_run(write.reshape(-1)), as_run(rows.slots(key)), visible_bias(visible))
+        return self.model.forward(tokens, self.model.inject(features), row - 1, plan)
+
+    def _grow(self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits) -> DraftTree:
+        """Grow trees from the roots' features [b, 1, H]."""
+        frontier = feature
+        seen: list[Tensor] = []     # per level [b, F, scratch rows up to this level] bool: own ancestors and self
+        sampled = rows.sampling.temperature > 0
+        kv_lens = rows.kv_lens
+        longest = int(kv_lens.max()) + 1
+        committed = torch.arange(1, longest, device=self.device)[None].expand(len(root), -1)
+
+        def expand(tokens: Tensor, parents: Tensor, depth: int) -> Offers:
+            nonlocal frontier
+            width, before = tokens.shape[1], seen[-1].shape[-1] if seen else 0
+            own = torch.eye(width, dtype=torch.bool, device=self.device).expand(len(root), -1, -1)
+            inherited = own[..., :0]
+            if seen:
+                inherited = seen[-1].gather(1, parents[..., None].expand(-1, -1, before))
+            seen.append(torch.cat((inherited, own), dim=-1))
+            scratch = kv_lens[:, None] + 1 + torch.arange(before + width, device=self.device)
+            visible = torch.cat(((committed <= kv_lens[:, None])[:, None].expand(-1, width, -1), seen[-1]), dim=-1)
+            plan = RowPlan(as_run(rows.slots(scratch[:, before:]).reshape(-1)),
+                           as_run(rows.slots(torch.cat((committed, scratch), dim=1))), visible_bias(visible))
+            given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
+            positions = (kv_lens + depth - 1)[:, None].expand(-1, width)
+            frontier = self.model.forward(tokens, given, positions, plan)
+            return self._offers(frontier, rows, depth, limits.max_top_k)
+
+        first = self._offers(frontier, rows, 0, limits.max_top_k)
+        return grow(root, first, limits, expand, lambda raw, depth: self.calibration(raw, depth, sampled))
+
+    def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int) -> Offers:
+        """The best children of nodes at one depth: feature [b, F, H] -> offers [b, F, k]."""
+        logits = self.model.logits(feature)
+        if self.shared_noise or rows.sampling.all_greedy:
+            positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])
+            logits = perturb(logits, positions, self.model.token_ids, rows.sampling)
+        best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        raw = torch.exp(best.values - logits.logsumexp(dim=-1, keepdim=True))
+        return Offers(self.model.token_ids[best.indices], raw)
+
+
+def _spread(tree: DraftTree, rows: Tensor, roots: Tensor) -> DraftTree:
+    """Trees of some sequences as trees of the whole batch; the others get their root alone. roots: [B, 1]."""
+    assert tree.scores is not None
+    shape = (roots.shape[0], tree.tokens.shape[1])
+
+    def whole(part: Tensor, padding: int, root: Tensor | int) -> Tensor:
+        out = torch.full(shape, padding, dtype=part.dtype, device=part.device)
+        out[:, :1] = root
+        out[rows] = part
+        return out
+
+    scores = DraftScores(whole(tree.scores.raw, 0, 1), whole(tree.scores.value, 0, 1), whole(tree.scores.rank, 0, 0))
+    return DraftTree(whole(tree.tokens, 0, roots), whole(tree.parents, -1, -1), scores)

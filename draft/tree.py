@@ -1,0 +1,129 @@
+"""Grow a tree level by level and keep its best nodes.
+
+The head offers k children for every frontier node. A child's path value is the product of calibrated acceptances
+from the root down to it, which is the chance that the step gets that far. The ``beam`` best children of a level are
+expanded next, and at the end the N - 1 best of all candidates are kept. A value never exceeds its parent's, and ties
+go to the older candidate, so whatever is kept has its ancestors kept too. (EAGLE-2, arXiv 2406.16858, grows the same
+way with raw probabilities.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.core import DraftScores, DraftTree, Speculation
+
+NEVER = float("-inf")  # the value of a candidate that must not be taken
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """Children that a head offers for F frontier nodes, best first."""
+
+    tokens: Tensor  # [B, F, k] int64 target token ids, distinct along k
+    raw: Tensor     # [B, F, k] float32 the head's conditional scores in [0, 1]; 0 means "not possible"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Tree sizes of the sequences of a batch."""
+
+    nodes: Tensor  # [B, 1] int64
+    depth: Tensor  # [B, 1]
+    top_k: Tensor  # [B, 1]
+    max_nodes: int
+    max_depth: int
+    max_top_k: int
+
+    @classmethod
+    def of(cls, speculation: list[Speculation], device: str) -> Limits:
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(device)[:, None]
+
+        return cls(column([s.nodes for s in speculation]), column([s.depth for s in speculation]),
+                   column([s.top_k for s in speculation]), max(s.nodes for s in speculation),
+                   max(s.depth for s in speculation), max(s.top_k for s in speculation))
+
+
+Expand = Callable[[Tensor, Tensor, int], Offers]
+Value = Callable[[Tensor, int], Tensor]
+
+
+def grow(root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Value) -> DraftTree:
+    """Build the trees of a batch.
+
+    root: [B] tokens; first: offers after the root ([B, 1, k]); expand(tokens [B, F], parents [B, F], depth) runs the
+    head on chosen nodes of that depth, where parents are frontier numbers of the level before, and returns their
+    offers; value(raw [B, F, k], depth) is the calibrated conditional acceptance of children at that depth.
+    """
+    num_seqs, device = root.shape[0], root.device
+    beam = limits.max_top_k
+    tokens, parents, raws, values, ranks = [], [], [], [], []
+    offers, parent_value = first, torch.ones(num_seqs, 1, device=device)
+    parent_candidate = torch.full((num_seqs, 1), -1, dtype=torch.int64, device=device)
+    num_candidates = 0
+    for depth in range(1, limits.max_depth + 1):
+        k = offers.tokens.shape[-1]
+        rank = torch.arange(k, device=device).expand_as(offers.tokens)
+        level = parent_value[..., None] * value(offers.raw, depth).clamp(max=1.0)
+        allowed = (offers.raw > 0) & (rank < limits.top_k[..., None]) & (limits.depth >= depth)[..., None]
+        level = torch.where(allowed, level, NEVER).flatten(1)
+        tokens.append(offers.tokens.flatten(1))
+        parents.append(parent_candidate[..., None].expand_as(offers.tokens).flatten(1))
+        raws.append(offers.raw.flatten(1))
+        values.append(level)
+        ranks.append(rank.flatten(1))
+        if depth == limits.max_depth:
+            break
+        best = level.topk(min(beam, level.shape[1]), dim=1)
+        if _is_settled(values, best.values[:, 0], limits):
+            break
+        chosen = best.indices
+        offers = expand(tokens[-1].gather(1, chosen), chosen // k, depth)
+        parent_value = best.values
+        parent_candidate = chosen + num_candidates
+        num_candidates += level.shape[1]
+    return _keep_best(root, limits, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(raws, 1),
+                      torch.cat(values, 1), torch.cat(ranks, 1))
+
+
+def _is_settled(values: list[Tensor], best_frontier: Tensor, limits: Limits) -> bool:
+    """Whether no child of the frontier can still get among the kept nodes. Host only: a device is never waited for."""
+    if best_frontier.device.type != "cpu":
+        return False
+    pool = torch.cat(values, 1)
+    if pool.shape[1] < limits.max_nodes - 1:
+        return False
+    worst_kept = pool.topk(limits.max_nodes - 1, dim=1).values.gather(1, limits.nodes - 2)[:, 0]
+    return bool((best_frontier <= worst_kept).all())
+
+
+def _keep_best(root: Tensor, limits: Limits, tokens: Tensor, parents: Tensor, raws: Tensor, values: Tensor,
+               ranks: Tensor) -> DraftTree:
+    """The N - 1 best candidates ([B, M] each) in order of creation, as a tree with the root in front."""
+    num_seqs, num_candidates = tokens.shape
+    device = tokens.device
+    num_kept = min(limits.max_nodes - 1, num_candidates)
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :num_kept]
+    place = torch.arange(num_kept, device=device)
+    keep = (place < limits.nodes - 1) & (values.gather(1, order) > NEVER)
+    kept = torch.where(keep, order, num_candidates).sort(dim=1).values      # creation order, padding last
+    real = kept < num_candidates
+    node_of = torch.zeros(num_seqs, num_candidates + 1, dtype=torch.int64, device=device)
+    node_of.scatter_(1, kept, (place + 1).expand_as(kept))
+    kept = kept.clamp(max=num_candidates - 1)
+    parent = parents.gather(1, kept)
+    parent_node = torch.where(parent < 0, 0, node_of.gather(1, parent.clamp(min=0)))
+
+    def with_root(first: Tensor, rest: Tensor, padding: int) -> Tensor:
+        return torch.cat((first, torch.where(real, rest, padding)), dim=1)
+
+    one, zero = torch.ones(num_seqs, 1, device=device), torch.zeros(num_seqs, 1, dtype=torch.int64, device=device)
+    return DraftTree(
+        with_root(root[:, None], tokens.gather(1, kept), 0), with_root(zero - 1, parent_node, -1),
+        DraftScores(with_root(one, raws.gather(1, kept), 0), with_root(one, values.gather(1, kept), 0),
+                    with_root(zero, ranks.gather(1, kept), 0)))

@@ -1,0 +1,259 @@
+"""The types every room of haast speaks, and the promises between them.
+
+A *step* proposes a tree of draft tokens, scores it with the target in one forward, chooses the target's own token
+after every node, accepts the path on which draft and choice agree, and commits it. Prefill is a chain that is
+accepted in advance, plain decoding is a tree of one node: one path, three uses.
+
+Invariants
+ 1. ``kv_len == len(tokens) - 1`` for the target after every step. The head lags by its pending features, no more.
+ 2. KV rows at or past ``kv_len`` are scratch. A step writes node i at row ``kv_len + i``; ``compact`` moves the
+    accepted rows first. Nothing is rolled back.
+ 3. Target and head share slots and page table; only the pool differs. The head's row i is f(embedding of token i,
+    feature i - 1); its row 0 does not exist.
+ 4. Pages for all nodes are reserved in ``next_batch``, the surplus returned in ``commit``. Between the two nothing
+    allocates.
+ 5. ``parents[i] < i`` and siblings are distinct, so the accepted path is unique and increasing; compaction gathers
+    before it scatters.
+ 6. The noise for position p depends on (seed, p) alone, and target and draft use the same noise.
+ 7. Every tensor-parallel rank sees the same gathered logits and noise, so each computes the same Verdict.
+ 8. Idle means: free pages + cached pages == all pages.
+
+Letters in shapes: B sequences of a batch, N nodes of a tree (root included), R scored rows, V vocabulary,
+F width of the features, L KV rows read, P pages of the longest sequence.
+This module imports torch only; it holds no behaviour beyond what follows from a type's own fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How large a tree to draft for a request: ``nodes`` with the root, ``depth`` levels, ``top_k`` children each."""
+
+    nodes: int = 8
+    depth: int = 4
+    top_k: int = 4
+
+    @property
+    def is_off(self) -> bool:
+        return self.nodes <= 1 or self.depth < 1
+
+
+SPECULATION_OFF = Speculation(nodes=1, depth=0, top_k=1)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What decides the tokens of one request. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asked; never changes. ``speculation`` None means the engine's default."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    speculation: Speculation | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Host truth about one request; written by the Scheduler only.
+
+    ``tokens`` are committed: all but the last have their KV row. ``forced`` are known tokens that still have to pass
+    through the model: the rest of the prompt, or after a preemption everything that was generated before.
+    """
+
+    request: Request
+    tokens: list[int]
+    forced: list[int]
+    pages: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def kv_len(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) + len(self.forced) - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTensors:
+    """The sampling parameters of a batch, one entry per sequence."""
+
+    temperature: Tensor  # [B] float32; 0 is greedy
+    top_k: Tensor        # [B] int64; 0 is off
+    top_p: Tensor        # [B] float32; 1 is off
+    min_p: Tensor        # [B] float32; 0 is off
+    seed: Tensor         # [B] int64
+    all_greedy: bool     # host facts that spare work
+    any_filter: bool
+
+    def select(self, rows: Tensor) -> SamplingTensors:
+        """The parameters of some of the batch's sequences (rows: [b] int64)."""
+        return SamplingTensors(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows],
+                               self.seed[rows], self.all_greedy, self.any_filter)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftScores:
+    """What the draft believed of its nodes. The root's entries are 1, 1 and 0."""
+
+    raw: Tensor    # [B, N] the head's own conditional score of the node, in (0, 1]
+    value: Tensor  # [B, N] product of the calibrated conditional acceptances along the path
+    rank: Tensor   # [B, N] rank among its siblings, 0 is best
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Node 0 is the root: the last committed token, not yet in the KV cache.
+
+    Padding nodes (ragged trees in one batch) have parent -1 and an index past 0: they descend from nothing, so they
+    can never be accepted. Everything else about a tree is derived from ``parents``.
+    """
+
+    tokens: Tensor                     # [B, N] int64
+    parents: Tensor                    # [B, N] int64; parents[:, 0] == -1, parents[:, i] < i, siblings distinct
+    scores: DraftScores | None = None  # of drafted trees only
+
+    def real(self) -> Tensor:
+        """[B, N] bool: which nodes are not padding."""
+        real = self.parents >= 0
+        real[:, 0] = True
+        return real
+
+    def depths(self) -> Tensor:
+        """[B, N] int64: edges from the root; 0 for padding."""
+        depths = torch.zeros_like(self.parents)
+        rows = torch.arange(self.parents.shape[0], device=self.parents.device)
+        for node in range(1, self.parents.shape[1]):
+            parent = self.parents[:, node]
+            depths[:, node] = torch.where(parent >= 0, depths[rows, parent.clamp(min=0)] + 1, 0)
+        return depths
+
+    def ancestors(self) -> Tensor:
+        """[B, N, N] bool: entry (i, j) says that j is i or one of i's ancestors."""
+        num_seqs, num_nodes = self.parents.shape
+        ancestors = torch.eye(num_nodes, dtype=torch.bool, device=self.parents.device).repeat(num_seqs, 1, 1)
+        rows = torch.arange(num_seqs, device=self.parents.device)
+        for node in range(1, num_nodes):
+            parent = self.parents[:, node]
+            inherited = ancestors[rows, parent.clamp(min=0)] & (parent >= 0)[:, None]
+            ancestors[:, node] |= inherited
+        return ancestors
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """A piece of known text to run through the model: a chain that is accepted in advance."""
+
+    tokens: Tensor    # [B, N] int64; the root, then forced tokens, 0 padded
+    num_nodes: Tensor  # [B] int64; real nodes of each row
+    next_token: Tensor  # [B] int64; the known token after the chunk, -1 where the model must choose it
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The sequences of one step and all that the step needs of them; built whole by the scheduler."""
+
+    seqs: tuple[Sequence, ...]
+    kv_lens: Tensor                        # [B] int64
+    page_table: Tensor                     # [B, P] int64, padded with page 0, the dummy page
+    page_size: int
+    sampling: SamplingTensors
+    speculation: tuple[Speculation, ...]   # what to draft for each sequence
+    prompt: PromptChunk | None = None      # set in prefill steps
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.prompt is not None
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """Slots of KV rows ([B, n] int64 row numbers -> [B, n] int64). Rows past the table lie on the dummy page."""
+        return slots_of(rows, self.page_table, self.page_size)
+
+
+def slots_of(rows: Tensor, page_table: Tensor, page_size: int) -> Tensor:
+    """Slots of KV rows: rows [B, n] int64, page_table [B, P] -> [B, n]. Rows past the table lie on the dummy page."""
+    page = torch.div(rows, page_size, rounding_mode="floor")
+    width = page_table.shape[1]
+    pages = page_table.gather(1, page.clamp(max=width - 1))
+    return torch.where(page < width, pages * page_size, 0) + rows % page_size
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One forward of the target over a tree."""
+
+    logits: Tensor     # [B, R, V] float32; R = N, but only the last row of a prompt chunk
+    positions: Tensor  # [B, R] int64: positions of the scored nodes
+    features: Tensor   # [B, N, F]: what the head wants; F = 0 without a head
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step emits: the accepted path and the target's own next token."""
+
+    path: Tensor    # [B, N] int64 accepted nodes, root first, -1 padded
+    length: Tensor  # [B] int64 accepted nodes, root included
+    bonus: Tensor   # [B] int64; the next root
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step did for one request: the host's view, sent to the client."""
+
+    request_id: int
+    token_ids: tuple[int, ...]          # new tokens, possibly none (prefill goes on, or aborted)
+    finish_reason: FinishReason | None
+    num_draft_tokens: int = 0           # drafted nodes without the root; 0 in prefill and plain steps
+    num_accepted: int = 0               # of them accepted by the target
+    draft_depth: int = 0                # levels of the drafted tree
+    is_decode: bool = True              # False for prefill steps
+
+
+class Target(Protocol):
+    """The model served."""
+
+    def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
+        """Run the tree behind the committed rows. positions: [B, N]; writes KV rows ``kv_len + i``."""
+        ...
+
+
+class Draft(Protocol):
+    """Whatever proposes."""
+
+    def scratch_rows(self, speculation: Speculation) -> int:
+        """KV rows past ``kv_len`` that one step may write."""
+        ...
+
+    def propose(self, batch: Batch) -> DraftTree: ...
+
+    def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
+        """Learn what was accepted. features: [B, N, F] of the scored nodes."""
+        ...
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop everything kept for a sequence that ended or was preempted."""
+        ...

@@ -1,0 +1,31 @@
+"""Grouped-query attention with rotary embeddings over paged KV rows; shared by targets and heads."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.kvcache import RowPlan
+from engine.nn.linear import Linear
+from kernels import rope, tree_attention, write_rows
+
+
+class Attention:
+    """qkv projection (one product), rope, write the new rows, attend, output projection."""
+
+    def __init__(self, qkv: Linear, out: Linear, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self.qkv, self.out = qkv, out
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+
+    def __call__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan) -> Tensor:
+        """x: [B, N, input size] -> [B, N, hidden]; K and V of the N nodes are written before they are read."""
+        num_seqs, num_nodes = x.shape[:2]
+        heads = self.qkv(x).view(num_seqs, num_nodes, -1, self.head_dim)
+        rotated = rope(heads[:, :, : self.num_heads + self.num_kv_heads], *cos_sin)
+        q, k = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
+        v = heads[:, :, self.num_heads + self.num_kv_heads :]
+        k_pool, v_pool = pool
+        write_rows(k_pool, plan.write, k.reshape(-1, self.num_kv_heads, self.head_dim))
+        write_rows(v_pool, plan.write, v.reshape(-1, self.num_kv_heads, self.head_dim))
+        out = tree_attention(q, k_pool, v_pool, plan.read, plan.bias, self.scale)
+        return self.out(out.reshape(num_seqs, num_nodes, -1))

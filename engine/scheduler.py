@@ -1,0 +1,226 @@
+"""Who runs next, and what became of it: the one writer of a Sequence.
+
+A sequence waits, runs and ends. While it has ``forced`` tokens (its prompt, or after a preemption all it had) it takes
+part in prefill steps, afterwards in decode steps. When both kinds of work exist they take turns, so that neither a
+long prompt nor a busy decoder starves the other. If pages run out, the youngest sequence gives its own back and
+starts over from its tokens (preemption by recompute).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Batch, Delta, DraftTree, FinishReason, PromptChunk, Request, Sequence, Speculation, Verdict
+from engine.errors import ContextLengthError, RequestError
+from engine.pages import PagePool
+from engine.sampler import sampling_tensors
+
+
+class Scheduler:
+    """Owns every Sequence and every page.
+
+    eos_token_ids end a sequence unless it ignores them; scratch_rows tells how many KV rows past ``kv_len`` a decode
+    step with a given speculation may write; forget is called when a sequence ends or starts over.
+    """
+
+    def __init__(self, config: EngineConfig, pages: PagePool, eos_token_ids: tuple[int, ...],
+                 scratch_rows: Callable[[Speculation], int], forget: Callable[[Sequence], None]) -> None:
+        self.config, self.pages = config, pages
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._eos = frozenset(eos_token_ids)
+        self._scratch_rows, self._forget = scratch_rows, forget
+        self._prefilled_last = False
+        self._aborted: list[Delta] = []
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ContextLengthError or RequestError for one that could never run."""
+        prompt_len, limit = len(request.prompt), self.config.max_model_len
+        if prompt_len < 1:
+            raise RequestError("the prompt is empty; at least one token is needed", "prompt")
+        if prompt_len >= limit:
+            raise ContextLengthError(prompt_len, limit)
+        if request.sampling.max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, found {request.sampling.max_tokens}", "max_tokens")
+        rows = min(prompt_len + request.sampling.max_tokens, limit) + self._scratch_rows(self._speculation(request))
+        if self.pages.pages_for(rows) > self.pages.num_usable:
+            raise RequestError(
+                f"the request needs up to {rows} KV rows, but the cache holds {self.pages.num_usable * self.pages.page_size}; "
+                "give a smaller max_tokens or start with more KV cache memory", "max_tokens")
+        self.waiting.append(Sequence(request, [request.prompt[0]], list(request.prompt[1:])))
+
+    def abort(self, request_id: int) -> None:
+        """End a request in any state. Unknown or finished ids are ignored: the end may have crossed the abort."""
+        for seq in (*self.waiting, *self.running):
+            if seq.request.id == request_id:
+                self._end(seq, "abort")
+                self._aborted.append(Delta(request_id, (), "abort"))
+                return
+
+    def take_aborted(self) -> list[Delta]:
+        """Final deltas of requests aborted since the last call."""
+        aborted, self._aborted = self._aborted, []
+        return aborted
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self._aborted)
+
+    # --- building a batch -------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> Batch | None:
+        """The sequences of the next step with pages reserved for all their nodes; None when there is nothing to do."""
+        self._admit()
+        prefills = [seq for seq in self.running if seq.forced]
+        decodes = [seq for seq in self.running if not seq.forced]
+        if prefills and (not decodes or not self._prefilled_last):
+            self._prefilled_last = True
+            batch = self._prefill_batch(prefills)
+            if batch is not None:
+                return batch
+        self._prefilled_last = False
+        return self._decode_batch(decodes) if decodes else None
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            seq = self.waiting[0]
+            first_rows = min(len(seq.forced) + 1, self.config.max_num_batched_tokens)
+            if self.pages.pages_for(first_rows) > self.pages.num_free:
+                return
+            self.running.append(self.waiting.popleft())
+
+    def _prefill_batch(self, candidates: list[Sequence]) -> Batch | None:
+        """Chunks of known text, padded to the longest; the padded size stays within the token budget."""
+        chosen: list[tuple[Sequence, int]] = []
+        longest = 0
+        for seq in candidates:
+            if seq not in self.running:
+                continue  # preempted for an older one a moment ago
+            num_nodes = len(seq.forced) + 1
+            if not chosen:
+                num_nodes = min(num_nodes, self.config.max_num_batched_tokens)
+            elif (len(chosen) + 1) * max(longest, num_nodes) > self.config.max_num_batched_tokens:
+                break
+            if not self._reserve(seq, seq.kv_len + num_nodes):
+                break
+            chosen.append((seq, num_nodes))
+            longest = max(longest, num_nodes)
+        if not chosen:
+            return None
+        tokens = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        next_token = torch.full((len(chosen),), -1, dtype=torch.int64)
+        for row, (seq, num_nodes) in enumerate(chosen):
+            tokens[row, :num_nodes] = torch.tensor(seq.tokens[-1:] + seq.forced[: num_nodes - 1])
+            if num_nodes <= len(seq.forced):
+                next_token[row] = seq.forced[num_nodes - 1]
+        device = self.config.device
+        counts = torch.tensor([num_nodes for _, num_nodes in chosen])
+        chunk = PromptChunk(tokens.to(device), counts.to(device), next_token.to(device))
+        return self._batch([seq for seq, _ in chosen], chunk)
+
+    def _decode_batch(self, candidates: list[Sequence]) -> Batch | None:
+        chosen: list[Sequence] = []
+        for seq in candidates:
+            if seq in self.running and self._reserve(seq, seq.kv_len + self._step_rows(seq)):
+                chosen.append(seq)
+        return self._batch(chosen, None) if chosen else None
+
+    def _step_rows(self, seq: Sequence) -> int:
+        return 1 + self._scratch_rows(self._step_speculation(seq))
+
+    def _reserve(self, seq: Sequence, num_rows: int) -> bool:
+        """Pages for num_rows rows. Younger sequences make room if they must; the oldest therefore always gets on."""
+        while not self.pages.extend(seq.pages, num_rows):
+            younger = [other for other in self.running[self.running.index(seq) + 1 :] if other.pages]
+            if not younger:
+                return False
+            self._preempt(younger[-1])
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.pages.shrink(seq.pages, 0)
+        self._forget(seq)
+        seq.forced = seq.tokens[1:] + seq.forced
+        seq.tokens = seq.tokens[:1]
+        self.waiting.appendleft(seq)
+
+    def _speculation(self, request: Request) -> Speculation:
+        return self.config.speculation if request.speculation is None else request.speculation
+
+    def _step_speculation(self, seq: Sequence) -> Speculation:
+        """What to draft now: never more tokens than the request may still emit, the bonus not counted."""
+        wanted = self._speculation(seq.request)
+        remaining = self._remaining(seq)
+        if remaining > wanted.depth or wanted.is_off:
+            return wanted
+        return Speculation(wanted.nodes, remaining - 1, wanted.top_k) if remaining > 1 else Speculation(1, 0, 1)
+
+    def _remaining(self, seq: Sequence) -> int:
+        return min(seq.request.sampling.max_tokens - seq.num_generated,
+                   self.config.max_model_len - len(seq.tokens) - len(seq.forced))
+
+    def _batch(self, seqs: list[Sequence], chunk: PromptChunk | None) -> Batch:
+        device = self.config.device
+        width = max(len(seq.pages) for seq in seqs)
+        table = torch.tensor([seq.pages + [0] * (width - len(seq.pages)) for seq in seqs], dtype=torch.int64)
+        return Batch(
+            seqs=tuple(seqs), kv_lens=torch.tensor([seq.kv_len for seq in seqs], dtype=torch.int64).to(device),
+            page_table=table.to(device), page_size=self.pages.page_size,
+            sampling=sampling_tensors([seq.request.sampling for seq in seqs], device),
+            speculation=tuple(self._step_speculation(seq) for seq in seqs), prompt=chunk)
+
+    # --- committing -------------------------------------------------------------------------------------------------
+
+    def commit(self, batch: Batch, tree: DraftTree, verdict: Verdict) -> list[Delta]:
+        """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the host."""
+        paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
+        tree_tokens = tree.tokens.tolist()
+        counts = tree.real().sum(1).tolist()
+        depths = tree.depths().amax(1).tolist() if batch.prompt is None else [0] * len(counts)
+        deltas = []
+        for row, seq in enumerate(batch.seqs):
+            new_tokens = [*(tree_tokens[row][node] for node in paths[row][1 : lengths[row]]), bonuses[row]]
+            num_known = min(len(new_tokens), len(seq.forced))
+            seq.tokens.extend(new_tokens[:num_known])
+            del seq.forced[:num_known]
+            emitted = self._emit(seq, new_tokens[num_known:])
+            if seq.finish_reason is None:
+                self.pages.shrink(seq.pages, seq.kv_len + 1)
+            else:
+                self._end(seq, seq.finish_reason)
+            drafted = batch.prompt is None
+            deltas.append(Delta(
+                seq.request.id, emitted, seq.finish_reason, is_decode=drafted,
+                num_draft_tokens=counts[row] - 1 if drafted else 0,
+                num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0, draft_depth=depths[row]))
+        return deltas
+
+    def _emit(self, seq: Sequence, new_tokens: list[int]) -> tuple[int, ...]:
+        """Append chosen tokens up to the first that ends the sequence; sets its finish reason."""
+        sampling = seq.request.sampling
+        for count, token in enumerate(new_tokens, start=1):
+            seq.tokens.append(token)
+            if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+                seq.finish_reason = "stop"
+            elif self._remaining(seq) < 1:
+                seq.finish_reason = "length"
+            else:
+                continue
+            return tuple(new_tokens[:count])
+        return tuple(new_tokens)
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        seq.finish_reason = reason
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        self.pages.shrink(seq.pages, 0)
+        self._forget(seq)

@@ -1,0 +1,142 @@
+"""One HTTP answer: one or several requests on one ticket, collected or streamed.
+
+A stream has one event per step and none before the first token; the role comes with that token. Text that a step
+could not complete (a cut character, what may become a stop string) waits for a later event. The last chunk carries
+``metrics``: the usage chunk if the client asked for one, else the chunk with the last finish reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from aiohttp import web
+from msgspec import UNSET
+
+from engine.core import Request
+from engine.errors import EngineError
+from engine.server import faults
+from engine.server.metrics import Metrics, StampedDelta, summarise
+from engine.server.output import Output
+from engine.server.protocol import StreamOptions
+from engine.server.replies import Choice, Envelope, Form, Reply, Usage
+from engine.server.runner import EngineRunner, Ticket
+from engine.server.sse import ClientGoneError, EventStream
+from engine.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Generation:
+    """The answers to one HTTP request. Always ``release`` it: that is what frees the engine of a client that left."""
+
+    def __init__(self, runner: EngineRunner, ticket: Ticket, outputs: Sequence[Output], envelope: Envelope) -> None:
+        self._runner, self._ticket, self._envelope = runner, ticket, envelope
+        self._outputs = list(outputs)
+        self._index = {output.request.id: index for index, output in enumerate(outputs)}
+        self._begun: set[int] = set()  # answers of which something was sent
+
+    @classmethod
+    async def start(cls, runner: EngineRunner, tokenizer: Tokenizer, requests: Sequence[Request], form: Form,
+                    model: str, arrival: float) -> Generation:
+        """Number the requests and submit them. Raises the EngineError with which the engine refuses one."""
+        numbered = [dataclasses.replace(request, id=runner.new_id()) for request in requests]
+        default = runner.engine.config.speculation
+        outputs = [Output(tokenizer, request, request.speculation or default, arrival) for request in numbered]
+        return cls(runner, await runner.submit(numbered), outputs, Envelope(form, model))
+
+    def release(self) -> None:
+        """Abort whatever still runs."""
+        self._runner.release(self._ticket)
+
+    @property
+    def is_complete(self) -> bool:
+        return all(output.finish_reason is not None for output in self._outputs)
+
+    async def collect(self) -> Reply:
+        """The whole response. Raises EngineError."""
+        while not self.is_complete:
+            for stamped in await self._ticket.next():
+                self._push(stamped)
+        choices = [self._envelope.form.whole(index, output.text, output.finish_reason or "abort")
+                   for index, output in enumerate(self._outputs)]
+        return self._envelope.answer(choices, self._usage(), self._metrics())
+
+    async def stream(self, request: web.Request, options: StreamOptions, keep_alive_interval: float,
+                     request_id: str) -> web.StreamResponse:
+        """Stream the response. An error after the headers becomes an event, followed by the usual end mark.
+
+        keep_alive_interval: seconds of silence after which a comment is sent; 0 turns that off. Raises
+        ClientGoneError.
+        """
+        events = EventStream()
+        await events.open(request)
+        try:
+            while not self.is_complete:
+                deltas = await self._ticket.next(keep_alive_interval or None)
+                if not deltas:
+                    await events.keep_alive()
+                for reply in self._chunks(deltas, options):
+                    await events.send(reply)
+            if options.include_usage:
+                await events.send(self._envelope.chunk([], self._usage(), self._metrics()))
+        except EngineError as error:
+            await events.send(faults.reply_of(error))
+        except ClientGoneError:
+            raise
+        except Exception:
+            log.exception("%s failed while streaming", request_id)
+            await events.send(faults.internal_error(request_id))
+        return await events.close()
+
+    def describe(self) -> str:
+        """One line for the log."""
+        usage, metrics = self._usage(), self._metrics()
+        reasons = ",".join(sorted({output.finish_reason or "unfinished" for output in self._outputs}))
+        line = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, {reasons}"
+        if metrics.time_to_first_token_ms is not None:
+            line += f", first token after {metrics.time_to_first_token_ms:.0f} ms"
+        if metrics.tokens_per_second is not None:
+            line += f", {metrics.tokens_per_second:.1f} tok/s"
+        spec = metrics.speculative_decoding
+        if spec is not None and spec.mean_acceptance_length is not None:
+            line += f", acceptance length {spec.mean_acceptance_length:.2f}"
+        return line
+
+    def _chunks(self, deltas: list[StampedDelta], options: StreamOptions) -> list[Reply]:
+        """The events for what has gathered: one per answer that grew visibly or ended."""
+        texts: dict[int, str] = {}
+        for stamped in deltas:
+            index = self._index[stamped.delta.request_id]
+            if self._outputs[index].finish_reason is None:
+                texts[index] = texts.get(index, "") + self._push(stamped)
+        grown = [index for index, text in texts.items() if text or self._outputs[index].finish_reason]
+        replies = []
+        for position, index in enumerate(grown):
+            is_last = self.is_complete and position == len(grown) - 1
+            replies.append(self._envelope.chunk(
+                [self._piece(index, texts[index])],
+                self._usage() if options.continuous_usage_stats else UNSET,
+                self._metrics() if is_last and not options.include_usage else UNSET))
+        return replies
+
+    def _piece(self, index: int, text: str) -> Choice:
+        is_first = index not in self._begun
+        self._begun.add(index)
+        return self._envelope.form.piece(index, text, is_first, self._outputs[index].finish_reason)
+
+    def _push(self, stamped: StampedDelta) -> str:
+        output = self._outputs[self._index[stamped.delta.request_id]]
+        text = output.push(stamped)
+        if output.finish_reason is not None and stamped.delta.finish_reason is None:
+            self._runner.abort(self._ticket, [output.request.id])  # a stop string: the engine does not know yet
+        return text
+
+    def _usage(self) -> Usage:
+        prompt = sum(len(output.request.prompt) for output in self._outputs)
+        completion = sum(output.num_tokens for output in self._outputs)
+        return Usage(prompt, completion, prompt + completion)
+
+    def _metrics(self) -> Metrics:
+        return summarise([output.stats for output in self._outputs])

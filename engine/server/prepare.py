@@ -1,0 +1,77 @@
+"""From a client's request to the engine's: render, tokenise, check against model and context.
+
+These functions take time with long prompts; the server runs them in a thread. Cheap bounds come first, so that a
+prompt of many megabytes is refused before it is tokenised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from engine.config import EngineConfig
+from engine.core import Request
+from engine.errors import ContextLengthError, RequestError
+from engine.server import protocol
+from engine.text.chat import render_chat
+from engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Knows the model's vocabulary and context. Requests get id 0; whoever submits them numbers them."""
+
+    tokenizer: Tokenizer
+    config: EngineConfig
+
+    def chat(self, call: protocol.ChatRequest) -> list[Request]:
+        """One request for the conversation. Raises RequestError, ContextLengthError among them."""
+        messages = protocol.texts(call)
+        self._check_size(sum(len(message["content"].encode()) for message in messages), "messages")
+        return [self._request(call, render_chat(self.tokenizer, messages), "messages")]
+
+    def completion(self, call: protocol.CompletionRequest) -> list[Request]:
+        """One request per prompt. Raises RequestError, ContextLengthError among them."""
+        return [self._request(call, self._prompt_ids(prompt), "prompt") for prompt in protocol.prompts(call)]
+
+    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            self._check_size(len(prompt.encode()), "prompt")
+            return self.tokenizer.encode(prompt, add_bos=True)
+        self._check_ids(prompt, "prompt")
+        return prompt
+
+    def _request(self, call: protocol.GenerationRequest, ids: list[int], param: str) -> Request:
+        if not ids:
+            raise RequestError("the prompt has no tokens, at least one is needed", param)
+        if len(ids) >= self.config.max_model_len:
+            error = ContextLengthError(len(ids), self.config.max_model_len)
+            error.param = param
+            raise error
+        self._check_ids(call.stop_token_ids or [], "stop_token_ids")
+        return Request(
+            id=0, prompt=tuple(ids),
+            sampling=protocol.sampling_params(call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size),
+            speculation=protocol.speculation(call, self.config.speculation))
+
+    def _check_ids(self, ids: list[int], param: str) -> None:
+        for position, token in enumerate(ids):
+            if not 0 <= token < self.tokenizer.vocab_size:
+                raise RequestError(f"token id {token} is outside the vocabulary of {self.tokenizer.vocab_size} tokens",
+                                   f"{param}[{position}]")
+
+    def _check_size(self, num_bytes: int, param: str) -> None:
+        """Refuse text that cannot fit even if every token were as long as the longest of the vocabulary."""
+        if num_bytes <= self.config.max_model_len:
+            return
+        at_least = num_bytes // self._longest_token
+        if at_least >= self.config.max_model_len:
+            raise RequestError(
+                f"the prompt has {num_bytes} bytes, hence at least {at_least} tokens, but at most "
+                f"{self.config.max_model_len - 1} fit (max_model_len is {self.config.max_model_len}, "
+                "one token is needed for the answer)", param, ContextLengthError.code)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token, at least 1."""
+        return max(1, *(len(self.tokenizer.token_bytes(token)) for token in range(self.tokenizer.vocab_size)))

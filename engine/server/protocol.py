@@ -1,0 +1,266 @@
+"""What clients may ask: typed requests, decoded and checked in one go.
+
+A field that we know is checked for type and range while it is decoded; a field that we do not know is ignored, as
+OpenAI's clients expect; a field that we know but do not honour is refused when its value would change the answer.
+Every refusal is a RequestError that names the field by its path in the client's JSON.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.core import SPECULATION_OFF, SamplingParams, Speculation
+from engine.errors import RequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 128
+MAX_PROMPTS = 16
+MAX_MESSAGE_LEN = 600  # characters of an error message: an answer must not amplify its question
+_GREEDY_BELOW = 1e-5   # a temperature below this divides logits beyond float32; it is greedy in all but name
+
+PositiveInt = Annotated[int, Meta(ge=1, le=1 << 31)]
+
+# Fields whose effect we do not implement yet, with the values that ask for nothing. Null always asks for nothing.
+_NOT_HONOURED: dict[str, tuple[object, ...]] = {
+    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},),
+    "logprobs": (False,), "top_logprobs": (0,), "prompt_logprobs": (), "response_format": ({"type": "text"},),
+    "tools": ([],), "functions": ([],), "min_tokens": (0,), "bad_words": ([],), "echo": (False,), "best_of": (1,),
+    "suffix": ("",), "audio": (), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "regex": (), "ebnf": (), "json_schema": (),
+    "use_beam_search": (False,), "include_stop_str_in_output": (False,), "return_token_ids": (False,),
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template": (),
+}
+
+
+class StreamOptions(Struct):
+    """Usage on a last chunk of its own, or running usage on every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SpeculationOptions(Struct, forbid_unknown_fields=True):
+    """The tree to draft for this request; what is not given is the server's default."""
+
+    nodes: Annotated[int, Meta(ge=1, le=64)] | None = None
+    depth: Annotated[int, Meta(ge=1, le=16)] | None = None
+    top_k: Annotated[int, Meta(ge=1, le=16)] | None = None
+
+
+class ContentPart(Struct):
+    """A piece of a message; only text is served."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Struct):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+
+
+class GenerationRequest(Struct, kw_only=True):
+    """What both endpoints share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: PositiveInt | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    ignore_eos: bool | None = None
+    speculation: Literal["off", "auto"] | SpeculationOptions | None = None
+
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    prompt_logprobs: Any = None
+    response_format: Any = None
+    tools: Any = None
+    functions: Any = None
+    min_tokens: Any = None
+    bad_words: Any = None
+    echo: Any = None
+    best_of: Any = None
+    suffix: Any = None
+    audio: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    json_schema: Any = None
+    use_beam_search: Any = None
+    include_stop_str_in_output: Any = None
+    return_token_ids: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    chat_template: Any = None
+
+    def token_limit(self) -> int | None:
+        """The most tokens the client wants, None for as many as fit."""
+        return self.max_tokens
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: PositiveInt | None = None
+
+    def token_limit(self) -> int | None:
+        """``max_completion_tokens`` wins over the older ``max_tokens``."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """Body of POST /v1/completions. A prompt is text or token ids; a list of either asks for several answers."""
+
+    prompt: str | list[str | int | list[int]]
+
+
+RequestT = TypeVar("RequestT", bound=GenerationRequest)
+
+
+def decode_chat(body: bytes) -> ChatRequest:
+    """Read a chat request. Raises RequestError naming the field."""
+    call = _decode(body, ChatRequest)
+    for turn, message in enumerate(call.messages):
+        if isinstance(message.content, str):
+            continue
+        for number, part in enumerate(message.content):
+            where = f"messages[{turn}].content[{number}]"
+            if part.type != "text":
+                raise RequestError(f"content parts of type {part.type[:40]!r} are not supported, supported: 'text'",
+                                   f"{where}.type", "unsupported_value")
+            if part.text is None:
+                raise RequestError("a text part needs a text", f"{where}.text")
+    return call
+
+
+def decode_completion(body: bytes) -> CompletionRequest:
+    """Read a completion request. Raises RequestError naming the field."""
+    call = _decode(body, CompletionRequest)
+    prompts(call)
+    return call
+
+
+def prompts(call: CompletionRequest) -> list[str | list[int]]:
+    """The prompts of a request, each a text or a list of token ids. Raises RequestError on mixtures or too many."""
+    prompt = call.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [part for part in prompt if isinstance(part, int)]
+    if ids:
+        if len(ids) != len(prompt):
+            raise RequestError("the prompt mixes token ids with other prompts", "prompt")
+        return [ids]
+    several: list[str | list[int]] = [part for part in prompt if not isinstance(part, int)]
+    if not 1 <= len(several) <= MAX_PROMPTS:
+        raise RequestError(f"found {len(several)} prompts, expected 1 to {MAX_PROMPTS}", "prompt")
+    return several
+
+
+def texts(call: ChatRequest) -> list[dict[str, str]]:
+    """The conversation as plain role and content pairs. Parts are joined by line breaks; 'developer' is 'system'."""
+    return [{
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.content if isinstance(message.content, str)
+        else "\n".join(part.text or "" for part in message.content),
+    } for message in call.messages]
+
+
+def sampling_params(call: GenerationRequest, prompt_len: int, max_model_len: int, vocab_size: int) -> SamplingParams:
+    """The engine's parameters for a prompt of ``prompt_len`` tokens. A limit beyond the context means all that fits;
+    without a seed every answer draws its own."""
+    room = max(1, max_model_len - prompt_len)
+    limit = call.token_limit()
+    temperature = 1.0 if call.temperature is None else call.temperature
+    stop = (call.stop,) if isinstance(call.stop, str) else tuple(call.stop or ())
+    return SamplingParams(
+        temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
+        top_k=min(max(call.top_k or 0, 0), vocab_size),
+        top_p=1.0 if call.top_p is None else call.top_p,
+        min_p=call.min_p or 0.0,
+        seed=random.getrandbits(63) if call.seed is None else call.seed,
+        max_tokens=room if limit is None else min(limit, room),
+        stop=stop,
+        stop_token_ids=tuple(call.stop_token_ids or ()),
+        ignore_eos=bool(call.ignore_eos),
+    )
+
+
+def speculation(call: GenerationRequest, default: Speculation) -> Speculation | None:
+    """The tree a request asks for; None is the engine's default."""
+    wanted = call.speculation
+    if wanted is None or wanted == "auto":
+        return None
+    if isinstance(wanted, str):
+        return SPECULATION_OFF
+    return Speculation(wanted.nodes or default.nodes, wanted.depth or default.depth, wanted.top_k or default.top_k)
+
+
+def shorten(message: str) -> str:
+    """A message short enough to be sent back."""
+    return message if len(message) <= MAX_MESSAGE_LEN else message[:MAX_MESSAGE_LEN] + "..."
+
+
+def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
+    try:
+        call = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        _refuse(str(error))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(shorten(f"the body is not valid JSON: {error}"), code="invalid_json") from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from error
+    _check(call)
+    return call
+
+
+def _check(call: GenerationRequest) -> None:
+    """What types and ranges of single fields cannot say."""
+    for name, neutral in _NOT_HONOURED.items():
+        value = getattr(call, name)
+        if value is not None and not any(
+                value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in neutral):
+            raise RequestError(f"{name} is not supported yet; leave it out", name, "unsupported_parameter")
+    if call.n is not None and call.n != 1:
+        raise RequestError(f"n is {call.n}, only 1 is supported", "n", "unsupported_value")
+    if call.stream_options is not None and not call.stream:
+        raise RequestError("stream_options needs stream to be true", "stream_options")
+    if call.seed is not None and not -(1 << 63) <= call.seed < 1 << 63:
+        raise RequestError(f"seed must be a 64-bit integer, found one of {call.seed.bit_length()} bits", "seed")
+    stop = [call.stop] if isinstance(call.stop, str) else call.stop or []
+    if len(stop) > MAX_STOP_STRINGS:
+        raise RequestError(f"found {len(stop)} stop strings, at most {MAX_STOP_STRINGS} are allowed", "stop")
+    if "" in stop:
+        raise RequestError("a stop string must not be empty", "stop")
+
+
+def _refuse(problem: str) -> NoReturn:
+    """Turn msgspec's ``what - at `$.path``` into a RequestError with the path as its param."""
+    message, _, path = problem.partition(" - at `$")
+    param = path.rstrip("`").lstrip(".")
+    field = re.search(r"(?:missing required|contains unknown) field `([^`]*)`", message)
+    if field:
+        param = f"{param}.{field[1]}" if param else field[1]
+    raise RequestError(shorten(f"{param}: {message}" if param else message), param or None)

@@ -1,0 +1,55 @@
+"""Server-sent events over one aiohttp response: framing, keep-alive comments, and clients that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from engine.server.replies import ErrorReply, Reply, encoder
+
+WRITE_TIMEOUT = 30.0  # seconds a client may leave its socket full
+
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would collect events otherwise
+}
+
+
+class ClientGoneError(ConnectionError):
+    """The client closed the connection, or does not read what it is sent."""
+
+
+class EventStream:
+    """An open stream; every method raises ClientGoneError once the client has left."""
+
+    def __init__(self) -> None:
+        self._response = web.StreamResponse(headers=_HEADERS)
+
+    async def open(self, request: web.Request) -> None:
+        """Send the status and the headers."""
+        await self._response.prepare(request)
+
+    async def send(self, event: Reply | ErrorReply) -> None:
+        """Send one event."""
+        await self._write(b"data: " + encoder.encode(event) + b"\n\n")
+
+    async def keep_alive(self) -> None:
+        """Send a comment, which clients ignore and proxies count as life."""
+        await self._write(b": keep-alive\n\n")
+
+    async def close(self) -> web.StreamResponse:
+        """Send the end mark."""
+        await self._write(b"data: [DONE]\n\n")
+        await self._response.write_eof()
+        return self._response
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT):
+                await self._response.write(data)
+        except TimeoutError as error:
+            raise ClientGoneError(f"the client did not read for {WRITE_TIMEOUT:.0f} s") from error
+        except ConnectionError as error:
+            raise ClientGoneError("the client closed the connection") from error

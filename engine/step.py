@@ -1,0 +1,144 @@
+"""The engine: one step after another. Start reading here.
+
+Every step drafts a tree, scores it with the target, lets the sampler choose a token after every node, accepts the
+path on which both agree, and commits it. Prompts take the same road as chains that are accepted in advance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Batch, Delta, Draft, DraftTree, FinishReason, Request, SamplingParams, Speculation
+from engine.kvcache import compact
+from engine.models.llama import Llama
+from engine.pages import PagePool
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler
+from verify.accept import accept, accept_all
+from verify.stats import StepLog, StepTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request of ``Engine.generate``."""
+
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    num_steps: int          # decode steps; the first token comes from the prefill
+    num_decoded: int        # tokens emitted by decode steps
+    num_draft_tokens: int
+    num_accepted: int
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens emitted per decode step."""
+        return self.num_decoded / self.num_steps if self.num_steps else 1.0
+
+
+def prompt_chain(batch: Batch) -> DraftTree:
+    """The chunk of known text as a tree in which every node has one child."""
+    assert batch.prompt is not None
+    node = torch.arange(batch.prompt.tokens.shape[1], device=batch.kv_lens.device)[None]
+    return DraftTree(batch.prompt.tokens, torch.where(node < batch.prompt.num_nodes[:, None], node - 1, -1))
+
+
+class Engine:
+    """Requests in, tokens out. Not thread-safe: one thread adds, aborts and steps."""
+
+    def __init__(self, config: EngineConfig, target: Llama, draft: Draft, pages: PagePool,
+                 eos_token_ids: tuple[int, ...], step_log: StepLog | None = None) -> None:
+        self.config, self.target, self.draft = config, target, draft
+        self.sampler = Sampler(target.config.vocab_size, config.device)
+        self.scheduler = Scheduler(config, pages, eos_token_ids, draft.scratch_rows, draft.forget)
+        self.step_log = step_log
+        self.last_times = StepTimes()
+        self._next_id = 0
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """Run one iteration: draft a tree, score it, accept a path, commit it."""
+        aborted = self.scheduler.take_aborted()
+        started = time.perf_counter()
+        batch = self.scheduler.next_batch()  # pages for every node are reserved here
+        if batch is None:
+            return aborted
+        tree = prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch)
+        drafted = self._now()
+        positions = batch.kv_lens[:, None] + tree.depths()
+        scores = self.target.score(batch, tree, positions)
+        scored = self._now()
+        choice = self.sampler(scores, batch)  # the target's own token after every scored node
+        verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
+        compact(self.target.pool, batch, verdict)  # accepted rows first; rows past them are scratch
+        self.draft.observe(batch, tree, verdict, scores.features)
+        deltas = self.scheduler.commit(batch, tree, verdict)
+        self.last_times = StepTimes(drafted - started, scored - drafted, self._now() - scored)
+        if self.step_log is not None and not batch.is_prefill:
+            self.step_log.write(batch, tree, verdict, self.last_times)
+        return aborted + deltas
+
+    def _now(self) -> float:
+        """Seconds; with a step log on, a device is waited for, so that each phase is charged with its own work."""
+        if self.step_log is not None and self.config.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError (ContextLengthError among them) if it could never run."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: int) -> None:
+        """End a request in any state; its last Delta comes with the next step."""
+        self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def kv_usage(self) -> float:
+        """Share of the pages in use, 0 to 1."""
+        pages = self.scheduler.pages
+        return 1.0 - pages.num_free / pages.num_usable
+
+    def generate(self, prompts: Items[Items[int]], sampling: SamplingParams | Items[SamplingParams],
+                 speculation: Speculation | None = None) -> list[Completion]:
+        """Answer token-id prompts as one batch, in order. Stop strings need a tokenizer and are not looked at here."""
+        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        first_id = self._next_id
+        self._next_id += len(prompts)
+        requests = [Request(first_id + i, tuple(prompt), param, speculation)
+                    for i, (prompt, param) in enumerate(zip(prompts, params, strict=True))]
+        for request in requests:
+            self.add(request)
+        deltas: dict[int, list[Delta]] = {request.id: [] for request in requests}
+        while self.has_work:
+            for delta in self.step():
+                deltas[delta.request_id].append(delta)
+        return [_completion(request, deltas[request.id]) for request in requests]
+
+
+def _completion(request: Request, deltas: list[Delta]) -> Completion:
+    finish_reason = deltas[-1].finish_reason
+    assert finish_reason is not None
+    decodes = [delta for delta in deltas if delta.is_decode and delta.token_ids]
+    return Completion(
+        request.prompt, tuple(token for delta in deltas for token in delta.token_ids), finish_reason, len(decodes),
+        sum(len(delta.token_ids) for delta in decodes),
+        sum(delta.num_draft_tokens for delta in decodes), sum(delta.num_accepted for delta in decodes))
+

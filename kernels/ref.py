@@ -1,0 +1,167 @@
+"""The operations of a step in plain torch: the specification, and the CPU path.
+
+A pool of KV rows is ``[Hkv, S, D]``: heads first, so that one sequence's rows of all heads form a batch of matrices
+without a copy. A row is addressed by its slot. Rows to read are either a tensor of slots or, where a sequence's
+pages happen to be consecutive (the usual case for one user), a plain slice, which reads the pool in place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Past this many query rows per sequence, the blocked SDPA kernel beats two plain matrix products.
+_FEW_QUERIES = 64
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    return torch.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """SwiGLU's elementwise part: [.., 2I] holding gate then up -> silu(gate) * up, [.., I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the rotate-half layout. x: [B, N, H, D]; cos, sin: [B, N, 1, D]."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, rotated, sin)
+
+
+def write_rows(pool: Tensor, slots: Tensor | slice, rows: Tensor) -> None:
+    """Store rows [M, Hkv, D] in the pool [Hkv, S, D] at M slots."""
+    rows = rows.transpose(0, 1)
+    if isinstance(slots, slice):
+        pool[:, slots] = rows
+    else:
+        pool.index_copy_(1, slots, rows)
+
+
+def compact_rows(pools: Tensor, source: Tensor, destination: Tensor) -> None:
+    """Move KV rows of all layers at once. pools: [layers, 2, Hkv, S, D]; source, destination: [M] slots.
+
+    Everything is gathered before anything is written, so overlapping moves are safe.
+    """
+    pools.index_copy_(3, destination, pools.index_select(3, source))
+
+
+def tree_attention(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor | slice, bias: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of tree nodes over their rows of the pool, grouped-query heads.
+
+    q: [B, N, H, D]; k_pool, v_pool: [Hkv, S, D]; slots: [B, L], or a slice of L slots when B is 1;
+    bias: [B, N, L] added to the scaled scores (0 or -inf), None where everything is visible. Returns [B, N, H, D].
+
+    The H / Hkv query heads that share a KV head are packed as rows of one matrix, so K and V are read once.
+    """
+    num_seqs, num_nodes, num_heads, head_dim = q.shape
+    num_kv_heads = k_pool.shape[0]
+    group = num_heads // num_kv_heads
+    if isinstance(slots, slice):
+        k, v = k_pool[:, slots], v_pool[:, slots]
+    else:
+        flat = slots.reshape(-1)
+        k = k_pool.index_select(1, flat).view(num_kv_heads * num_seqs, -1, head_dim)
+        v = v_pool.index_select(1, flat).view(num_kv_heads * num_seqs, -1, head_dim)
+    k_len = k.shape[1]
+    # [B, N, Hkv, G, D] -> [Hkv, B, G, N, D] -> [Hkv * B, G * N, D]
+    q = q.view(num_seqs, num_nodes, num_kv_heads, group, head_dim).permute(2, 0, 3, 1, 4)
+    if num_nodes > _FEW_QUERIES:
+        kv_shape = (num_kv_heads, num_seqs, 1, k_len, head_dim)
+        mask = None if bias is None else bias[None, :, None].to(q.dtype)
+        out = torch.stack([
+            F.scaled_dot_product_attention(
+                q[head], k.view(kv_shape)[head].expand(-1, group, -1, -1), v.view(kv_shape)[head].expand(-1, group, -1, -1),
+                attn_mask=None if mask is None else mask[0], scale=scale)
+            for head in range(num_kv_heads)
+        ])
+    else:
+        rows = q.reshape(num_kv_heads * num_seqs, group * num_nodes, head_dim)
+        scores = torch.bmm(rows, k.transpose(1, 2)).float().mul_(scale)
+        if bias is not None:
+            scores.view(num_kv_heads, num_seqs, group, num_nodes, k_len).add_(bias[None, :, None])
+        out = torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v)
+        out = out.view(num_kv_heads, num_seqs, group, num_nodes, head_dim)
+    return out.permute(1, 3, 0, 2, 4).reshape(num_seqs, num_nodes, num_heads, head_dim)
+
+
+# --- linear layers packed once for oneDNN ---------------------------------------------------------------------------
+
+def pack_linear(weight: Tensor, num_rows: int) -> Tensor | None:
+    """Reorder a [out, in] CPU weight into oneDNN's blocked layout, or None where this build or CPU cannot.
+
+    num_rows: how many rows a call will usually have; a hint, any number works. A plain ``F.linear`` repacks the
+    weight inside every call, which costs more than the product itself for a few rows.
+    """
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        if weight.dtype == torch.float32:
+            return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+        if weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._reorder_linear_weight(weight)
+    except (RuntimeError, AttributeError):  # no such operator, or no AVX-512 for bfloat16
+        return None
+    return None
+
+
+def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """x [.., in] times a weight from ``pack_linear`` -> [.., out]."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+# --- choosing a token -----------------------------------------------------------------------------------------------
+
+_GOLDEN = -1640531527   # 0x9E3779B9 as int32
+_ODD_1 = 0x21F0AAAD     # multipliers and shifts of the low-bias 32-bit mixer published by C. Wellons (hash-prospector)
+_ODD_2 = 0x735A2D97
+
+
+def _finalise(x: Tensor, key: Tensor) -> Tensor:
+    """A keyed 32-bit mix on int32 tensors; multiplication wraps, right shifts are made logical by a mask."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _ODD_1
+    x = x ^ key ^ ((x >> 15) & 0x1FFFF)
+    x = x * _ODD_2
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise that is a function of (seed, position, token id) alone.
+
+    seeds: [B] int64; positions: [B, R] int64; token_ids: [n] or [B, R, n] int64. Returns [B, R, n] float32.
+    A counter-based 32-bit integer hash, the same on every device and in every batch shape.
+    """
+    low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
+    key = _finalise(low * _GOLDEN, high)[:, None].expand(positions.shape)
+    first = _finalise(positions.to(torch.int32) * _GOLDEN + 1, key)
+    second = _finalise(first + _GOLDEN, ~key)
+    ids = token_ids.to(torch.int32) * _GOLDEN
+    bits = _finalise(ids + first[..., None], second[..., None])
+    # 24 bits fill a float32 mantissa: uniform on (0, 1), both ends excluded
+    uniform = ((bits >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def choose(logits: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
+    """argmax of logits / temperature + noise where temperature > 0, of the logits where it is 0.
+
+    logits, noise: [B, R, V] float32; temperature: [B]. Returns [B, R] int64. Adding Gumbel noise and taking the
+    argmax draws exactly from softmax(logits / temperature) (Gumbel 1954; "Gumbel-max trick").
+    """
+    greedy = (temperature == 0)[:, None, None]
+    scaled = logits / torch.where(temperature == 0, 1.0, temperature)[:, None, None]
+    return torch.where(greedy, logits, scaled + noise).argmax(dim=-1)
+
+
+def attention_scale(head_dim: int) -> float:
+    """The plain softmax scale 1 / sqrt(D)."""
+    return 1.0 / math.sqrt(head_dim)
