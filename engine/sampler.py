@@ -84,6 +84,15 @@ class Sampler:
 
     def __call__(self, scores: Scores, batch: Batch) -> Tensor:
         """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by that."""
-        if batch.sampling.all_greedy:
-            return scores.logits.argmax(dim=-1)
-        return perturb(scores.logits, scores.positions + 1, self._token_ids, batch.sampling).argmax(dim=-1)
+        choice = scores.logits.argmax(dim=-1)
+        sampling = batch.sampling
+        if sampling.all_greedy:
+            return choice
+        # Noise over a whole vocabulary is work: on the host only the sampled sequences get it. Finding them on a
+        # device would make the host wait, so there every row is perturbed and ``perturb`` leaves greedy rows alone.
+        rows = torch.arange(len(choice), device=choice.device)
+        if choice.device.type == "cpu":
+            rows = rows[sampling.temperature > 0]
+        perturbed = perturb(scores.logits[rows], scores.positions[rows] + 1, self._token_ids, sampling.select(rows))
+        choice[rows] = perturbed.argmax(dim=-1)
+        return choice

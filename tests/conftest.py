@@ -40,7 +40,7 @@ def norm_weight(generator: torch.Generator, width: int) -> Tensor:
 
 def layer_weights(generator: torch.Generator, config: LlamaConfig, prefix: str,
                   input_width: int) -> dict[str, Tensor]:
-    """Attention, feed-forward and post-attention norm of a decoder layer whose attention reads ``input_width``."""
+    """Attention, feed-forward and second norm of a decoder layer whose attention reads ``input_width``."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     return {

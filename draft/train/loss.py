@@ -1,8 +1,14 @@
-"""Cross-entropy against a whole distribution, without keeping the logits.
+"""Cross-entropy against whole distributions, without keeping logits or copying the distributions.
 
-A row's loss is -sum_v target(v) log softmax(h W^T)_v. Kept for the backward pass, the [rows, vocabulary] logits would
-cost more memory traffic than the rest of the head; but the gradient with respect to the logits is simply
-softmax - target, so the backward products are formed at once, block by block, while a block is still in cache.
+The loss of a row with hidden state h against distribution t is lse(W h) - t . (W h). Kept for the backward pass, the
+[rows, vocabulary] logits would cost more memory traffic than the rest of the head, and so would gathering t for every
+step of every chain. Two rewrites avoid both:
+
+    t . (W h) = (t W) . h      t W, [rows of the table, H], is one product, shared by all steps
+    d/dh = W^T softmax(W h) - t W
+    d/dW = sum over rows of softmax(W h) h^T - t h^T, and the second sum is one product after adding up h per table row
+
+The softmax part of both gradients is formed at once, block by block, while a block is in cache.
 """
 
 from __future__ import annotations
@@ -15,43 +21,58 @@ from torch import Tensor
 _BLOCK = 256  # rows; times 8,192 columns of float32 that is 8 MiB
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, table: Tensor, index: Tensor, row_weights: Tensor) -> Tensor:
-        """See soft_cross_entropy."""
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, row_weights: Tensor) -> Tensor:
+        """See weighted_logsumexp."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         total = torch.zeros((), dtype=row_weights.dtype, device=hidden.device)
         for start in range(0, hidden.shape[0], _BLOCK):
             rows = slice(start, start + _BLOCK)
-            block, targets, scale = hidden[rows], table[index[rows]], row_weights[rows]
+            block, scale = hidden[rows], row_weights[rows]
             logits = (block @ weight.t()).to(scale.dtype)
-            norm = logits.logsumexp(-1)
-            total += torch.dot(norm - (logits * targets).sum(-1), scale)
+            log_probs = logits.log_softmax(-1)
+            total += torch.dot(logits[:, 0] - log_probs[:, 0], scale)
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.sub_(norm[:, None]).exp_().sub_(targets).mul_(scale[:, None]).to(hidden.dtype)
+            probs = log_probs.exp_().to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
+                grad_hidden[rows] = (probs @ weight) * scale[:, None].to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), block)
+                grad_weight.addmm_(probs.t(), block * scale[:, None].to(hidden.dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        scale = grads[0]
-        return (None if hidden is None else hidden * scale.to(hidden.dtype),
-                None if weight is None else weight * scale.to(weight.dtype), None, None, None)
+        return (None if hidden is None else hidden * grads[0].to(hidden.dtype),
+                None if weight is None else weight * grads[0].to(weight.dtype), None)
 
 
-def soft_cross_entropy(hidden: Tensor, weight: Tensor, table: Tensor, index: Tensor, row_weights: Tensor) -> Tensor:
-    """Sum over rows of row_weight * cross-entropy(table[index], softmax(hidden @ weight.T)), in nats.
+def weighted_logsumexp(hidden: Tensor, weight: Tensor, row_weights: Tensor) -> Tensor:
+    """Sum over rows of row_weight * logsumexp(weight @ hidden). hidden: [M, H]; weight: [V, H]; row_weights: [M].
 
-    hidden: [M, H]; weight: [V, H]; table: [rows, V] distributions; index: [M] row of the table; row_weights: [M] in
-    the table's dtype. Differentiable in hidden and weight.
+    Differentiable in hidden and weight; the sum is kept in the dtype of row_weights.
     """
-    loss: Tensor = _SoftCrossEntropy.apply(hidden, weight, table, index, row_weights)  # type: ignore[no-untyped-call]
-    return loss
+    total: Tensor = _LogSumExp.apply(hidden, weight, row_weights)  # type: ignore[no-untyped-call]
+    return total
+
+
+class SoftTargets:
+    """Distributions over the draft vocabulary, one per table row, and what a set of draft logits loses against them."""
+
+    def __init__(self, table: Tensor, weight: Tensor) -> None:
+        """table: [rows, V]; weight: [V, H], the draft's output rows."""
+        self._weight = weight
+        self._expected = table.to(weight.dtype) @ weight  # [rows, H]: t W
+
+    def cross_entropy(self, hidden: Tensor, index: Tensor, row_weights: Tensor) -> Tensor:
+        """Sum over rows of row_weight * cross-entropy(table[index], softmax(weight @ hidden)), in nats.
+
+        hidden: [M, H]; index: [M] rows of the table; row_weights: [M] float32 or float64.
+        """
+        agreement = (hidden * self._expected.index_select(0, index)).to(row_weights.dtype).sum(-1)
+        return weighted_logsumexp(hidden, self._weight, row_weights) - torch.dot(agreement, row_weights)

@@ -129,24 +129,26 @@ class ShardWriter:
     def __init__(self, manifest: Manifest, shard_tokens: int = 100_000) -> None:
         self._manifest, self._shard_tokens = manifest, shard_tokens
         self._pending: list[Document] = []
-        self._count = 0
+        self._count = self._answer_count = 0
         # Lines of a shard that was never finished are cut off, so that line d stays document d.
         _write_lines(manifest.directory / PROMPTS, manifest.prompt_texts())
 
     @property
     def num_answer_tokens(self) -> int:
         """Answer tokens written and pending."""
-        return self._manifest.num_answer_tokens + sum(int(doc.answer.sum()) for doc in self._pending)
+        return self._manifest.num_answer_tokens + self._answer_count
 
     def add(self, document: Document) -> bool:
         """Keep a document; True when a shard is full and should be flushed."""
         self._pending.append(document)
         self._count += document.tokens.shape[0]
+        self._answer_count += int(document.answer.sum())
         return self._count >= self._shard_tokens
 
     def flush(self, next_id: int, seconds: float) -> None:
         """Write the pending documents as one shard and name it in the manifest."""
-        docs, self._pending, self._count = self._pending, [], 0
+        docs, self._pending = self._pending, []
+        self._count = self._answer_count = 0
         if not docs:
             return
         lengths = torch.tensor([0] + [doc.tokens.shape[0] for doc in docs])
@@ -169,12 +171,19 @@ class ShardWriter:
 
 
 class Dataset:
-    """All documents of a data directory; features stay on disk until ``load``."""
+    """All documents of one or more data directories; features stay on disk until ``load``."""
 
-    def __init__(self, directory: Path) -> None:
-        self.manifest = Manifest.read(directory)
-        if not self.manifest.shards:
-            raise ConfigError(f"{directory}: no finished shard; run the data phase first")
+    def __init__(self, *directories: Path) -> None:
+        """Raises ConfigError for directories without a finished shard, or made for different heads."""
+        self.manifests = [Manifest.read(directory) for directory in directories]
+        for manifest in self.manifests:
+            if not manifest.shards:
+                raise ConfigError(f"{manifest.directory}: no finished shard; run the data phase first")
+            for key in ("target", "feature_layers"):
+                found, expected = manifest.settings.get(key), self.manifests[0].settings.get(key)
+                if found != expected:
+                    raise ConfigError(f"{manifest.directory}: made with {key} = {found!r}, expected {expected!r} as in "
+                                      f"{directories[0]}")
         self._files: list[Any] = []
         self._places: list[tuple[int, int]] = []
         self.lengths: list[int] = []
@@ -182,12 +191,13 @@ class Dataset:
         self._tokens: list[Tensor] = []
         self._answers: list[Tensor] = []
         self._offsets: list[list[int]] = []
-        for index, entry in enumerate(self.manifest.shards):
-            self._open(directory / entry.file, index)
+        files = [manifest.directory / entry.file for manifest in self.manifests for entry in manifest.shards]
+        for index, file in enumerate(files):
+            self._open(file, index)
 
     def _open(self, path: Path, index: int) -> None:
         try:
-            file = safe_open(str(path), framework="pt")
+            file: Any = safe_open(str(path), framework="pt")
             tokens, answer = file.get_tensor("tokens"), file.get_tensor("answer").bool()
             offsets, greedy = file.get_tensor("offsets").tolist(), file.get_tensor("greedy").tolist()
             rows = file.get_slice("features").get_shape()[0]
@@ -206,6 +216,16 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the (first) directory was made."""
+        return self.manifests[0].settings
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all directories together, as if made one after the other."""
+        return sum(manifest.seconds for manifest in self.manifests)
 
     @property
     def feature_size(self) -> int:

@@ -59,11 +59,19 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
 def _download(hub_id: str) -> Path:
     """Fetch a hub repository; all files come from the one commit that ``main`` names now."""
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionResolutionError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        RevisionResolutionError,
+    )
+
+    network_error: type = HfHubHTTPError.__bases__[0]  # of the HTTP library underneath, whose name changes
+    assert issubclass(network_error, Exception)
 
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
-    except (OSError, EntryNotFoundError, HFValidationError, RevisionResolutionError) as error:
+    except (OSError, network_error, EntryNotFoundError, HFValidationError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{hub_id}: no such local path, and the hub did not deliver it: {reason[0]}") from error

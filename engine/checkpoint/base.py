@@ -93,13 +93,18 @@ def check_config(config: LlamaConfig, where: str) -> None:
             f"{where}: head_dim is {config.head_dim}, expected an even number (rotary pairs)")
 
 
-def check_headers(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: Path,
+def check_headers(found: Mapping[str, Shape], config: LlamaConfig, where: Path,
                   stored_name: Callable[[str], str] = str) -> None:
-    """Compare names and shapes with the table; CheckpointError on the first kind of difference.
+    """Compare names and shapes with the table for the config; CheckpointError on the first kind of
+    difference.
 
     ``stored_name`` translates a canonical name to the one in the file, so that the message can be looked up
     there.
     """
+    if config.num_layers > len(found):  # before a table for a billion layers is written down
+        raise CheckpointError(
+            f"{where}: found {len(found)} tensors, expected those of {config.num_layers} layers")
+    expected = expected_tensors(config)
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} of {len(expected)} expected tensors are missing: "
@@ -113,6 +118,14 @@ def check_headers(found: Mapping[str, Shape], expected: Mapping[str, Shape], whe
         if found[name] != shape:
             raise CheckpointError(f"{where}: tensor {stored_name(name)} has shape {list(found[name])}, "
                                   f"expected {list(shape)} from the config")
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, where: Path) -> Tokenizer:
+    """The tokenizer, if every one of its tokens has an embedding; CheckpointError otherwise."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, expected at most "
+                              f"the {config.vocab_size} that the model has embeddings for")
+    return tokenizer
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -35,6 +35,7 @@ from engine.checkpoint.base import (
     check_dtype,
     check_finite,
     check_headers,
+    check_vocabulary,
     expected_tensors,
 )
 from engine.config import LlamaConfig, RopeScaling
@@ -110,6 +111,10 @@ class GgufCheckpoint:
         self._stored: dict[str, ReaderTensor] = {}
         factors: ReaderTensor | None = None
         for tensor in reader.tensors:
+            if tensor.data_offset < reader.data_offset or tensor.data_offset % reader.alignment:
+                raise CheckpointError(
+                    f"{path}: the data of tensor {tensor.name} is at byte {tensor.data_offset}, expected "
+                    f"{reader.data_offset} or more and a multiple of {reader.alignment}")
             if tensor.tensor_type not in QUANT_TYPES:
                 raise CheckpointError(
                     f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, supported: "
@@ -123,7 +128,7 @@ class GgufCheckpoint:
         self.config = read_config(self._fields, path, tied, scaling)
         check_config(self.config, str(path))
         found: dict[str, Shape] = {name: _shape(tensor) for name, tensor in self._stored.items()}
-        check_headers(found, expected_tensors(self.config), path, stored_name)
+        check_headers(found, self.config, path, stored_name)
         self.name = path.stem
 
     def load(self, dtype: torch.dtype, device: str, progress: Progress | None = None) -> dict[str, Tensor]:
@@ -150,7 +155,8 @@ class GgufCheckpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the file. Raises CheckpointError."""
-        return Tokenizer.from_gguf(self._fields, where=str(self.path))
+        tokenizer = Tokenizer.from_gguf(self._fields, where=str(self.path))
+        return check_vocabulary(tokenizer, self.config, self.path)
 
 
 def read_config(fields: Mapping[str, Any], path: Path, tied: bool,

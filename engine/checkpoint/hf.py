@@ -27,6 +27,7 @@ from engine.checkpoint.base import (
     check_dtype,
     check_finite,
     check_headers,
+    check_vocabulary,
     expected_tensors,
 )
 from engine.config import LlamaConfig
@@ -66,7 +67,7 @@ class HfCheckpoint:
             if head is not None and embedding is not None and head.shape == embedding.shape:
                 del self._stored["lm_head.weight"]
         found = {name: stored.shape for name, stored in self._stored.items()}
-        check_headers(found, expected_tensors(self.config), path)
+        check_headers(found, self.config, path)
 
     def load(self, dtype: torch.dtype, device: str, progress: Progress | None = None) -> dict[str, Tensor]:
         """Copy every tensor out of the mapped files, one shard at a time. See ``Checkpoint.load``."""
@@ -91,8 +92,9 @@ class HfCheckpoint:
             found = sorted(entry.name for entry in self.path.glob("*token*"))
             raise CheckpointError(
                 f"{self.path}: no tokenizer.json, found {', '.join(found) or 'no tokenizer file'}")
-        return Tokenizer.from_file(file, self.path / "tokenizer_config.json", eos_token_ids=self._eos,
-                                   bos_token_id=self._bos)
+        tokenizer = Tokenizer.from_file(file, self.path / "tokenizer_config.json", eos_token_ids=self._eos,
+                                        bos_token_id=self._bos)
+        return check_vocabulary(tokenizer, self.config, file)
 
 
 def read_config(raw: dict[str, Any], where: str) -> LlamaConfig:

@@ -27,14 +27,14 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 
 class RopeTable:
-    """Cosines and sines of every position, in the rotate-half layout."""
+    """Cosines and sines of every position, in the layout that ``kernels.rope`` wants (signed first half of sin)."""
 
     def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, max_positions: int,
                  dtype: torch.dtype, device: str) -> None:
         angles = torch.outer(torch.arange(max_positions).float(), inverse_frequencies(head_dim, theta, scaling))
-        angles = torch.cat((angles, angles), dim=-1)
-        self.cos = angles.cos().to(device=device, dtype=dtype)
-        self.sin = angles.sin().to(device=device, dtype=dtype)
+        cos, sin = angles.cos(), angles.sin()
+        self.cos = torch.cat((cos, cos), dim=-1).to(device=device, dtype=dtype)
+        self.sin = torch.cat((-sin, sin), dim=-1).to(device=device, dtype=dtype)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [B, N] int64 -> cos, sin: [B, N, 1, D]."""

@@ -1,8 +1,8 @@
 """The HTTP application: routes, keys, request ids and errors around the engine.
 
-Requests are decoded on the event loop, rendered and tokenised in a small thread pool, run by the engine's thread and
-streamed as server-sent events, one per step. A client that leaves cancels its handler, and with it its request,
-whether that is queued, in prefill or decoding.
+Requests are decoded on the event loop, rendered and tokenised in a small thread pool, run by the engine's
+thread and streamed as server-sent events, one per step. A client that leaves cancels its handler, and with it
+its request, whether that is queued, in prefill or decoding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 32 << 20  # bytes
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN_ROUTES = ("/health", "/ready")  # everything else needs the key, routes that do not exist included
-_ID = "haast.request_id"
+_ID = web.RequestKey("request_id", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -68,16 +68,18 @@ class Serving:
 
     def cards(self) -> list[ModelCard]:
         """An entry of /v1/models for each name."""
-        return [ModelCard(id=name, root=self.served.root, max_model_len=self.runner.engine.config.max_model_len,
-                          created=self.created) for name in self.names]
+        max_model_len = self.runner.engine.config.max_model_len
+        return [ModelCard(id=name, root=self.served.root, max_model_len=max_model_len, created=self.created)
+                for name in self.names]
 
     def check_model(self, model: str | None) -> str:
         """The name to answer under. Raises RequestError (404) for a model that is not served."""
         if not model or model == self.served.root:
             return self.names[0]
         if model not in self.names:
-            raise RequestError(f"the model {model[:100]!r} is not served here, served: {', '.join(self.names)}",
-                               "model", "model_not_found")
+            raise RequestError(
+                f"the model {model[:100]!r} is not served here, served: {', '.join(self.names)}", "model",
+                "model_not_found")
         return model
 
 
@@ -122,7 +124,7 @@ def create_app(state: ServerState) -> web.Application:
     """The application. Run it with ``handler_cancellation=True``, or clients that leave go unnoticed."""
     app = web.Application(middlewares=[_envelope, _authorise], client_max_size=MAX_BODY)
     app[STATE] = state
-    app.on_response_prepare.append(_echo_request_id)
+    app.on_response_prepare.append(_sign)
     app.add_routes([
         web.post("/v1/chat/completions", chat_completions),
         web.post("/v1/completions", completions),
@@ -135,7 +137,7 @@ def create_app(state: ServerState) -> web.Application:
     return app
 
 
-# --- handlers -----------------------------------------------------------------------------------------------------
+# --- handlers -----------------------------------------------------------------------------------------------
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -173,7 +175,8 @@ async def show_model(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    """GET /health: 503 while the model loads and once the engine is dead or stuck; 200 otherwise, draining too."""
+    """GET /health: 503 while the model loads and once the engine is dead or stuck; 200 otherwise, draining
+    too."""
     request.app[STATE].alive()
     return faults.json_response({"status": "ok"})
 
@@ -193,8 +196,8 @@ async def _json_body(request: web.Request) -> bytes:
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise RequestError("compressed bodies are not accepted", None, "unsupported_media_type")
     if request.content_type != "application/json":
-        raise RequestError(f"the content type is {request.content_type[:60]!r}, expected 'application/json'", None,
-                           "unsupported_media_type")
+        raise RequestError(f"the content type is {request.content_type[:60]!r}, expected 'application/json'",
+                           None, "unsupported_media_type")
     return await request.read()
 
 
@@ -202,10 +205,11 @@ async def _in_thread(serving: Serving, work: Callable[[], list[Request]]) -> lis
     return await asyncio.get_running_loop().run_in_executor(serving.threads, work)
 
 
-async def _answer(request: web.Request, serving: Serving, call: protocol.GenerationRequest, requests: list[Request],
-                  form: Form, name: str, arrival: float) -> web.StreamResponse:
+async def _answer(request: web.Request, serving: Serving, call: protocol.GenerationRequest,
+                  requests: list[Request], form: Form, name: str, arrival: float) -> web.StreamResponse:
     options = request.app[STATE].options
-    generation = await Generation.start(serving.runner, serving.served.tokenizer, requests, form, name, arrival)
+    generation = await Generation.start(
+        serving.runner, serving.served, requests, form, name, arrival)
     try:
         if call.stream:
             return await generation.stream(request, call.stream_options or protocol.StreamOptions(),
@@ -216,7 +220,7 @@ async def _answer(request: web.Request, serving: Serving, call: protocol.Generat
         log.info("%s %s: %s", request[_ID], request.path, generation.describe())
 
 
-# --- around every handler -----------------------------------------------------------------------------------------
+# --- around every handler -----------------------------------------------------------------------------------
 
 
 @web.middleware
@@ -248,10 +252,12 @@ async def _authorise(request: web.Request, handler: Handler) -> web.StreamRespon
         digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys]
         if kind.lower() != "bearer" or not any(matches):
-            raise RequestError("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", None,
-                               "invalid_api_key")
+            raise RequestError("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                               None, "invalid_api_key")
     return await handler(request)
 
 
-async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    """Every response says which request it belongs to, and not which library sent it."""
     response.headers["X-Request-Id"] = request.get(_ID, "-")
+    response.headers["Server"] = "haast"

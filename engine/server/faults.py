@@ -41,17 +41,20 @@ def response_of_http(error: web.HTTPException) -> web.Response:
     """A whole response for an error that aiohttp raised (no such route, wrong method, body too large)."""
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     text = error.text if error.status == 413 and error.text else error.reason
-    return json_response(_reply(error.status, text, None, _CODE_OF_STATUS.get(error.status)), error.status, headers)
+    reply = _reply(error.status, text, None, _CODE_OF_STATUS.get(error.status))
+    return json_response(reply, error.status, headers)
 
 
 def internal_error(request_id: str) -> ErrorReply:
     """A mistake of ours; the details are in the log under the id."""
-    return _reply(500, f"internal error; the server's log has it under request id {request_id}", None, "internal_error")
+    message = f"internal error; the server's log has it under request id {request_id}"
+    return _reply(500, message, None, "internal_error")
 
 
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """A JSON response, encoded by msgspec."""
-    return web.Response(body=encoder.encode(body), status=status, headers=headers, content_type="application/json")
+    return web.Response(body=encoder.encode(body), status=status, headers=headers,
+                        content_type="application/json")
 
 
 def _reply(status: int, message: str, param: str | None, code: str | None) -> ErrorReply:

@@ -1,8 +1,9 @@
 """One HTTP answer: one or several requests on one ticket, collected or streamed.
 
-A stream has one event per step and none before the first token; the role comes with that token. Text that a step
-could not complete (a cut character, what may become a stop string) waits for a later event. The last chunk carries
-``metrics``: the usage chunk if the client asked for one, else the chunk with the last finish reason.
+A stream has one event per step and none before the first token; the role comes with that token. Text that a
+step could not complete (a cut character, what may become a stop string) waits for a later event. The last
+chunk carries ``metrics``: the usage chunk if the client asked for one, else the chunk with the last finish
+reason.
 """
 
 from __future__ import annotations
@@ -14,36 +15,37 @@ from collections.abc import Sequence
 from aiohttp import web
 from msgspec import UNSET
 
+from engine.build import Served
 from engine.core import Request
 from engine.errors import EngineError
 from engine.server import faults
 from engine.server.metrics import Metrics, StampedDelta, summarise
-from engine.server.output import Output
+from engine.server.output import Output, output_for
 from engine.server.protocol import StreamOptions
 from engine.server.replies import Choice, Envelope, Form, Reply, Usage
 from engine.server.runner import EngineRunner, Ticket
 from engine.server.sse import ClientGoneError, EventStream
-from engine.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 class Generation:
-    """The answers to one HTTP request. Always ``release`` it: that is what frees the engine of a client that left."""
+    """The answers to one HTTP request. Always ``release`` it: that is what frees the engine of a client that
+    left."""
 
-    def __init__(self, runner: EngineRunner, ticket: Ticket, outputs: Sequence[Output], envelope: Envelope) -> None:
+    def __init__(self, runner: EngineRunner, ticket: Ticket, outputs: Sequence[Output],
+                 envelope: Envelope) -> None:
         self._runner, self._ticket, self._envelope = runner, ticket, envelope
         self._outputs = list(outputs)
         self._index = {output.request.id: index for index, output in enumerate(outputs)}
         self._begun: set[int] = set()  # answers of which something was sent
 
     @classmethod
-    async def start(cls, runner: EngineRunner, tokenizer: Tokenizer, requests: Sequence[Request], form: Form,
+    async def start(cls, runner: EngineRunner, served: Served, requests: Sequence[Request], form: Form,
                     model: str, arrival: float) -> Generation:
         """Number the requests and submit them. Raises the EngineError with which the engine refuses one."""
         numbered = [dataclasses.replace(request, id=runner.new_id()) for request in requests]
-        default = runner.engine.config.speculation
-        outputs = [Output(tokenizer, request, request.speculation or default, arrival) for request in numbered]
+        outputs = [output_for(served, request, arrival) for request in numbered]
         return cls(runner, await runner.submit(numbered), outputs, Envelope(form, model))
 
     def release(self) -> None:
@@ -130,7 +132,7 @@ class Generation:
         output = self._outputs[self._index[stamped.delta.request_id]]
         text = output.push(stamped)
         if output.finish_reason is not None and stamped.delta.finish_reason is None:
-            self._runner.abort(self._ticket, [output.request.id])  # a stop string: the engine does not know yet
+            self._runner.abort(self._ticket, [output.request.id])  # a stop string, unknown to the engine
         return text
 
     def _usage(self) -> Usage:

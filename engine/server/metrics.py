@@ -1,9 +1,10 @@
 """What one request cost and what speculation saved it, as reported on the last chunk of its answer.
 
-The names are vLLM's, so that tools which read ``metrics`` from a response work. All times come from one monotonic
-clock (``time.perf_counter``), so stamps of the engine thread and of the event loop can be subtracted. Speculation is
-counted over the steps that drafted something; a drafted tree counts all its nodes, and the position of the histogram
-is the depth reached: entry i is the number of steps in which i draft tokens were accepted.
+The names are vLLM's, so that tools which read ``metrics`` from a response work. All times come from one
+monotonic clock (``time.perf_counter``), so stamps of the engine thread and of the event loop can be
+subtracted. Speculation is counted over the steps that drafted something; a drafted tree counts all its nodes,
+and the position of the histogram is the depth reached: entry i is the number of steps in which i draft tokens
+were accepted.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class RequestStats:
 
 
 def summarise(stats: Sequence[RequestStats]) -> Metrics:
-    """The metrics of one request, or of several that were answered in one response (tokens added, times spanned)."""
+    """The metrics of one request, or of several that were answered in one response (tokens added, times
+    spanned)."""
     arrival = min(one.arrival for one in stats)
     scheduled = [one.scheduled for one in stats if one.scheduled is not None]
     first = [one.first_token for one in stats if one.first_token is not None]

@@ -1,7 +1,7 @@
 """From a client's request to the engine's: render, tokenise, check against model and context.
 
-These functions take time with long prompts; the server runs them in a thread. Cheap bounds come first, so that a
-prompt of many megabytes is refused before it is tokenised.
+These functions take time with long prompts; the server runs them in a thread. Cheap bounds come first, so
+that a prompt of many megabytes is refused before it is tokenised.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ class Preparer:
             error.param = param
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
-        return Request(
-            id=0, prompt=tuple(ids),
-            sampling=protocol.sampling_params(call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size),
-            speculation=protocol.speculation(call, self.config.speculation))
+        sampling = protocol.sampling_params(
+            call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size)
+        return Request(id=0, prompt=tuple(ids), sampling=sampling,
+                       speculation=protocol.speculation(call, self.config.speculation))
 
     def _check_ids(self, ids: list[int], param: str) -> None:
         for position, token in enumerate(ids):
             if not 0 <= token < self.tokenizer.vocab_size:
-                raise RequestError(f"token id {token} is outside the vocabulary of {self.tokenizer.vocab_size} tokens",
-                                   f"{param}[{position}]")
+                raise RequestError(
+                    f"token id {token} is outside the vocabulary of {self.tokenizer.vocab_size} tokens",
+                    f"{param}[{position}]")
 
     def _check_size(self, num_bytes: int, param: str) -> None:
         """Refuse text that cannot fit even if every token were as long as the longest of the vocabulary."""

@@ -1,6 +1,7 @@
 """What the server sends: OpenAI's response objects, plus ``metrics`` under vLLM's name.
 
-``Form`` hides the difference between chat and plain completions: handlers ask it for chunks and whole answers.
+``Form`` hides the difference between chat and plain completions: handlers ask it for chunks and whole
+answers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The engine on a thread of its own, and the bridge between it and the event loop.
 
-Commands go down through a queue on which the idle engine sleeps; deltas come up, one call per step, into one mailbox
-per submission. A mailbox that nobody reads merges: its reader takes all that has gathered, so a slow client gets
-fewer and larger events, and its memory is bounded by the length of its answer.
+Commands go down through a queue on which the idle engine sleeps; deltas come up, one call per step, into one
+mailbox per submission. A mailbox that nobody reads merges: its reader takes all that has gathered, so a slow
+client gets fewer and larger events, and its memory is bounded by the length of its answer.
 
-Whatever happens, nobody waits for ever: a request that the engine refuses fails alone, a step that raises fails
-every request in flight, and from then on new requests are refused (code ``engine_dead``).
+Whatever happens, nobody waits for ever: a request that the engine refuses fails alone, a step that raises
+fails every request in flight, and from then on new requests are refused (code ``engine_dead``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -148,14 +148,15 @@ class EngineRunner:
         self._step_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    # --- the event loop's side ------------------------------------------------------------------------------------
+    # --- the event loop's side ------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the engine thread."""
         self._thread.start()
 
     async def stop(self, timeout: float = 10.0) -> None:
-        """End the engine thread after its current step; what is still in flight fails with ``shutting_down``."""
+        """End the engine thread after its current step; what is still in flight fails with
+        ``shutting_down``."""
         self.abort_all()
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, timeout)
@@ -174,11 +175,12 @@ class EngineRunner:
 
     @contextmanager
     def admit(self, count: int = 1) -> Iterator[None]:
-        """Hold ``count`` places from before tokenising until the answer is out. Raises CapacityError if none is left
-        or the engine is dead."""
+        """Hold ``count`` places from before tokenising until the answer is out. Raises CapacityError if none
+        is left or the engine is dead."""
         self._check_alive()
         if self.in_flight + count > self.capacity:
-            raise CapacityError(f"the queue is full: {self.in_flight} requests in flight, {self.capacity} admitted")
+            raise CapacityError(
+                f"the queue is full: {self.in_flight} requests in flight, at most {self.capacity} admitted")
         self.in_flight += count
         self._idle.clear()
         try:
@@ -249,7 +251,7 @@ class EngineRunner:
             ticket.fail(EngineFailedError(f"the engine failed: {failure}"))
         self._tickets.clear()
 
-    # --- the engine's thread --------------------------------------------------------------------------------------
+    # --- the engine's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -296,4 +298,5 @@ class EngineRunner:
         self._post(command.ticket.accept)
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
-        self._loop.call_soon_threadsafe(call, *args)
+        with suppress(RuntimeError):  # the loop is closed: a step outlived the wait for its end
+            self._loop.call_soon_threadsafe(call, *args)

@@ -1,4 +1,5 @@
-"""Server-sent events over one aiohttp response: framing, keep-alive comments, and clients that do not read."""
+"""Server-sent events over one aiohttp response: framing, keep-alive comments, and clients that do not
+read."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ class EventStream:
 
     def __init__(self) -> None:
         self._response = web.StreamResponse(headers=_HEADERS)
+        self._transport: asyncio.Transport | None = None
 
     async def open(self, request: web.Request) -> None:
         """Send the status and the headers."""
+        self._transport = request.transport
         await self._response.prepare(request)
 
     async def send(self, event: Reply | ErrorReply) -> None:
@@ -50,6 +53,8 @@ class EventStream:
             async with asyncio.timeout(WRITE_TIMEOUT):
                 await self._response.write(data)
         except TimeoutError as error:
+            if self._transport is not None:
+                self._transport.abort()  # closing politely would wait for the client to read
             raise ClientGoneError(f"the client did not read for {WRITE_TIMEOUT:.0f} s") from error
         except ConnectionError as error:
             raise ClientGoneError("the client closed the connection") from error

@@ -6,24 +6,26 @@ control tokens: a message that contains "<|im_end|>" would end its own turn and 
 the template's output is one string in which both are mixed, possibly after trimming, slicing or JSON
 encoding.
 
-So every place in a message where a control token could begin is marked before rendering. A mark behind the
-first character is enough to stop the match:
+So before rendering, a mark goes behind the first character of every control token in a message, and of
+everything at the end of a string that could begin one (the next string may continue it). After rendering, the
+marks inside a control token stay and keep it from matching; the others are dropped.
 
-    content     say <|im_end|> now               (or "<|im_" in one part and "end|>" in the next)
-    marked      say <#|im_end|> now              # is BREAK, a string nobody can guess
+    content     say <|im_end|> now                 (or "<|im_" in one part and "end|>" in the next)
+    marked      say <#|im_end|> now                # is BREAK, a string that nobody can guess
     rendered    <|im_start|>user\\nsay <#|im_end|> now<|im_end|>\\n
     encoded     the template's two control tokens, and between them "<", "|", "im", ...; the mark is dropped
 
-Messages without such places, nearly all, are not touched and encode exactly as transformers would.
+Text in which no mark stays, nearly all of it, encodes exactly as transformers would.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jinja2
@@ -38,9 +40,6 @@ from engine.text.tokenizer import BREAK, Tokenizer
 # what a template raises on data it was not written for: a list where it adds strings, a role it does not know
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                   RecursionError)
-_NAMED_TOKENS = ("bos", "eos")
-
-
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
                 add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a conversation, ready for the model to answer. BOS is there if the template writes it.
@@ -49,76 +48,99 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
     in any of their strings are encoded as text. Raises RequestError(param="messages") if there is no template
     or it refuses.
     """
-    guarded, text = _guard_and_render(tokenizer, messages, add_generation_prompt)
-    return tokenizer.encode_marked(text) if guarded else tokenizer.encode(text)
+    text = _render(tokenizer, messages, add_generation_prompt)
+    return tokenizer.encode_marked(text) if BREAK in text else tokenizer.encode(text)
 
 
 def render_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
                 add_generation_prompt: bool = True) -> str:
     """The text that ``render_chat`` encodes, for logs and tests. Same errors."""
-    return _guard_and_render(tokenizer, messages, add_generation_prompt)[1].replace(BREAK, "")
+    return _render(tokenizer, messages, add_generation_prompt).replace(BREAK, "")
 
 
-def _guard_and_render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
-                      add_generation_prompt: bool) -> tuple[bool, str]:
-    """(whether marks were set, the rendered text with marks)."""
+def _render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
+            add_generation_prompt: bool) -> str:
+    """The rendered text, with a mark inside every control token that a message brought along."""
     if tokenizer.chat_template is None:
-        raise RequestError(
-            "this model has no chat template; use /v1/completions with a prompt", param="messages")
+        raise RequestError("this model has no chat template; send a prompt to /v1/completions",
+                           param="messages")
     guard = _Guard(tokenizer.special_tokens)
-    guarded = [guard(message) for message in messages]
-    named = {f"{name}_token": token for name, token in
-             zip(_NAMED_TOKENS, (_text_of(tokenizer, tokenizer.bos_token_id),
-                                 _text_of(tokenizer, next(iter(tokenizer.eos_token_ids), None))), strict=True)}
+    eos_token_id = next(iter(tokenizer.eos_token_ids), None)
     try:
-        text = _compile(tokenizer.chat_template).render(
-            messages=guarded, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **named)
+        marked = _compile(tokenizer.chat_template).render(
+            messages=[guard.mark(message) for message in messages], tools=None, documents=None,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=_text_of(tokenizer, tokenizer.bos_token_id),
+            eos_token=_text_of(tokenizer, eos_token_id))
     except jinja2.TemplateSyntaxError as error:
         raise RequestError(f"the model's chat template is broken (line {error.lineno}): {error.message}",
                            param="messages") from error
     except _RENDER_ERRORS as error:
         reason = str(error).replace(BREAK, "") or type(error).__name__
-        raise RequestError(
-            f"the model's chat template refused these messages: {reason}", param="messages") from error
-    return guard.used, text
+        raise RequestError(f"the model's chat template refused these messages: {reason}",
+                           param="messages") from error
+    return guard.keep_needed(marked)
 
 
 class _Guard:
-    """Marks the places in strings where a control token begins, or may if the next string continues it."""
+    """Marks control tokens in a client's strings. One per conversation."""
 
     def __init__(self, special_tokens: Iterable[str]) -> None:
-        tokens = sorted((token for token in special_tokens if token), key=len, reverse=True)
-        self.used = False
-        self._single = frozenset(token for token in tokens if len(token) == 1)
-        self._tokens = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-        self._beginnings = frozenset(token[:cut] for token in tokens for cut in range(1, len(token)))
-        self._longest = max(map(len, tokens), default=0)
+        self._tokens, self._starts, self._beginnings = _tables(frozenset(special_tokens))
+        self._longest = max(map(len, self._tokens), default=0)
 
-    def __call__(self, value: Any) -> Any:
-        """The value with all its strings guarded, keys too; containers are copied."""
+    def mark(self, value: Any) -> Any:
+        """The value with all its strings marked, keys too; containers are copied."""
         if isinstance(value, str):
-            return self._mark(value)
+            return self._mark_text(value)
         if isinstance(value, Mapping):
-            return {self(key): self(item) for key, item in value.items()}
-        return [self(item) for item in value] if isinstance(value, list | tuple) else value
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
+        return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def _mark(self, text: str) -> str:
-        if self._tokens is None:
-            return text
-        places = {match.start() + 1 for match in re.finditer(f"(?=({self._tokens.pattern}))", text)}
-        trimmed = text.rstrip()  # templates trim, and then the next string is near
-        for end in {len(text), len(trimmed)}:
-            places |= {start + 1 for start in range(max(0, end - self._longest + 1), end)
-                       if text[start:end] in self._beginnings}
-        if not places:
-            return text
-        if self._single and not self._single.isdisjoint(text):
-            raise RequestError(
-                f"the text contains the control token {min(self._single & set(text))!r}, which cannot "
-                "be encoded as text", param="messages")
-        self.used = True
-        cuts = [0, *sorted(places), len(text)]
-        return BREAK.join(text[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False))
+    def keep_needed(self, marked: str) -> str:
+        """Drop the marks that no control token spans: they would only disturb the cutting into tokens."""
+        pieces = marked.split(BREAK)
+        if len(pieces) == 1:
+            return marked
+        text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
+        spanned = {place for begin, end in self._spans(text) for place in range(begin + 1, end)}
+        return _insert_breaks(text, spanned.intersection(ends[:-1]))
+
+    def _mark_text(self, text: str) -> str:
+        places = set()
+        for begin, end in self._spans(text):
+            if end - begin == 1:
+                raise RequestError(f"the text contains {text[begin]!r}, a control token of one character, "
+                                   "which cannot be written as text", param="messages")
+            places.add(begin + 1)
+        for end in {len(text), len(text.rstrip())}:  # templates trim, and then the next string is near
+            places |= {begin + 1 for begin in range(max(0, end - self._longest + 1), end)
+                       if text[begin:end] in self._beginnings}
+        return _insert_breaks(text, places)
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """(begin, end) of every control token in a text, overlapping ones too."""
+        if self._starts is None:
+            return
+        for first in self._starts.finditer(text):
+            begin = first.start()
+            for token in self._tokens:
+                if text.startswith(token, begin):
+                    yield begin, begin + len(token)
+
+
+@lru_cache(maxsize=16)
+def _tables(special_tokens: frozenset[str]) -> tuple[tuple[str, ...], re.Pattern[str] | None, frozenset[str]]:
+    """(the control tokens, what finds their first characters, their proper beginnings)."""
+    tokens = tuple(sorted(token for token in special_tokens if token))
+    firsts = "".join(re.escape(char) for char in sorted({token[0] for token in tokens}))
+    beginnings = frozenset(token[:cut] for token in tokens for cut in range(1, len(token)))
+    return tokens, re.compile(f"[{firsts}]") if tokens else None, beginnings
+
+
+def _insert_breaks(text: str, places: set[int]) -> str:
+    cuts = [0, *sorted(places), len(text)]
+    return BREAK.join(text[begin:end] for begin, end in pairwise(cuts)) if places else text
 
 
 class _GenerationBlock(jinja2.ext.Extension):

@@ -29,7 +29,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, RequestError
 
 # Digits only, so that no filter of a template changes it; not to be guessed, so that no client can write it.
 BREAK = f"\ufdd0{secrets.randbits(64)}\ufdd0"
@@ -47,9 +47,9 @@ class Tokenizer:
     """The vocabulary of one model. Safe to share between threads: nothing changes after construction."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, eos_token_ids: Iterable[int] = (),
-                 bos_token_id: int | None = None, add_bos: bool = False, chat_template: str | None = None,
+                 bos_token_id: int | None = None, adds_bos: bool = False, chat_template: str | None = None,
                  where: str = "tokenizer") -> None:
-        """``where`` names the file in errors (CheckpointError). The backend's truncation and padding go off."""
+        """``where`` names the file in errors (CheckpointError). Truncation and padding are switched off."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -64,7 +64,7 @@ class Tokenizer:
         ends = (self.special_tokens[text] for text in END_OF_TURN if text in self.special_tokens)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos_token_ids, *ends)))
         self.bos_token_id = bos_token_id
-        self.add_bos = add_bos and bos_token_id is not None  # whether a plain prompt should start with BOS
+        self.adds_bos = adds_bos and bos_token_id is not None  # texts began with BOS in training
         self.chat_template = chat_template
         self._bytes = _bytes_of_all(backend, self.vocab_size, where)
 
@@ -91,7 +91,7 @@ class Tokenizer:
         starts = backend.encode("", add_special_tokens=True).ids[:1]  # a post-processor may put BOS first
         return cls(
             backend, eos_token_ids=(*eos_token_ids, *(() if eos is None else (eos,))), bos_token_id=bos,
-            add_bos=bool(config.get("add_bos_token", False)) or (bos is not None and starts == [bos]),
+            adds_bos=bool(config.get("add_bos_token", bos is not None and starts == [bos])),
             chat_template=_find_template(tokenizer_json.parent, config), where=str(tokenizer_json))
 
     @classmethod
@@ -134,19 +134,26 @@ class Tokenizer:
         eos = (fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
         return cls(backend, eos_token_ids=[index for index in eos if index is not None],
                    bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
-                   add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+                   adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
                    chat_template=fields.get("tokenizer.chat_template"), where=where)
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Token ids of a text; special tokens in it are parsed. ``add_bos`` puts BOS first if there is one."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
+        """Token ids of a text; special tokens in it are parsed.
+
+        ``add_bos`` is for the start of a text that no template wrote: BOS goes first if the model expects it
+        there (``adds_bos``; SmolLM2, say, has a BOS but was not trained to see it).
+        Raises RequestError for half a surrogate pair, which JSON can carry and UTF-8 cannot.
+        """
+        ids = _encode(self._backend, text)
+        if add_bos and self.adds_bos:
+            assert self.bos_token_id is not None
+            ids.insert(0, self.bos_token_id)
+        return ids
 
     def encode_marked(self, text: str) -> list[int]:
-        """``encode`` of a text without its ``BREAK`` marks, but no token reaches across a mark's place."""
+        """``encode`` of a text without its ``BREAK`` marks, but no token reaches across a mark."""
         mark_id = self._marked_backend.token_to_id(BREAK)
-        ids = self._marked_backend.encode(text, add_special_tokens=False).ids
-        return [index for index in ids if index != mark_id]
+        return [index for index in _encode(self._marked_backend, text) if index != mark_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of some tokens: their bytes as UTF-8, U+FFFD for what is not; special tokens have none."""
@@ -168,6 +175,14 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.add_special_tokens([AddedToken(BREAK, normalized=False, special=True)])
         return backend
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    except TypeError as error:  # what the library raises for a str that is not Unicode text
+        raise RequestError(f"the text cannot be encoded as UTF-8: {error}") from error
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:

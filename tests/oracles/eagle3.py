@@ -99,7 +99,8 @@ def head_config(raw: Mapping[str, Any]) -> LlamaConfig:
     heads = raw["num_attention_heads"]
     return LlamaConfig(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"], num_layers=1, num_heads=heads, num_kv_heads=raw["num_key_value_heads"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=1, num_heads=heads, num_kv_heads=raw["num_key_value_heads"],
         head_dim=raw.get("head_dim", raw["hidden_size"] // heads),
         max_position_embeddings=raw["max_position_embeddings"], rms_norm_eps=raw["rms_norm_eps"],
         rope_theta=raw.get("rope_theta", 10000.0))

@@ -19,7 +19,7 @@ from engine.config import LlamaConfig
 
 @dataclass(frozen=True)
 class Forward:
-    """All that a forward saw. ``inputs[i]`` enters layer i; ``inputs[num_layers]`` leaves the last, un-normed."""
+    """All that a forward saw. ``inputs[i]`` enters layer i; the last one leaves the last layer, un-normed."""
 
     logits: Tensor        # [T, V] row t predicts token t + 1
     inputs: list[Tensor]  # num_layers + 1 times [T, hidden]

@@ -1,0 +1,108 @@
+"""``haast VERB ...``: finds the verb's module and hands over.
+
+Only the module of the verb that was asked for is imported, so that help and mistakes answer at once and not
+after torch has been loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "serve": "HTTP server with OpenAI's API",
+    "chat": "talk to a model, in process or through a server",
+    "generate": "answer a file of prompts, JSONL out",
+    "bench": "measure speed",
+    "train": "train a draft head for a model",
+    "demo": "one answer over HTTP, with and without speculation",
+}
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses abbreviations and, for a flag it does not know, suggests the nearest it does."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # type: ignore[arg-type]
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # typeshed overloads it
+        """As in argparse, but unknown flags end here, where the flags of this verb are known."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("-"):
+                self.error(f"unknown flag {word}{self._nearest(word)}")
+        return parsed, unknown
+
+    def _nearest(self, word: str) -> str:
+        flag = word.partition("=")[0]
+        known = [option for action in self._actions if action.help != argparse.SUPPRESS
+                 for option in action.option_strings]
+        close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+        return f"; did you mean {close[0]}?" if close else f"; see {self.prog} --help"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (``sys.argv`` by default) and return the exit code: 0, 1 failed, 2 wrong usage, 130
+    ^C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return 0 if words else 2
+    if words[0] in ("--version", "version"):
+        from engine.server.version import version
+        sys.stdout.write(f"haast {version()}\n")
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(VERBS)}"
+        return _fail(f"unknown verb {verb!r}; {hint}", 2)
+    return _run(verb, words[1:])
+
+
+def _run(verb: str, words: list[str]) -> int:
+    module = importlib.import_module(f"engine.cli.{verb}")
+    from engine.errors import EngineError
+    parser = Parser(prog=f"haast {verb}", description=VERBS[verb] + ".",
+                    formatter_class=_Formatter)
+    module.add_arguments(parser)
+    args = parser.parse_args(words)
+    try:
+        code: int = module.run(args)
+    except EngineError as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:  # our reader left, as `head` does; keep the interpreter from writing again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return 130
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, VERBS)) + 2
+    lines = "".join(f"  {verb:<{width}}{what}\n" for verb, what in VERBS.items())
+    return ("usage: haast VERB [MODEL] [flags]\n\n"
+            "A latency-first engine for large language models with Eagle speculative decoding.\n\n"
+            f"{lines}\n`haast VERB --help` lists the flags of a verb; `haast --version`.\n")
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"haast: error: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""From start to stop: bind, load, serve, drain.
+
+The port is bound before the model is loaded, so that a second server fails at once; until then every request
+gets 503 ``starting``. The first SIGTERM or SIGINT drains: new requests get 503 ``draining``, running ones
+have the shutdown timeout to finish, what is left ends with an error. A second signal ends everything at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+
+from engine.build import Served
+from engine.errors import ConfigError
+from engine.server.app import ServerOptions, ServerState, create_app
+from engine.server.runner import EngineRunner
+
+log = logging.getLogger(__name__)
+
+REPORT_INTERVAL = 10.0  # seconds between lines about throughput, while there is any
+_CLOSE_TIMEOUT = 5.0    # seconds that handlers get to send their error event after an abort
+
+
+async def serve(options: ServerOptions, load: Callable[[], Served]) -> int:
+    """Run the server until a signal ends it; returns the exit code.
+
+    load is called once, on a thread of its own, and returns the model. Raises ConfigError if the port cannot
+    be bound, and whatever load raises.
+    """
+    started = time.perf_counter()
+    state = ServerState(options)
+    signals = _Signals()
+    runner = app_runner(state)
+    await runner.setup()
+    try:
+        listening = _bind(options)
+        await web.SockSite(runner, listening).start()
+        url = _url(options.host, listening.getsockname()[1])
+        log.info("Listening on %s, loading the model", url)
+        served = await signals.unless_stopped(_on_thread(load))
+        if served is None:
+            return 0
+        serving = state.begin(served)
+        log.info("Ready on %s after %.1f s", url, time.perf_counter() - started)
+        reporter = asyncio.create_task(report(serving.runner))
+        try:
+            await signals.stop.wait()
+            await drain(state, serving.runner, signals.again)
+        finally:
+            reporter.cancel()
+            await serving.runner.stop()
+            serving.threads.shutdown(wait=False, cancel_futures=True)
+        return 1 if serving.runner.failure is not None else 0
+    finally:
+        await runner.cleanup()
+
+
+def app_runner(state: ServerState) -> web.AppRunner:
+    """The application with the settings it needs: handlers are cancelled when their client leaves, and bodies
+    are not decompressed."""
+    return web.AppRunner(create_app(state), handler_cancellation=True, access_log=None, auto_decompress=False,
+                         shutdown_timeout=_CLOSE_TIMEOUT)
+
+
+async def drain(state: ServerState, runner: EngineRunner, hurry: asyncio.Event) -> None:
+    """Take nothing new and let what runs finish; after the shutdown timeout, or when ``hurry`` is set, abort
+    it."""
+    state.is_draining = True
+    timeout = state.options.shutdown_timeout
+    if runner.in_flight:
+        log.info("Shutting down: %d requests have up to %.0f s to finish", runner.in_flight, timeout)
+    waits = [asyncio.ensure_future(runner.idle()), asyncio.ensure_future(hurry.wait())]
+    await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    if runner.in_flight:
+        log.warning("Shutting down: %d requests are aborted", runner.in_flight)
+        runner.abort_all()
+
+
+async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> None:
+    """Log throughput, load and acceptance every ``interval`` seconds; silent while nothing happens."""
+    before = _snapshot(runner)
+    while True:
+        await asyncio.sleep(interval)
+        now = _snapshot(runner)
+        prompt, generated, steps, accepted = (new - old for new, old in zip(now, before, strict=True))
+        before = now
+        if not (prompt or generated):
+            continue
+        engine = runner.engine
+        acceptance = f", acceptance length {1 + accepted / steps:.2f}" if steps else ""
+        log.info("prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s",
+                 prompt / interval, generated / interval, engine.num_running, engine.num_waiting,
+                 100 * engine.kv_usage(), acceptance)
+
+
+def _snapshot(runner: EngineRunner) -> tuple[int, int, int, int]:
+    totals = runner.totals
+    return (totals.num_prompt_tokens, totals.num_generated_tokens, totals.num_spec_steps, totals.num_accepted)
+
+
+class _Signals:
+    """SIGTERM and SIGINT as events: the first sets ``stop``, the second ``again``."""
+
+    def __init__(self) -> None:
+        self.stop, self.again = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._arrived)
+
+    def _arrived(self) -> None:
+        (self.again if self.stop.is_set() else self.stop).set()
+
+    async def unless_stopped(self, work: asyncio.Future[Served]) -> Served | None:
+        """The result of ``work``, or None if a signal came first."""
+        stop = asyncio.ensure_future(self.stop.wait())
+        await asyncio.wait((work, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        return await work if work.done() else None
+
+
+def _on_thread(load: Callable[[], Served]) -> asyncio.Future[Served]:
+    """Run load on a daemon thread, so that a signal can end the process while it works."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Served] = loop.create_future()
+
+    def settle(result: Served | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+    def work() -> None:
+        try:
+            outcome: tuple[Served | None, BaseException | None] = load(), None
+        except BaseException as error:  # noqa: BLE001 - raised again where the future is awaited
+            outcome = None, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: a signal ended the server meanwhile
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    return future
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    """A listening socket. Raises ConfigError that names address and reason."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"cannot use --host {options.host}: {error}") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"cannot listen on {options.host}:{options.port}: {error.strerror or error}; is another server "
+            "running? --port 0 picks a free port") from error
+    return listening
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,223 @@
+"""Speculation changes nothing but the number of steps: the same tokens, the same rows in every pool.
+
+float32, so that equality is exact. Both oracles are seen to fail in test_mutants.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from engine.core import SamplingParams, Speculation
+from tests.engine.rig import (
+    CHAIN,
+    PLAIN,
+    TREE,
+    Model,
+    Prophet,
+    Recording,
+    assert_idle,
+    echo_model,
+    make_engine,
+    plain_tokens,
+    prompts_of,
+    random_model,
+    record,
+)
+from tests.engine.state import TOLERANCE, state_error
+from tests.oracles.llama import forward, greedy
+
+PROMPTS = prompts_of([1, 9, 2, 21])
+SPECULATIONS = {"chain": CHAIN, "tree": TREE, "pair": Speculation(2, 1, 1), "wide": Speculation(20, 3, 6),
+                "deep": Speculation(6, 9, 2)}
+FILTERS = [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02, "top_k": 40, "top_p": 0.95}]
+
+
+def params_of(temperature: float, *, filters: bool = False) -> list[SamplingParams]:
+    """Four requests of different length and seed."""
+    return [SamplingParams(temperature=temperature, seed=10 + i, max_tokens=(14, 11, 20, 1)[i],
+                           **(FILTERS[i] if filters else {})) for i in range(4)]  # type: ignore[arg-type]
+
+
+PLAIN_TOKENS: dict[tuple[int, tuple[SamplingParams, ...]], tuple[Model, list[tuple[int, ...]]]] = {}
+
+
+def cached_plain_tokens(model: Model, params: list[SamplingParams]) -> list[tuple[int, ...]]:
+    """Many drafts are compared with the same plain run. The model is kept, so that its id stays its own."""
+    key = (id(model), tuple(params))
+    if key not in PLAIN_TOKENS:
+        PLAIN_TOKENS[key] = (model, plain_tokens(model, PROMPTS, params))
+    return PLAIN_TOKENS[key][1]
+
+
+def check(model: Model, draft: str, params: list[SamplingParams], speculation: Speculation,
+          per_request: list[Speculation | None] | None = None, page_size: int = 4) -> Recording:
+    """Both oracles for one batch with a named draft."""
+    expected = cached_plain_tokens(model, params)
+    engine = make_engine(model, draft, speculation=speculation, page_size=page_size, num_pages=480 // page_size)
+    recording = record(engine, PROMPTS, params, per_request)
+    assert [c.token_ids for c in recording.completions] == expected
+    assert state_error(model, recording, draft) < TOLERANCE
+    assert_idle(engine)
+    return recording
+
+
+@pytest.fixture(scope="module")
+def echo() -> Model:
+    return echo_model(3)
+
+
+@pytest.fixture(scope="module")
+def rand() -> Model:
+    return random_model(4)
+
+
+def test_plain_greedy_decoding_equals_the_oracle(rand: Model) -> None:
+    """The baseline of all other equalities."""
+    params = [SamplingParams(temperature=0, max_tokens=8)] * len(PROMPTS)
+    got = make_engine(rand).generate(PROMPTS, params)
+    assert [list(c.token_ids) for c in got] == [greedy(rand.config, rand.weights, p, 8) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("draft", ["none", "ngram", "eagle3", "eagle"])
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_tokens_and_state(echo: Model, draft: str, shape: str, temperature: float) -> None:
+    recording = check(echo, draft, params_of(temperature), SPECULATIONS[shape])
+    if draft.startswith("eagle"):  # the test is idle unless drafts are accepted
+        assert sum(c.num_accepted for c in recording.completions) >= 8
+
+
+@pytest.mark.parametrize("shape", ["pair", "wide", "deep"])
+@pytest.mark.parametrize("draft", ["eagle3", "eagle"])
+def test_other_shapes_and_every_filter(echo: Model, draft: str, shape: str) -> None:
+    check(echo, draft, params_of(0.9, filters=True), SPECULATIONS[shape], page_size=3)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "eagle3", "eagle"])
+def test_requests_speculate_differently_in_one_batch(echo: Model, draft: str) -> None:
+    per_request = [PLAIN, Speculation(4, 3, 1), None, TREE]
+    recording = check(echo, draft, params_of(0.7, filters=True), SPECULATIONS["wide"], per_request, page_size=2)
+    assert recording.completions[0].num_draft_tokens == 0
+
+
+@pytest.mark.parametrize("draft", ["eagle3", "eagle"])
+def test_greedy_and_sampled_in_one_batch(echo: Model, draft: str) -> None:
+    params = [SamplingParams(temperature=t, seed=i, max_tokens=16) for i, t in enumerate((0.0, 1.0, 0.0, 0.5))]
+    check(echo, draft, params, TREE)
+
+
+@pytest.mark.parametrize(("norm", "bias", "input_norm", "layers"),
+                         [(a, b, c, 1 + (a == c)) for a, b, c in itertools.product([False, True], repeat=3)])
+def test_every_kind_of_eagle_1_head(norm: bool, bias: bool, input_norm: bool, layers: int) -> None:
+    model = random_model(5, norm=norm, bias=bias, input_norm=input_norm, eagle_layers=layers)
+    check(model, "eagle", params_of(0.7), TREE)
+
+
+@pytest.mark.parametrize("draft", ["eagle3", "eagle"])
+def test_random_heads(rand: Model, draft: str) -> None:
+    check(rand, draft, params_of(0.0), TREE)
+    check(rand, draft, params_of(1.0), CHAIN)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prophet_in_random_trees(rand: Model, seed: int, temperature: float) -> None:
+    """Long accepted paths through ragged trees whose nodes lie anywhere: compaction moves rows in almost every step."""
+    params = params_of(temperature, filters=True)
+    expected = cached_plain_tokens(rand, params)
+    prophet = Prophet(dict(enumerate(expected)), rand.config.vocab_size, seed)
+    engine = make_engine(rand, prophet, speculation=Speculation(12, 7, 3), page_size=1 + seed, num_pages=400)
+    recording = record(engine, PROMPTS, params)
+    assert [c.token_ids for c in recording.completions] == expected
+    assert state_error(rand, recording, "none") < TOLERANCE
+    assert recording.completions[2].acceptance_length > 2
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "eagle3", "eagle"])
+def test_one_request_alone_reads_its_pages_in_place(echo: Model, draft: str) -> None:
+    params = params_of(0.7)
+    for prompt, param, expected in zip(PROMPTS, params, cached_plain_tokens(echo, params), strict=True):
+        engine = make_engine(echo, draft)
+        recording = record(engine, [prompt], [param])
+        assert recording.completions[0].token_ids == expected
+        assert state_error(echo, recording, draft) < TOLERANCE
+
+
+def test_shared_noise_changes_acceptance_but_never_tokens(echo: Model) -> None:
+    params = params_of(1.0)
+    expected = cached_plain_tokens(echo, params)
+    accepted = []
+    for shared in (True, False):
+        got = make_engine(echo, "eagle", shared_noise=shared).generate(PROMPTS, params)
+        assert [c.token_ids for c in got] == expected
+        accepted.append(sum(c.num_accepted for c in got))
+    assert accepted[0] > accepted[1]
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "eagle3", "eagle"])
+def test_one_prefill_agrees_with_every_greedy_token(echo: Model, draft: str) -> None:
+    """Generate, then score prompt and answer at once (with the oracle, which has no cache to go stale)."""
+    params = [SamplingParams(temperature=0, max_tokens=15)] * len(PROMPTS)
+    for completion in make_engine(echo, draft).generate(PROMPTS, params):
+        whole = [*completion.prompt, *completion.token_ids]
+        best = forward(echo.config, echo.weights, whole).logits.argmax(-1)
+        assert best[len(completion.prompt) - 1 : -1].tolist() == list(completion.token_ids)
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "eagle3", "eagle"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_tokens_end_at_the_same_place(echo: Model, draft: str, temperature: float) -> None:
+    """A stop token inside an accepted path cuts what follows it; ignore_eos does not."""
+    params = [SamplingParams(temperature=temperature, seed=i, max_tokens=20) for i in range(4)]
+    free = cached_plain_tokens(echo, params)
+    eos = free[0][11]
+    stop = free[1][7]
+    stopping = [params[0], SamplingParams(temperature=temperature, seed=1, max_tokens=20, stop_token_ids=(stop,)),
+                params[2], SamplingParams(temperature=temperature, seed=3, max_tokens=20, ignore_eos=True)]
+
+    def cut(tokens: tuple[int, ...], ends: set[int]) -> tuple[int, ...]:
+        ending = [i for i, token in enumerate(tokens) if token in ends]
+        return tokens[: ending[0] + 1] if ending else tokens
+
+    engine = make_engine(echo, draft, eos=(eos,))
+    got = engine.generate(PROMPTS, stopping)
+    expected = [cut(free[0], {eos}), cut(free[1], {eos, stop}), cut(free[2], {eos}), free[3]]
+    assert [c.token_ids for c in got] == expected
+    assert [c.finish_reason for c in got] == ["stop" if len(e) < 20 or e[-1] == eos else "length"
+                                              for e in expected[:3]] + ["length"]
+    assert_idle(engine)
+
+
+def test_the_context_ends_a_request(echo: Model) -> None:
+    """max_model_len counts prompt and answer; a tree is never deeper than the room that is left."""
+    params = SamplingParams(temperature=0, max_tokens=100)
+    for draft in ("none", "eagle3", "eagle"):
+        engine = make_engine(echo, draft, max_model_len=32, speculation=Speculation(8, 7, 2))
+        completions = engine.generate(PROMPTS[1:], params)
+        assert [len(c.prompt) + len(c.token_ids) for c in completions] == [32] * 3
+        assert {c.finish_reason for c in completions} == {"length"}
+
+
+def test_the_seed_decides_and_the_batch_does_not(echo: Model) -> None:
+    one = [SamplingParams(temperature=1.0, seed=7, max_tokens=20)] * 4
+    other = [SamplingParams(temperature=1.0, seed=8, max_tokens=20)] * 4
+    same = [PROMPTS[1]] * 4
+    engine = make_engine(echo, "eagle")
+    first = {c.token_ids for c in engine.generate(same, one)}
+    second = {c.token_ids for c in engine.generate(same, other)}
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def test_steps_are_reproducible_on_a_used_engine(echo: Model) -> None:
+    """A second batch lands on dirty pages, with a calibration that has learned."""
+    engine = make_engine(echo, "eagle3", num_pages=60)
+    params = params_of(0.7)
+    first = [c.token_ids for c in engine.generate(PROMPTS, params)]
+    engine.generate(prompts_of([30, 3, 11], seed=9), SamplingParams(temperature=0, max_tokens=30))
+    engine.target.pool.rows.masked_fill_(torch.rand(engine.target.pool.rows.shape) < 0.5, 3.0)
+    assert [c.token_ids for c in engine.generate(PROMPTS, params)] == first

@@ -1,0 +1,275 @@
+"""The command line: dispatch and suggestions, shared flags, chat and generate, and the demo's comparison."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from engine.cli import chat, client, demo, generate, main, options, serve
+from engine.cli.local import LocalEngine
+from engine.core import Request, SamplingParams, Speculation
+from engine.errors import ConfigError
+from tests.server.fakes import FakeEngine, script, serve_fake, server
+
+
+def parse(verb: Any, *words: str) -> argparse.Namespace:
+    parser = main.Parser()
+    verb.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, engine.cli.main as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in main.VERBS:
+        assert f"  {verb} " in done.stdout
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([]) == 2
+    assert main.main(["srve"]) == 2
+    assert "did you mean serve?" in capsys.readouterr().err
+    for words, hint in ((["--spec-node", "3"], "--spec-nodes"), (["--max-sequences=3"], "--max-num-seqs")):
+        with pytest.raises(SystemExit) as caught:
+            main.main(["serve", *words])
+        assert caught.value.code == 2
+        assert f"did you mean {hint}?" in capsys.readouterr().err
+    assert main.main(["serve", "--spec-nodes", "99"]) == 1
+    assert "--spec-nodes is 99, expected 1 to 64" in capsys.readouterr().err
+
+
+def test_engine_flags() -> None:
+    config = options.engine_config(parse(serve))
+    assert (config.dtype, config.speculation, config.max_model_len) == (torch.bfloat16, Speculation(), 2048)
+    args = parse(serve, "a.gguf", "--dtype", "float32", "--device", "cpu", "--spec-nodes", "4",
+                 "--spec-depth", "3", "--spec-top-k", "2", "--kv-cache-memory", "1.5GiB", "--page-size", "8", "--spec-log", "log")
+    config = options.engine_config(args)
+    assert (config.dtype, config.device) == (torch.float32, "cpu")
+    assert (config.page_size, config.spec_log) == (8, "log")
+    assert config.kv_cache_memory == 3 << 29
+    assert config.speculation == Speculation(4, 3, 2)
+    assert options.model_name(args) == "a.gguf"
+    assert options.model_name(parse(serve, "--model-path", "b")) == "b"
+    assert options.model_name(parse(serve)) is None
+    with pytest.raises(ConfigError, match="--device is 'tpu'"):
+        options.engine_config(parse(serve, "--device", "tpu"))
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("1024", 1024), ("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1k", 1000)])
+def test_num_bytes(text: str, size: int) -> None:
+    assert options.num_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "5TB", "GiB", "1e9"])
+def test_num_bytes_refuses(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+        options.num_bytes(text)
+
+
+def test_server_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAAST_API_KEY", "from-env")
+    assert serve.server_options(parse(serve)).api_keys == ("from-env",)
+    args = parse(serve, "--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y", "--port", "0")
+    found = serve.server_options(args)
+    assert (found.api_keys, found.served_names, found.port) == (("a", "b"), ("x", "y"), 0)
+    for words in (("--port", "70000"), ("--shutdown-timeout", "-1"), ("--shutdown-timeout", "nan"),
+                  ("--api-key", "")):
+        with pytest.raises(ConfigError, match=words[0]):
+            serve.server_options(parse(serve, *words))
+
+
+def test_loading_bar_without_a_terminal() -> None:
+    lines: list[str] = []
+    with options.LoadingBar(lines.append) as bar:
+        for done in range(0, 101, 5):
+            bar.update(done * 10**6, 10**8)
+    assert len(lines) == 11
+    assert lines[-1].startswith("Loading weights: 100% of 100 MB")
+
+
+def test_generate_keeps_the_order_and_reports_refusals() -> None:
+    engine = FakeEngine(script(b"He", b"llo"))
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "a"}, {"prompt": "x" * 70}, {"messages": [{"role": "user", "content": "b"}]},
+        {"prompt": "c", "n": 2}, {"prompt": ["d", "e"]}, *({"prompt": str(i)} for i in range(20))]
+    found = list(generate.answers(serve_fake(engine), bodies))
+    assert [answer.index for answer in found] == list(range(25))
+    assert {index for index, answer in enumerate(found) if answer.error} == {1, 3, 4}
+    assert [found[1].error.code, found[3].error.param] == [  # type: ignore[union-attr]
+        "context_length_exceeded", "n"]
+    assert all(answer.text == "Hello" for answer in found if not answer.error)
+    assert [bytes(request.prompt) for request in engine.added[:2]] == [b"a", b"u:b;"]
+
+
+def test_generate_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "open_engine", lambda args: serve_fake(FakeEngine(script(b"He", b"llo"))))
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a", "stop": "l"}\n\n{"messages": [{"role": "user", "content": "b"}]}\n')
+    assert main.main(["generate", "-i", str(source), "-o", str(target), "--seed", "1"]) == 0
+    first, second = map(msgspec.json.decode, target.read_text().splitlines())
+    assert (first["text"], first["finish_reason"], second["text"]) == ("He", "stop", "Hello")
+    assert second["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+    assert "error" not in second
+    source.write_text("plain\nlines\n")
+    assert main.main(["generate", "-i", str(source), "-o", str(target), "--chat"]) == 0
+    assert len(target.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "holds no prompts"), ('{"prompt": "a"}\nplain', "line 2 .* not a JSON object"),
+    ('{"text": "a"}', "line 1 .* needs either 'prompt' or 'messages', found 'text'"),
+])
+def test_generate_bad_input(tmp_path: Path, text: str, message: str) -> None:
+    source = tmp_path / "in"
+    source.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        generate.run(parse(generate, "-i", str(source)))
+    with pytest.raises(ConfigError, match="cannot read --input"):
+        generate.run(parse(generate, "-i", str(tmp_path / "none")))
+
+
+def test_chat_question_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine(script(b"He", b"llo"))
+    monkeypatch.setattr(chat, "open_engine", lambda args: serve_fake(engine))
+    assert main.main(["chat", "-q", "Hi", "--system", "S", "--stats", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello\n"
+    assert "acceptance length 3.00" in err
+    assert bytes(engine.added[0].prompt) == b"s:S;u:Hi;"
+
+
+def test_chat_remembers_resets_and_survives_refusals(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine(script(b"He", b"llo"))
+    monkeypatch.setattr(chat, "open_engine", lambda args: serve_fake(engine))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n" + "x" * 70 + "\n/reset\nthree\n/quit\nfour\n"))
+    assert main.main(["chat"]) == 0
+    assert [bytes(request.prompt) for request in engine.added] == [
+        b"u:one;", b"u:one;a:Hello;u:two;", b"u:three;"]
+    out, err = capsys.readouterr()
+    assert out == "Hello\n" * 3
+    assert "error: the prompt has" in err
+
+
+def test_abandoned_local_answer_is_aborted() -> None:
+    engine = FakeEngine(script(*[b"tick"] * 50))
+    local = LocalEngine(serve_fake(engine))
+    stream = local.stream(Request(0, (1,), SamplingParams()))
+    assert next(stream).text == "tick"
+    stream.close()  # type: ignore[attr-defined]
+    assert engine.aborted == [1]
+    assert not engine.has_work
+    assert local.num_active == 0
+
+
+def test_chat_through_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with background_server() as url:
+        assert main.main(["chat", "--url", url, "-q", "Hi"]) == 0
+        assert capsys.readouterr().out == "Hello\n"
+        assert main.main(["chat", "--url", url + "/v1/", "-q", "x" * 70]) == 1
+        assert "the server answered 400: the prompt has" in capsys.readouterr().err
+    assert main.main(["chat", "--url", url, "-q", "Hi"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_client_reports_errors_inside_a_stream() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(script(*[b"tick"] * 50), fail_at=3, step_time=0.02)
+        async with server(engine) as api, client.session(api.url) as http:
+            with pytest.raises(client.ServerError, match="the server failed: the engine failed"):
+                await client.stream_chat(
+                    http, {"messages": [{"role": "user", "content": "x"}]}, lambda piece: None)
+
+    asyncio.run(scenario())
+
+
+def answer(text: str, tpot: float) -> client.StreamedAnswer:
+    return client.StreamedAnswer(text, "stop", 0.1, 0.1 + tpot * 10, {"completion_tokens": 11})
+
+
+@pytest.mark.parametrize(("plain_text", "code"), [("same", 0), ("sane", 1)])
+def test_demo_compares(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plain_text: str,
+                       code: int) -> None:
+    async def measured(http: object, body: object, speculation: str) -> client.StreamedAnswer:
+        return answer("same", 0.01) if speculation == "auto" else answer(plain_text, 0.02)
+
+    with background_server() as url:
+        monkeypatch.setattr(demo, "_server", lambda args: _Given(url))
+        monkeypatch.setattr(demo, "_measure", measured)
+        assert main.main(["demo", "--device", "cpu"]) == code
+    out, err = capsys.readouterr()
+    assert "speed-up (TPOT): 2.00x" in out
+    assert f"texts equal: {'no' if code else 'yes'}" in out
+    assert ("differ from character 2" in err) == bool(code)
+
+
+def test_demo_says_why_the_server_died(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["demo", "/no/such/model", "--device", "cpu"]) == 1
+    err = capfd.readouterr().err
+    assert "/no/such/model" in err
+    assert "the server ended with exit code 1 before it was ready" in err
+
+
+def test_demo_passes_its_flags_on() -> None:
+    args = parse(demo, "m.gguf", "--spec-model", "ngram", "--kv-cache-memory", "1GiB", "--spec-nodes", "3")
+    passed = parse(serve, *demo._serve_flags(args))
+    assert options.engine_config(passed) == options.engine_config(args)
+    assert options.model_name(passed) == "m.gguf"
+    assert (passed.spec_model, passed.port) == ("ngram", 0)
+
+
+def test_unknown_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "open_engine", lambda args: serve_fake(FakeEngine()))
+    source = tmp_path / "in"
+    source.write_text("a")
+    with pytest.raises(ConfigError, match="cannot write --output"):
+        generate.run(parse(generate, "-i", str(source), "-o", str(tmp_path / "no" / "out")))
+
+
+class _Given:
+    """An asynchronous context that yields what it was given."""
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    async def __aenter__(self) -> str:
+        return self._value
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        return None
+
+
+@contextmanager
+def background_server() -> Iterator[str]:
+    """The fake server on a thread with a loop of its own."""
+    ready, stop = threading.Event(), threading.Event()
+    urls: list[str] = []
+
+    async def scenario() -> None:
+        async with server(FakeEngine(script(b"He", b"llo"))) as api:
+            urls.append(api.url)
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(scenario()))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield urls[0]
+    finally:
+        stop.set()
+        thread.join(10)

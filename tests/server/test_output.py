@@ -1,0 +1,103 @@
+"""Deltas to text and figures: stop strings, held back text, counts and times."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from engine.core import SPECULATION_OFF, Delta, Request, SamplingParams, Speculation
+from engine.server.metrics import RequestStats, StampedDelta, summarise
+from engine.server.output import Output
+from tests.server.fakes import EOS, ByteTokenizer, script
+
+TREE = Speculation(nodes=4, depth=3, top_k=2)
+
+
+def output(stop: tuple[str, ...] = (), speculation: Speculation = TREE) -> Output:
+    request = Request(1, (1, 2), SamplingParams(stop=stop))
+    return Output(cast(Any, ByteTokenizer()), request, speculation, arrival=10.0)
+
+
+def stamped(deltas: list[Delta]) -> list[StampedDelta]:
+    """Step i runs from second 11 + i to 12 + i."""
+    return [StampedDelta(delta, 11.0 + number, 12.0 + number) for number, delta in enumerate(deltas)]
+
+
+def chunks(text: bytes, size: int) -> list[bytes]:
+    return [text[at:at + size] for at in range(0, len(text), size)]
+
+
+def test_end_of_text_token_has_no_text_but_counts() -> None:
+    out = output()
+    assert [out.push(one) for one in stamped(script(b"He", b"llo"))] == ["He", "llo"]
+    assert (out.text, out.finish_reason, out.num_tokens) == ("Hello", "stop", 6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
+def test_stop_string_does_not_depend_on_the_size_of_steps(size: int) -> None:
+    out = output(stop=("END", "\n\n"))
+    for one in stamped(script(*chunks("Caf\u00e9 ENTER END and more".encode(), size), finish="length")):
+        out.push(one)
+    assert (out.text, out.finish_reason, out.num_tokens) == ("Caf\u00e9 ENTER ", "stop", 15)
+
+
+def test_held_back_text_is_flushed_at_the_end() -> None:
+    out = output(stop=("END",))
+    assert [out.push(one) for one in stamped(script(b"a E", b"N", finish="length"))] == ["a ", "EN"]
+
+
+def test_incomplete_characters_wait() -> None:
+    out = output()
+    pieces = [out.push(one) for one in stamped(script(*chunks("\u00e9\u20ac".encode(), 1), finish="length"))]
+    assert pieces == ["", "\u00e9", "", "", "\u20ac"]
+
+
+def test_nothing_follows_the_end() -> None:
+    out = output(stop=("b",))
+    steps = stamped(script(b"abc", b"def"))
+    assert [out.push(one) for one in steps] == ["a", ""]
+    assert out.num_tokens == 2
+
+
+def test_figures_of_one_answer() -> None:
+    out = output()
+    prefill = Delta(1, (), None, is_decode=False)
+    for one in stamped([prefill, *script(b"a", b"bcd", b"e", b"fg", finish="length")]):
+        out.push(one)
+    metrics = summarise([out.stats])
+    assert metrics.queue_time_ms == 1000.0       # arrived at 10, first worked on at 11
+    assert metrics.time_to_first_token_ms == 3000.0
+    assert metrics.generation_time_ms == 3000.0  # tokens came at 13, 14, 15 and 16
+    assert metrics.mean_itl_ms == 500.0          # six tokens after the first
+    assert metrics.tokens_per_second == 2.0
+    spec = metrics.speculative_decoding
+    assert spec is not None
+    assert spec.acceptance_histogram == [1, 1, 1, 0]  # depth 3; 0, 1 and 2 accepted once each
+    assert (spec.num_spec_steps, spec.num_draft_tokens, spec.num_accepted_draft_tokens) == (3, 9, 3)
+    assert (spec.mean_acceptance_length, spec.num_spec_tokens) == (2.0, 3)
+    assert spec.draft_acceptance_rate == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_figures_without_speculation_or_tokens() -> None:
+    off = output(speculation=SPECULATION_OFF)
+    off.push(StampedDelta(Delta(1, (EOS,), "stop", is_decode=False), 11.0, 12.0))
+    metrics = summarise([off.stats])
+    assert metrics.speculative_decoding is None
+    assert (metrics.mean_itl_ms, metrics.tokens_per_second, metrics.generation_time_ms) == (None, None, 0.0)
+    nothing = summarise([RequestStats(arrival=1.0, depth=2)])
+    assert nothing.time_to_first_token_ms is None
+    assert nothing.speculative_decoding is not None
+    assert nothing.speculative_decoding.mean_acceptance_length is None
+
+
+def test_figures_of_several_answers_add_up() -> None:
+    outs = [output(), output()]
+    for out in outs:
+        for one in stamped(script(b"a", b"bcd", finish="length")):
+            out.push(one)
+    metrics = summarise([out.stats for out in outs])
+    assert metrics.mean_itl_ms == pytest.approx(333.333)
+    assert metrics.tokens_per_second == 6.0
+    assert metrics.speculative_decoding is not None
+    assert metrics.speculative_decoding.acceptance_histogram == [0, 0, 2, 0]
