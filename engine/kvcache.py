@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,29 +36,45 @@ class KVPool:
 class RowPlan:
     """Made once per forward, used by every layer.
 
-    write: [B * N] slots or a slice; read: [B, L] slots or a slice; bias: [B, N, L] of 0 and -inf, or None.
+    write: [B * N] slots, or a slice; read: [B, L] slots, or one slice per sequence; bias: [B, N, L] of 0 and -inf, or
+    None where every node sees every row it reads.
     """
 
     write: Tensor | slice
-    read: Tensor | slice
+    read: Tensor | tuple[slice, ...]
     bias: Tensor | None
 
 
-def as_run(slots: Tensor) -> Tensor | slice:
-    """Slots [n] or [1, n] as a slice where they are consecutive (host tensors only: a device would have to wait)."""
-    if slots.device.type != "cpu" or (slots.dim() == 2 and slots.shape[0] != 1):
-        return slots
-    flat = slots.reshape(-1)
-    first, count = int(flat[0]), flat.shape[0]
-    if int(flat[-1]) != first + count - 1 or (count > 2 and not bool((flat[1:] - flat[:-1] == 1).all())):
-        return slots
-    return slice(first, first + count)
+def make_plan(write: Tensor, read: Tensor, read_lens: list[int], visible: Tensor) -> RowPlan:
+    """The plan of one forward.
+
+    write: [B, N] slots; read: [B, L] slots, of which the first read_lens[b] concern sequence b; visible: [B, N, L]
+    bool. On a CPU, runs of consecutive slots become slices and an all-visible mask is dropped; a device is never waited
+    for.
+    """
+    flat = write.reshape(-1)
+    if write.device.type != "cpu":
+        return RowPlan(flat, read, _bias(visible))
+    slots = read.numpy()
+    lens = np.array(read_lens)
+    rows = np.arange(len(lens))
+    # Pages ascend within a run only, so slots are consecutive exactly if every step between neighbours is one.
+    steps_ok = (np.diff(slots, axis=1) == 1) | (np.arange(1, slots.shape[1])[None] >= lens[:, None])
+    runs: Tensor | tuple[slice, ...] = read
+    if steps_ok.all():
+        firsts = slots[rows, 0]
+        runs = tuple(slice(int(first), int(first) + length) for first, length in zip(firsts, read_lens, strict=True))
+    inside = torch.arange(read.shape[1])[None] < torch.from_numpy(lens)[:, None]
+    needed = visible if isinstance(runs, Tensor) else visible | ~inside[:, None]
+    bias = None if bool(needed.all()) else _bias(visible)
+    written = flat.numpy()
+    if len(written) == 1 or (np.diff(written) == 1).all():
+        return RowPlan(slice(int(written[0]), int(written[0]) + len(written)), runs, bias)
+    return RowPlan(flat, runs, bias)
 
 
-def visible_bias(visible: Tensor) -> Tensor | None:
-    """[B, N, L] bool -> additive float32 bias, None where all is visible (checked on the host only)."""
-    if visible.device.type == "cpu" and bool(visible.all()):
-        return None
+def _bias(visible: Tensor) -> Tensor:
+    """[B, N, L] bool -> additive float32 mask."""
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
@@ -68,14 +85,13 @@ def plan_rows(batch: Batch, tree: DraftTree) -> RowPlan:
     node = torch.arange(num_nodes, device=device)
     rows = batch.kv_lens[:, None] + node
     write = torch.where(tree.real(), batch.slots(rows), node % batch.page_size)  # padding goes to the dummy page
-    longest = max(seq.kv_len for seq in batch.seqs) + num_nodes
-    row = torch.arange(longest, device=device)
+    read_lens = [seq.kv_len + num_nodes for seq in batch.seqs]
+    row = torch.arange(max(read_lens), device=device)
     offset = row[None] - batch.kv_lens[:, None]                                  # [B, L]: node number of a row
     is_node = (offset >= 0) & (offset < num_nodes)
     by_ancestry = tree.ancestors().gather(2, offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1))
     visible = (offset < 0)[:, None] | (by_ancestry & is_node[:, None])
-    read = batch.slots(row[None].expand(len(batch.seqs), -1))
-    return RowPlan(as_run(write.reshape(-1)), as_run(read), visible_bias(visible))
+    return make_plan(write, batch.slots(row[None].expand(len(batch.seqs), -1)), read_lens, visible)
 
 
 def accepted_slots(batch: Batch, verdict: Verdict) -> tuple[Tensor, Tensor]:

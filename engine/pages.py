@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import heapq
+import numpy as np
 
 
 class PagePool:
     """Free pages of one page table, shared by the target's and the head's pools.
 
-    The lowest free page goes first, so a lone sequence gets consecutive pages and its rows can be read in place.
+    Any page serves any sequence, but consecutive pages let a CPU read a sequence's rows in place instead of gathering
+    them. So a sequence grows into the page behind its last one if that is free, and a new one starts in the middle of
+    the largest free run (the very first at the beginning), which leaves both neighbours room to grow.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         assert num_pages >= 2, "one dummy page and one real page at least"
         self.num_pages, self.page_size = num_pages, page_size
-        self._free = list(range(1, num_pages))
-        self._is_free = bytearray([0] + [1] * (num_pages - 1))
+        self._is_free = np.ones(num_pages + 1, dtype=bool)
+        self._is_free[0] = self._is_free[num_pages] = False  # the dummy page, and a guard behind the last page
+        self._num_free = num_pages - 1
 
     @property
     def num_usable(self) -> int:
@@ -24,7 +27,7 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self._num_free
 
     def pages_for(self, num_rows: int) -> int:
         """Pages that hold num_rows rows."""
@@ -33,11 +36,12 @@ class PagePool:
     def extend(self, pages: list[int], num_rows: int) -> bool:
         """Grow a sequence's pages until they hold num_rows rows. False, and nothing taken, if too few are free."""
         missing = self.pages_for(num_rows) - len(pages)
-        if missing > len(self._free):
+        if missing > self._num_free:
             return False
         for _ in range(missing):
-            page = heapq.heappop(self._free)
-            self._is_free[page] = 0
+            page = pages[-1] + 1 if pages and self._is_free[pages[-1] + 1] else self._start_of_run()
+            self._is_free[page] = False
+            self._num_free -= 1
             pages.append(page)
         return True
 
@@ -46,5 +50,13 @@ class PagePool:
         while len(pages) > self.pages_for(num_rows):
             page = pages.pop()
             assert not self._is_free[page], f"page {page} freed twice"
-            self._is_free[page] = 1
-            heapq.heappush(self._free, page)
+            self._is_free[page] = True
+            self._num_free += 1
+
+    def _start_of_run(self) -> int:
+        """Where a sequence without a free neighbour goes on: see the class."""
+        edges = np.flatnonzero(np.diff(self._is_free.astype(np.int8)))
+        starts, ends = edges[::2] + 1, edges[1::2] + 1  # runs are [start, end); page 0 and the guard are never free
+        largest = int(np.argmax(ends - starts))
+        start, end = int(starts[largest]), int(ends[largest])
+        return start if start == 1 else start + (end - start) // 2

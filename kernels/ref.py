@@ -1,8 +1,8 @@
 """The operations of a step in plain torch: the specification, and the CPU path.
 
 A pool of KV rows is ``[Hkv, S, D]``: heads first, so that one sequence's rows of all heads form a batch of matrices
-without a copy. A row is addressed by its slot. Rows to read are either a tensor of slots or, where a sequence's
-pages happen to be consecutive (the usual case for one user), a plain slice, which reads the pool in place.
+without a copy. A row is addressed by its slot. Rows to read are either a tensor of slots or, where every
+sequence's pages happen to be consecutive (the usual case), one slice per sequence, which reads the pool in place.
 """
 
 from __future__ import annotations
@@ -67,20 +67,26 @@ def compact_rows(pools: Tensor, source: Tensor, destination: Tensor) -> None:
 
 
 def tree_attention(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor | slice, bias: Tensor | None, scale: float
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor | tuple[slice, ...], bias: Tensor | None, scale: float
 ) -> Tensor:
     """Attention of tree nodes over their rows of the pool, grouped-query heads.
 
-    q: [B, N, H, D]; k_pool, v_pool: [Hkv, S, D]; slots: [B, L], or a slice of L slots when B is 1;
+    q: [B, N, H, D]; k_pool, v_pool: [Hkv, S, D]; slots: [B, L], or one slice per sequence of at most L slots;
     bias: [B, N, L] added to the scaled scores (0 or -inf), None where everything is visible. Returns [B, N, H, D].
 
-    The H / Hkv query heads that share a KV head are packed as rows of one matrix, so K and V are read once.
+    The H / Hkv query heads that share a KV head are packed as rows of one matrix, so K and V are read once. Slices are
+    read in place, one sequence after the other: on a CPU that beats gathering rows of all sequences.
     """
     num_seqs, num_nodes, num_heads, head_dim = q.shape
     num_kv_heads = k_pool.shape[0]
     group = num_heads // num_kv_heads
-    if isinstance(slots, slice):
-        k, v = k_pool[:, slots], v_pool[:, slots]
+    if isinstance(slots, tuple):
+        if num_seqs > 1:
+            return torch.cat([
+                tree_attention(q[i : i + 1], k_pool, v_pool, (run,),
+                               None if bias is None else bias[i : i + 1, :, : run.stop - run.start], scale)
+                for i, run in enumerate(slots)])
+        k, v = k_pool[:, slots[0]], v_pool[:, slots[0]]
     else:
         flat = slots.reshape(-1)
         k = k_pool.index_select(1, flat).view(num_kv_heads * num_seqs, -1, head_dim)

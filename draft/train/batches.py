@@ -1,15 +1,16 @@
 """From documents to padded batches, in an order that depends on (seed, epoch) alone.
 
-Rows. The head's row r of a document takes token r + 1 and the feature of token r, and predicts token r + 2; the
-target's own distribution for that prediction comes from the feature of token r + 1. A document of n tokens has
-features of tokens 0 .. n - 2, so its rows are r = 0 .. n - 3. Example, n = 5:
+Rows. The head's row r of a document takes token r + 1 and the feature of token r, and predicts token r + 2;
+the target's own distribution for that prediction comes from the feature of token r + 1. A document of n
+tokens has features of tokens 0 .. n - 2, so its rows are r = 0 .. n - 3. Example, n = 5:
 
     row   token in   feature in   target feature   predicts
     0     1          0            1                2
     1     2          1            2                3
     2     3          2            3                4
 
-Only rows that predict a token of the answer bear loss or start a chain; the others are read as keys and values.
+Only rows that predict a token of the answer bear loss or start a chain; the others are read as keys and
+values.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _BATCHES_PER_POOL = 24  # documents are sorted by length within a pool, so that 
 class TrainBatch:
     """Documents padded to the longest. B documents, T tokens, L = T - 2 rows, F features."""
 
-    tokens: Tensor    # [B, T] int64, 0 padded
+    tokens: Tensor  # [B, T] int64, 0 padded
     features: Tensor  # [B, T - 1, F]
-    valid: Tensor     # [B, L] bool: the row exists
-    loss: Tensor      # [B, L] bool: the row exists and predicts a token of the answer
+    valid: Tensor  # [B, L] bool: the row exists
+    loss: Tensor  # [B, L] bool: the row exists and predicts a token of the answer
 
     @property
     def num_rows(self) -> int:
@@ -64,8 +65,12 @@ def generator_for(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def plan_epoch(lengths: Sequence[int], documents: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of document numbers for one epoch; each holds up to ``batch_tokens`` padded tokens, at least one document."""
+def plan_epoch(
+    lengths: Sequence[int], documents: Sequence[int], batch_tokens: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Batches of document numbers for one epoch; each holds up to ``batch_tokens`` padded tokens, at least
+    one document.
+    """
     generator = generator_for(seed, epoch, 1)
     order = [documents[i] for i in torch.randperm(len(documents), generator=generator).tolist()]
     batches: list[list[int]] = []

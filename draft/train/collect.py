@@ -1,9 +1,9 @@
 """The data phase: the engine asks itself questions and answers them, and the recorder keeps the features.
 
-Two kinds of requests share the engine so that its batch is always full: *questions* (the template's user turn,
-continued by sampling) and *answers* (every second one greedy, the others at ``temperature``). A question that
-looks like text and is new waits to be answered; an answer becomes a document. Request ids are the seeds, so a resumed
-run, which starts behind the last id of a finished shard, draws new questions.
+Two kinds of requests share the engine so that its batch is always full: *questions* (the template's user
+turn, continued by sampling) and *answers* (every second one greedy, the others at ``temperature``). A
+question that looks like text and is new waits to be answered; an answer becomes a document. Request ids are
+the seeds, so a resumed run, which starts behind the last id of a finished shard, draws new questions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from draft.train.prompts import MAX_PROMPT_TOKENS, OPENERS, looks_like_text
 from draft.train.recorder import FeatureRecorder, Recording
 from draft.train.shards import Document, Manifest, ShardWriter
 from engine.core import Delta, Request, SamplingParams
-
 
 _SHARD_SECONDS = 600.0  # a slow machine writes smaller shards, so that little is lost when it is stopped
 
@@ -81,9 +80,16 @@ class DataReport:
 class Collector:
     """Fills a data directory up to ``settings.tokens`` answer tokens or the time budget."""
 
-    def __init__(self, engine: Generator, recorder: FeatureRecorder, chat: ChatFormat, manifest: Manifest,
-                 settings: DataSettings, prompts: Sequence[str] = (),
-                 report: Callable[[DataReport], None] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Generator,
+        recorder: FeatureRecorder,
+        chat: ChatFormat,
+        manifest: Manifest,
+        settings: DataSettings,
+        prompts: Sequence[str] = (),
+        report: Callable[[DataReport], None] | None = None,
+    ) -> None:
         """prompts: texts to answer first; when they are used up, the target's own follow."""
         self._engine, self._recorder, self._chat = engine, recorder, chat
         self._manifest, self._settings = manifest, settings
@@ -94,7 +100,7 @@ class Collector:
         self._seen = set(known)
         self._waiting = deque(dict.fromkeys(text for text in prompts if text not in self._seen))
         self._seen.update(self._waiting)
-        self._questions: dict[int, str] = {}         # request id -> opener
+        self._questions: dict[int, str] = {}  # request id -> opener
         self._answers: dict[int, tuple[str, bool]] = {}  # request id -> (user text, greedy)
         self._num_answers = len(known)
         self._num_questions = self._num_rejected = 0
@@ -117,8 +123,15 @@ class Collector:
             if full or time.monotonic() - shard_started > _SHARD_SECONDS:
                 self._writer.flush(self._next_id, time.monotonic() - shard_started)
                 shard_started = time.monotonic()
-            self._report(DataReport(self._writer.num_answer_tokens, self._documents, self._num_questions,
-                                    self._num_rejected, elapsed))
+            self._report(
+                DataReport(
+                    self._writer.num_answer_tokens,
+                    self._documents,
+                    self._num_questions,
+                    self._num_rejected,
+                    elapsed,
+                )
+            )
         self._writer.flush(self._next_id, time.monotonic() - shard_started)
 
     def _fill(self) -> None:
@@ -134,8 +147,17 @@ class Collector:
         number = self._take_id()
         opener = OPENERS[(number // 2) % len(OPENERS)] if number % 2 else ""
         self._questions[number] = opener
-        self._engine.add(Request(number, tuple(self._chat.user_turn(opener)), SamplingParams(
-            temperature=self._settings.question_temperature, seed=self._seed(number), max_tokens=MAX_PROMPT_TOKENS + 1)))
+        self._engine.add(
+            Request(
+                number,
+                tuple(self._chat.user_turn(opener)),
+                SamplingParams(
+                    temperature=self._settings.question_temperature,
+                    seed=self._seed(number),
+                    max_tokens=MAX_PROMPT_TOKENS + 1,
+                ),
+            )
+        )
 
     def _ask(self, text: str) -> None:
         """Let the target answer."""
@@ -146,9 +168,19 @@ class Collector:
             return
         number = self._take_id()
         self._answers[number] = (text, greedy)
-        self._engine.add(Request(number, tuple(prompt), SamplingParams(
-            temperature=0.0 if greedy else self._settings.temperature, seed=self._seed(number),
-            max_tokens=min(self._settings.max_answer_tokens, self._settings.max_model_len - len(prompt)))))
+        self._engine.add(
+            Request(
+                number,
+                tuple(prompt),
+                SamplingParams(
+                    temperature=0.0 if greedy else self._settings.temperature,
+                    seed=self._seed(number),
+                    max_tokens=min(
+                        self._settings.max_answer_tokens, self._settings.max_model_len - len(prompt)
+                    ),
+                ),
+            )
+        )
 
     def _finished(self, number: int, ended: bool) -> bool:
         """Put a finished request to use; True when a shard is full."""
@@ -160,8 +192,11 @@ class Collector:
         answer = torch.zeros(len(recording.tokens), dtype=torch.bool)
         answer[recording.prompt_len :] = True
         self._documents += 1
-        return self._writer.add(Document(torch.tensor(recording.tokens, dtype=torch.int32), recording.features, answer,
-                                         greedy, text))
+        return self._writer.add(
+            Document(
+                torch.tensor(recording.tokens, dtype=torch.int32), recording.features, answer, greedy, text
+            )
+        )
 
     def _keep_question(self, recording: Recording, opener: str, ended: bool) -> None:
         self._num_questions += 1

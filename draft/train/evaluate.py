@@ -1,9 +1,10 @@
 """Held-out acceptance of a greedy chain, exact and without decoding anything.
 
-A greedy answer is what the target would choose, so a draft token is accepted exactly if it equals the recorded one and
-all earlier tokens of its chain did. As long as that holds, the recorded tokens are the chain's own, so the unrolled
-forward of training gives every chain of every start at once. Acceptance lengths follow by walking through each answer
-as the engine would: draft, accept a tokens, emit a + 1, start again behind them.
+A greedy answer is what the target would choose, so a draft token is accepted exactly if it equals the
+recorded one and all earlier tokens of its chain did. As long as that holds, the recorded tokens are the
+chain's own, so the unrolled forward of training gives every chain of every start at once. Acceptance lengths
+follow by walking through each answer as the engine would: draft, accept a tokens, emit a + 1, start again
+behind them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,15 @@ class Acceptance:
 
 
 @torch.no_grad()
-def measure(head: Eagle3Module, embedding: Tensor, dataset: Dataset, documents: Sequence[int], num_steps: int,
-            batch_tokens: int, chain_lengths: Sequence[int] = (4, 5)) -> Acceptance:
+def measure(
+    head: Eagle3Module,
+    embedding: Tensor,
+    dataset: Dataset,
+    documents: Sequence[int],
+    num_steps: int,
+    batch_tokens: int,
+    chain_lengths: Sequence[int] = (4, 5),
+) -> Acceptance:
     """Acceptance on greedy documents of a dataset, ``num_steps`` levels deep."""
     dtype, device = head.fc.weight.dtype, str(head.fc.weight.device)
     tried, accepted = torch.zeros(num_steps), torch.zeros(num_steps)
@@ -48,7 +56,9 @@ def measure(head: Eagle3Module, embedding: Tensor, dataset: Dataset, documents: 
             end += 1
         batch = load_batch(dataset, ordered[start:end], dtype, device)
         start = end
-        run = torch.zeros(batch.loss.shape, dtype=torch.int64, device=device)  # accepted so far, per chain start
+        run = torch.zeros(
+            batch.loss.shape, dtype=torch.int64, device=device
+        )  # accepted so far, per chain start
         for step in unroll(head, embedding, batch, num_steps, batch.loss):
             row = (step.start + step.step).clamp(max=batch.num_rows - 1)
             guess = (head.norm(step.hidden) @ head.lm_head.weight.t()).argmax(-1)
@@ -66,11 +76,15 @@ def measure(head: Eagle3Module, embedding: Tensor, dataset: Dataset, documents: 
                 steps[length] += walk(runs[first + 1 : last + 1], length)
     return Acceptance(
         tuple((accepted / tried.clamp(min=1)).tolist()),
-        {length: emitted[length] / max(steps[length], 1) for length in chain_lengths}, len(ordered), num_tokens)
+        {length: emitted[length] / max(steps[length], 1) for length in chain_lengths},
+        len(ordered),
+        num_tokens,
+    )
 
 
 def walk(runs: Sequence[int], chain_length: int) -> int:
-    """Decode steps that an answer takes. runs[j]: draft tokens accepted by a chain whose first guess is token j.
+    """Decode steps that an answer takes. runs[j]: draft tokens accepted by a chain whose first guess is token
+    j.
 
     Example: chains of 4 over runs [2, 0, 0, 0] emit 2 + 1 tokens, then 1: two steps for four tokens.
     """

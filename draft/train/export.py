@@ -1,6 +1,6 @@
-"""Write a trained head as a checkpoint that any EAGLE-3 server can read, with a card that says where it came from.
+"""Write a trained head as a checkpoint that any EAGLE-3 server can read, and a card saying how it was made.
 
-    model.safetensors   bfloat16, published names; lm_head.weight may be left out where the rows are the target's own
+    model.safetensors   bfloat16, published names; lm_head.weight left out where its rows are the target's own
     config.json         the head's shape and which hidden states it reads
     curve.jsonl         held-out acceptance while training
     README.md           the card
@@ -41,8 +41,14 @@ class Card:
     acceptance: Acceptance
 
 
-def export_head(directory: Path, head: Eagle3Module, max_positions: int, card: Card, curve: Path | None,
-                share_lm_head: bool) -> None:
+def export_head(
+    directory: Path,
+    head: Eagle3Module,
+    max_positions: int,
+    card: Card,
+    curve: Path | None,
+    share_lm_head: bool,
+) -> None:
     """Write the directory. share_lm_head: leave out lm_head.weight, because its rows are the target's."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file(head_tensors(head, share_lm_head), str(directory / "model.safetensors"), {"format": "pt"})
@@ -70,13 +76,26 @@ def head_tensors(head: Eagle3Module, share_lm_head: bool) -> dict[str, Tensor]:
 def head_config(config: HeadConfig, max_positions: int) -> dict[str, Any]:
     """The config.json of a head."""
     return {
-        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "num_hidden_layers": 1, "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta, "max_position_embeddings": max_positions, "tie_word_embeddings": False,
-        "vocab_size": config.vocab_size, "draft_vocab_size": config.draft_vocab_size, "torch_dtype": "bfloat16",
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(config.feature_layers), "use_aux_hidden_state": True},
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "num_hidden_layers": 1,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": False,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "torch_dtype": "bfloat16",
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": list(config.feature_layers),
+            "use_aux_hidden_state": True,
+        },
     }
 
 
@@ -85,32 +104,51 @@ def render_card(card: Card, points: Sequence[Mapping[str, Any]]) -> str:
     acceptance = card.acceptance
     depths = " | ".join(str(depth + 1) for depth in range(len(acceptance.by_depth)))
     values = " | ".join(f"{value:.3f}" for value in acceptance.by_depth)
-    lengths = ", ".join(f"{length:.3f} with chains of {chain}" for chain, length in acceptance.lengths.items())
-    lines = [
-        f"# EAGLE-3 head for {card.target}", "",
-        f"Trained with haast on the target's own answers. Read with `haast serve MODEL --spec-model DIRECTORY`.", "",
-        "## How it was made", "", "```", card.command, "```", "",
-        f"- Data: {card.documents} conversations, {card.answer_tokens} answer tokens, every second answer greedy; "
-        f"{card.data_seconds / 60:.0f} minutes.",
-        f"- Training: {card.train_seconds / 60:.0f} minutes. Device: {card.device}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}.",
-        f"- Data settings: `{json.dumps(dict(card.data), sort_keys=True)}`",
-        f"- Training settings: `{json.dumps(dict(card.settings), sort_keys=True)}`", "",
-        f"## Acceptance on held-out greedy answers ({acceptance.num_documents} conversations, "
-        f"{acceptance.num_tokens} tokens)", "",
-        f"| depth | {depths} |", "|---" * (len(acceptance.by_depth) + 1) + "|", f"| accepted | {values} |", "",
-        "Share of draft tokens accepted among those whose predecessors in the chain were. Acceptance length (tokens "
-        f"emitted per step): {lengths}.",
-        f"The draft vocabulary covers {100 * card.coverage:.2f} % of the tokens of these answers.", "",
-        "## Learning curve", "", "| step | minutes | loss | depth 1 | depth 2 | length |", "|---|---|---|---|---|---|",
-    ]
-    for point in _thinned(points, 24):
-        by_depth = [*point["acceptance_by_depth"], float("nan"), float("nan")]
-        loss = "" if point["loss"] is None else f"{point['loss']:.3f}"
-        length = next(iter(point["acceptance_length"].values()))
-        lines.append(f"| {point['step']} | {point['seconds'] / 60:.1f} | {loss} | {by_depth[0]:.3f} | {by_depth[1]:.3f} "
-                     f"| {length:.3f} |")
-    return "\n".join(lines) + "\n"
+    lengths = ", ".join(f"{value:.3f} with chains of {chain}" for chain, value in acceptance.lengths.items())
+    data, settings = (json.dumps(dict(part), sort_keys=True) for part in (card.data, card.settings))
+    text = f"""# EAGLE-3 head for {card.target}
+
+Trained with haast on the target's own answers. To use it: `haast serve MODEL --spec-model DIRECTORY`.
+
+## How it was made
+
+```
+{card.command}
+```
+
+- Data: {card.documents} conversations, {card.answer_tokens} answer tokens, every second answer greedy;
+  {card.data_seconds / 60:.0f} minutes.
+- Training: {card.train_seconds / 60:.0f} minutes.
+- Device: {card.device}; torch {torch.__version__}, Python {platform.python_version()}.
+- Data settings: `{data}`
+- Training settings: `{settings}`
+
+## Acceptance on held-out greedy answers
+
+{acceptance.num_documents} conversations, {acceptance.num_tokens} tokens; chains of greedy draft tokens.
+
+| depth | {depths} |
+{"|---" * (len(acceptance.by_depth) + 1)}|
+| accepted | {values} |
+
+A share counts draft tokens whose predecessors in the chain were all accepted. Acceptance length, in tokens
+emitted per step: {lengths}. The draft vocabulary covers {100 * card.coverage:.2f} % of the tokens of these
+answers.
+
+## Learning curve
+
+| step | minutes | loss | depth 1 | depth 2 | length |
+|---|---|---|---|---|---|
+"""
+    return text + "".join(_curve_row(point) for point in _thinned(points, 24))
+
+
+def _curve_row(point: Mapping[str, Any]) -> str:
+    by_depth = [f"{value:.3f}" for value in point["acceptance_by_depth"]]
+    loss = "" if point["loss"] is None else f"{point['loss']:.3f}"
+    cells = [str(point["step"]), f"{point['seconds'] / 60:.1f}", loss, *(by_depth + [""])[:2],
+             f"{next(iter(point['acceptance_length'].values())):.3f}"]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _thinned(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:

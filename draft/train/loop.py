@@ -1,8 +1,10 @@
-"""The training run: batches in a seeded order, AdamW with warm-up and cosine, checkpoints and held-out acceptance.
+"""The training run: batches in a seeded order, AdamW with warm-up and cosine, checkpoints and held-out
+acceptance.
 
-The schedule follows whichever is further along, the planned number of steps or the time budget, so a run that is
-slower than hoped still ends with a small learning rate. Without a time budget a run that was interrupted and resumed
-ends with the same weights as one that was not: the order of batches and the chains drawn depend on (seed, step) alone.
+The schedule follows whichever is further along, the planned number of steps or the time budget, so a run that
+is slower than hoped still ends with a small learning rate. Without a time budget a run that was interrupted
+and resumed ends with the same weights as one that was not: the order of batches and the chains drawn depend
+on (seed, step) alone.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +33,9 @@ CURVE = "curve.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """Options of a run. max_minutes: time budget of the whole run, None for none; shares are of the whole run."""
+    """Options of a run. max_minutes: time budget of the whole run, None for none; shares are of the whole
+    run.
+    """
 
     seed: int = 0
     epochs: int = 6
@@ -92,9 +96,17 @@ def bf16_is_fast(device: str) -> bool:
 class Run:
     """One training run in a directory; ``train`` continues where its checkpoint ended."""
 
-    def __init__(self, directory: Path, settings: TrainSettings, head: Eagle3Module, target: TargetSide,
-                 dataset: Dataset, training: list[int], heldout: list[int],
-                 report: Callable[[Report], None] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: TrainSettings,
+        head: Eagle3Module,
+        target: TargetSide,
+        dataset: Dataset,
+        training: list[int],
+        heldout: list[int],
+        report: Callable[[Report], None] | None = None,
+    ) -> None:
         """training, heldout: document numbers; acceptance is measured on the greedy ones of heldout."""
         self.directory, self.settings = directory, settings
         self.head, self.target, self.dataset = head, target, dataset
@@ -106,8 +118,14 @@ class Run:
         matrices = [p for p in head.parameters() if p.requires_grad and p.dim() > 1]
         vectors = [p for p in head.parameters() if p.requires_grad and p.dim() == 1]  # norms are not decayed
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=settings.lr, betas=(0.9, 0.95), fused=True)
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
         self.objective = Objective(settings.num_steps, settings.decay, settings.chain_share)
         self.progress = Progress()
         self.acceptance: Acceptance | None = None
@@ -116,15 +134,17 @@ class Run:
             self._cut_curve()
 
     def train(self, stop_after: int | None = None) -> Acceptance:
-        """Train to the end of the schedule, or for ``stop_after`` more steps; returns the last held-out acceptance."""
+        """Train to the end of the schedule, or for ``stop_after`` more steps; returns the held-out
+        acceptance.
+        """
         settings, progress = self.settings, self.progress
-        planned = self._planned_steps()
         stop_at = None if stop_after is None else progress.step + stop_after
         last_save = time.monotonic()
         if progress.step == 0:
             self._evaluate(0.0, float("nan"), 0.0)
-        for batch in self._batches():
-            share = self._share(planned)
+        share = 1.0
+        for share_of_steps, batch in self._batches():
+            share = self._share(share_of_steps)
             if share >= 1 or progress.step == stop_at:
                 break
             started = time.monotonic()
@@ -135,32 +155,39 @@ class Run:
             progress.batch += 1
             progress.tokens += num_tokens
             progress.seconds += elapsed
-            self._report(Report(share, progress.step, loss, lr, num_tokens / max(elapsed, 1e-9), self.acceptance))
+            speed = num_tokens / max(elapsed, 1e-9)
+            self._report(Report(share, progress.step, loss, lr, speed, self.acceptance))
             if progress.step % settings.eval_every == 0:
                 self._evaluate(share, loss, lr)
             if time.monotonic() - last_save > 60 * settings.checkpoint_minutes:
                 self._save()
                 last_save = time.monotonic()
+        else:
+            share = 1.0
         self._save()
-        return self._evaluate(self._share(planned), float("nan"), 0.0)
+        return self._evaluate(share, float("nan"), 0.0)
 
-    def _batches(self) -> Any:
-        """Document numbers per batch, from where the run stands to the end of the last epoch."""
-        for epoch in range(self.progress.epoch, self.settings.epochs):
-            plan = plan_epoch(self.dataset.lengths, self.training, self.settings.batch_tokens, self.settings.seed, epoch)
-            if epoch > self.progress.epoch:
-                self.progress.epoch, self.progress.batch = epoch, 0
-            yield from plan[self.progress.batch :]
+    def _batches(self) -> Iterator[tuple[float, list[int]]]:
+        """(share of the planned steps done, document numbers) from where the run stands to the last epoch's
+        end.
 
-    def _planned_steps(self) -> int:
-        return sum(len(plan_epoch(self.dataset.lengths, self.training, self.settings.batch_tokens,
-                                  self.settings.seed, epoch)) for epoch in range(self.settings.epochs))
+        Whoever takes a step moves ``progress.batch`` on.
+        """
+        progress, settings = self.progress, self.settings
+        for epoch in range(progress.epoch, settings.epochs):
+            plan = plan_epoch(
+                self.dataset.lengths, self.training, settings.batch_tokens, settings.seed, epoch
+            )
+            if epoch > progress.epoch:
+                progress.epoch, progress.batch = epoch, 0
+            while progress.batch < len(plan):
+                yield (epoch + progress.batch / len(plan)) / settings.epochs, plan[progress.batch]
 
-    def _share(self, planned: int) -> float:
-        by_steps = self.progress.step / max(planned, 1)
+    def _share(self, share_of_steps: float) -> float:
+        """How far the run is, by steps or by time, whichever is further."""
         if self.settings.max_minutes is None:
-            return by_steps
-        return max(by_steps, self.progress.seconds / (60 * self.settings.max_minutes))
+            return share_of_steps
+        return max(share_of_steps, self.progress.seconds / max(60 * self.settings.max_minutes, 1e-9))
 
     def _step(self, documents: list[int], lr: float) -> tuple[float, int]:
         settings = self.settings
@@ -171,38 +198,56 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if settings.bf16 else nullcontext()
         with autocast:
-            loss = self.objective(self.head, self.target, batch,
-                                  generator_for(settings.seed, self.progress.step, 2))
+            loss = self.objective(
+                self.head, self.target, batch, generator_for(settings.seed, self.progress.step, 2)
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), settings.clip)
         self.optimizer.step()
-        return float(loss), sum(self.dataset.lengths[index] for index in documents)
+        return float(loss.detach()), sum(self.dataset.lengths[index] for index in documents)
 
     def _evaluate(self, share: float, loss: float, lr: float) -> Acceptance:
         """Held-out acceptance, written to the curve. It is charged to the time budget."""
         started = time.monotonic()
         documents = self.heldout if share >= 1 else self.heldout[: self.settings.eval_documents]
-        self.acceptance = measure(self.head, self.target.embedding, self.dataset, documents, self.settings.num_steps,
-                                  2 * self.settings.batch_tokens)
+        self.acceptance = measure(
+            self.head,
+            self.target.embedding,
+            self.dataset,
+            documents,
+            self.settings.num_steps,
+            2 * self.settings.batch_tokens,
+        )
         self.progress.seconds += time.monotonic() - started
-        line = {"step": self.progress.step, "epoch": self.progress.epoch, "tokens": self.progress.tokens,
-                "seconds": round(self.progress.seconds, 1), "share": round(share, 4), "lr": lr,
-                "loss": None if math.isnan(loss) else round(loss, 4),
-                "acceptance_by_depth": [round(value, 4) for value in self.acceptance.by_depth],
-                "acceptance_length": {str(k): round(v, 4) for k, v in self.acceptance.lengths.items()},
-                "heldout_documents": self.acceptance.num_documents}
+        line = {
+            "step": self.progress.step,
+            "epoch": self.progress.epoch,
+            "tokens": self.progress.tokens,
+            "seconds": round(self.progress.seconds, 1),
+            "share": round(share, 4),
+            "lr": lr,
+            "loss": None if math.isnan(loss) else round(loss, 4),
+            "acceptance_by_depth": [round(value, 4) for value in self.acceptance.by_depth],
+            "acceptance_length": {str(k): round(v, 4) for k, v in self.acceptance.lengths.items()},
+            "heldout_documents": self.acceptance.num_documents,
+        }
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / CURVE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return self.acceptance
 
     def _save(self) -> None:
-        save_state(self.directory / CHECKPOINT, self.head, self.optimizer, self.progress, self.settings.identity())
+        save_state(
+            self.directory / CHECKPOINT, self.head, self.optimizer, self.progress, self.settings.identity()
+        )
 
     def _cut_curve(self) -> None:
         """Drop what an interrupted run wrote past its checkpoint; it is about to be trained again."""
         path = self.directory / CURVE
         if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines()
-                     if json.loads(line)["step"] < self.progress.step]
+            lines = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if (entry := json.loads(line))["step"] <= self.progress.step and entry["share"] < 1
+            ]
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,12 +1,13 @@
 """Cross-entropy against whole distributions, without keeping logits or copying the distributions.
 
-The loss of a row with hidden state h against distribution t is lse(W h) - t . (W h). Kept for the backward pass, the
-[rows, vocabulary] logits would cost more memory traffic than the rest of the head, and so would gathering t for every
-step of every chain. Two rewrites avoid both:
+The loss of a row with hidden state h against distribution t is lse(W h) - t . (W h). Kept for the backward
+pass, the [rows, vocabulary] logits would cost more memory traffic than the rest of the head, and so would
+gathering t for every step of every chain. Two rewrites avoid both:
 
     t . (W h) = (t W) . h      t W, [rows of the table, H], is one product, shared by all steps
     d/dh = W^T softmax(W h) - t W
-    d/dW = sum over rows of softmax(W h) h^T - t h^T, and the second sum is one product after adding up h per table row
+    d/dW = sum over rows of softmax(W h) h^T - t h^T, and the second sum is one product after adding up h per
+    table row
 
 The softmax part of both gradients is formed at once, block by block, while a block is in cache.
 """
@@ -48,12 +49,16 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        return (None if hidden is None else hidden * grads[0].to(hidden.dtype),
-                None if weight is None else weight * grads[0].to(weight.dtype), None)
+        return (
+            None if hidden is None else hidden * grads[0].to(hidden.dtype),
+            None if weight is None else weight * grads[0].to(weight.dtype),
+            None,
+        )
 
 
 def weighted_logsumexp(hidden: Tensor, weight: Tensor, row_weights: Tensor) -> Tensor:
-    """Sum over rows of row_weight * logsumexp(weight @ hidden). hidden: [M, H]; weight: [V, H]; row_weights: [M].
+    """Sum over rows of row_weight * logsumexp(weight @ hidden). hidden: [M, H]; weight: [V, H]; row_weights:
+    [M].
 
     Differentiable in hidden and weight; the sum is kept in the dtype of row_weights.
     """
@@ -62,7 +67,9 @@ def weighted_logsumexp(hidden: Tensor, weight: Tensor, row_weights: Tensor) -> T
 
 
 class SoftTargets:
-    """Distributions over the draft vocabulary, one per table row, and what a set of draft logits loses against them."""
+    """Distributions over the draft vocabulary, one per table row, and what a set of draft logits loses
+    against them.
+    """
 
     def __init__(self, table: Tensor, weight: Tensor) -> None:
         """table: [rows, V]; weight: [V, H], the draft's output rows."""

@@ -1,15 +1,15 @@
 """An EAGLE-3 head as a torch module, under the published tensor names.
 
-One row stands for one position. It knows the token at that position and the feature of the position before, and
-predicts the next token (EAGLE-3, arXiv 2503.01840):
+One row stands for one position. It knows the token at that position and the feature of the position before,
+and predicts the next token (EAGLE-3, arXiv 2503.01840):
 
     g = fc(three hidden states of the target)          at the first step; later the head's own previous h
     x = [input_layernorm(embedding), hidden_norm(g)]
     h = g + o_proj(attention(x));   h = h + mlp(post_attention_layernorm(h))
     draft logits = lm_head(norm(h))
 
-The embedding is the target's and frozen, so it is no part of the module. ``draft/eagle3.py`` serves what is trained
-here; this module only has the pieces that the unrolled forward of ``unroll.py`` puts together.
+The embedding is the target's and frozen, so it is no part of the module. ``draft/eagle3.py`` serves what is
+trained here; this module only has the pieces that the unrolled forward of ``unroll.py`` puts together.
 """
 
 from __future__ import annotations
@@ -41,20 +41,35 @@ class HeadConfig:
     feature_layers: tuple[int, ...]
 
     @classmethod
-    def for_target(cls, target: LlamaConfig, feature_layers: tuple[int, ...], draft_vocab_size: int) -> HeadConfig:
+    def for_target(
+        cls, target: LlamaConfig, feature_layers: tuple[int, ...], draft_vocab_size: int
+    ) -> HeadConfig:
         """A head with the target's own layer shape."""
-        return cls(target.hidden_size, target.intermediate_size, target.num_heads, target.num_kv_heads,
-                   target.head_dim, target.rms_norm_eps, target.rope_theta, target.vocab_size,
-                   min(draft_vocab_size, target.vocab_size), feature_layers)
+        return cls(
+            target.hidden_size,
+            target.intermediate_size,
+            target.num_heads,
+            target.num_kv_heads,
+            target.head_dim,
+            target.rms_norm_eps,
+            target.rope_theta,
+            target.vocab_size,
+            min(draft_vocab_size, target.vocab_size),
+            feature_layers,
+        )
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """A third, two thirds and the end: number i is the input of layer i, ``num_layers`` the last layer's output."""
+    """A third, two thirds and the end: number i is the input of layer i, ``num_layers`` the last layer's
+    output.
+    """
     return num_layers // 3, 2 * num_layers // 3, num_layers
 
 
 def choose_draft_vocab(counts: Tensor, size: int, always: tuple[int, ...]) -> Tensor:
-    """Ascending target ids of the draft vocabulary: ``always``, then the most frequent. counts: [V] -> [size] int64."""
+    """Ascending target ids of the draft vocabulary: ``always``, then the most frequent. counts: [V] -> [size]
+    int64.
+    """
     ranked = counts.clone()
     ranked[torch.tensor(always, dtype=torch.int64)] = counts.max() + 1
     # stable: among tokens of equal count the lower id, which in BPE is the earlier merge
@@ -120,7 +135,9 @@ class Eagle3Module(nn.Module):
         t2d[draft_vocab] = True
         self.register_buffer("d2t", draft_vocab - torch.arange(config.draft_vocab_size))
         self.register_buffer("t2d", t2d)
-        self.register_buffer("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta, None), persistent=False)
+        self.register_buffer(
+            "inv_freq", inverse_frequencies(config.head_dim, config.rope_theta, None), persistent=False
+        )
 
     @property
     def draft_vocab(self) -> Tensor:
@@ -134,16 +151,23 @@ class Eagle3Module(nn.Module):
 
     def queries(self, mixed: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """-> [M, heads, D]."""
-        q = self.midlayer.self_attn.q_proj(mixed).view(mixed.shape[0], self.config.num_heads, self.config.head_dim)
+        q = self.midlayer.self_attn.q_proj(mixed).view(
+            mixed.shape[0], self.config.num_heads, self.config.head_dim
+        )
         return rotate(q, *rotation)
 
     def keys_values(self, mixed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """-> [M, KV heads, D] twice."""
-        attention, shape = self.midlayer.self_attn, (mixed.shape[0], self.config.num_kv_heads, self.config.head_dim)
+        attention, shape = (
+            self.midlayer.self_attn,
+            (mixed.shape[0], self.config.num_kv_heads, self.config.head_dim),
+        )
         return rotate(attention.k_proj(mixed).view(shape), *rotation), attention.v_proj(mixed).view(shape)
 
     def finish(self, g: Tensor, attended: Tensor) -> Tensor:
-        """The residual stream after attention and feed-forward. g: [M, H]; attended: [M, heads * D] -> [M, H]."""
+        """The residual stream after attention and feed-forward. g: [M, H]; attended: [M, heads * D] -> [M,
+        H].
+        """
         layer = self.midlayer
         hidden: Tensor = g + layer.self_attn.o_proj(attended)
         out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -163,12 +187,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def initialise(head: Eagle3Module, target: Mapping[str, Tensor], num_layers: int, generator: torch.Generator) -> None:
+def initialise(
+    head: Eagle3Module, target: Mapping[str, Tensor], num_layers: int, generator: torch.Generator
+) -> None:
     """Start from what the target already knows instead of noise.
 
-    ``fc`` passes the last feature through; the layer is a copy of the target's last one, whose query, key and value
-    matrices read the hidden half (the embedding half starts small); norm and lm_head are the target's. target: weights
-    under their Hugging Face names. Deterministic for a given generator.
+    ``fc`` passes the last feature through; the layer is a copy of the target's last one, whose query, key and
+    value matrices read the hidden half (the embedding half starts small); norm and lm_head are the target's.
+    target: weights under their Hugging Face names. Deterministic for a given generator.
     """
     hidden = head.config.hidden_size
     last = f"model.layers.{num_layers - 1}"

@@ -1,11 +1,11 @@
 """A draft that proposes nothing and remembers what it observed: the features of every committed token.
 
-Training data is the engine's own output, so the features a head will be given in service can be kept while the
-engine decodes, at the price of a copy. A sequence that ends is moved aside with its tokens until ``take`` collects it;
-one that is preempted or aborted is dropped, since the engine recomputes it or nobody wants it.
+Training data is the engine's own output, so the features a head will be given in service can be kept while
+the engine decodes, at the price of a copy. A sequence that ends is moved aside with its tokens until ``take``
+collects it; one that is preempted or aborted is dropped, since the engine recomputes it or nobody wants it.
 
-Row i of a recorded sequence is the feature of token i. The last token was never run through the model, so n tokens
-come with n - 1 rows.
+Row i of a recorded sequence is the feature of token i. The last token was never run through the model, so n
+tokens come with n - 1 rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class FeatureRecorder:
         return DraftTree(roots.to(batch.kv_lens.device), torch.full_like(roots, -1).to(batch.kv_lens.device))
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
-        """Keep the accepted nodes' features. features: [B, N, F]; the rows extend positions kv_len, kv_len + 1, ..."""
+        """Keep the accepted nodes' features. features: [B, N, F]; the rows extend positions kv_len, kv_len +
+        1, ...
+        """
         host = features.to("cpu", torch.bfloat16)
         if host.data_ptr() == features.data_ptr():
             host = host.clone()  # the engine may reuse its buffer
@@ -55,7 +57,9 @@ class FeatureRecorder:
             key = seq.request.id
             rows = host[index, :1] if length == 1 else host[index, paths[index, :length]]
             known = self._counts.get(key, 0)
-            assert known == seq.kv_len, f"sequence {key}: {known} recorded rows, but {seq.kv_len} committed ones"
+            assert known == seq.kv_len, (
+                f"sequence {key}: {known} recorded rows, but {seq.kv_len} committed ones"
+            )
             self._rows.setdefault(key, []).append(rows)
             self._counts[key] = known + length
 
@@ -68,7 +72,9 @@ class FeatureRecorder:
             return
         num_rows = len(seq.tokens) - 1
         assert count >= num_rows, f"sequence {key}: {count} recorded rows for {len(seq.tokens)} tokens"
-        self._finished[key] = Recording(tuple(seq.tokens), len(seq.request.prompt), torch.cat(rows)[:num_rows])
+        self._finished[key] = Recording(
+            tuple(seq.tokens), len(seq.request.prompt), torch.cat(rows)[:num_rows]
+        )
 
     def take(self, seq_id: int) -> Recording:
         """Hand out a finished sequence and forget it. KeyError if it never finished here."""

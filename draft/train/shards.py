@@ -4,12 +4,12 @@
     data-dir/shard-00000.safetensors  tokens, features, offsets, answer, greedy
     data-dir/prompts.jsonl            one line per document: the user's text
 
-A document of n tokens has n - 1 feature rows (the last token was never run), so document d of a shard with token
-offsets o has tokens o[d] .. o[d + 1] and feature rows o[d] - d .. o[d + 1] - d - 1. Example: documents of 4 and 3
-tokens give offsets [0, 4, 7], tokens 0-3 and 4-6, feature rows 0-2 and 3-4.
+A document of n tokens has n - 1 feature rows (the last token was never run), so document d of a shard with
+token offsets o has tokens o[d] .. o[d + 1] and feature rows o[d] - d .. o[d + 1] - d - 1. Example: documents
+of 4 and 3 tokens give offsets [0, 4, 7], tokens 0-3 and 4-6, feature rows 0-2 and 3-4.
 
-A shard counts once the manifest names it; the manifest is replaced in one move, so a run that was killed loses at most
-the shard it was filling.
+A shard counts once the manifest names it; the manifest is replaced in one move, so a run that was killed
+loses at most the shard it was filling.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _VERSION = 1
 class Document:
     """A prompt and its answer, as the target saw and wrote them."""
 
-    tokens: Tensor    # [n] int32
+    tokens: Tensor  # [n] int32
     features: Tensor  # [n - 1, F] bfloat16
-    answer: Tensor    # [n] bool: tokens the target wrote as its answer
+    answer: Tensor  # [n] bool: tokens the target wrote as its answer
     greedy: bool
     prompt_text: str = ""
 
@@ -64,7 +64,8 @@ class Manifest:
 
     @classmethod
     def open(cls, directory: Path, settings: dict[str, Any]) -> Manifest:
-        """Create the directory, or continue one with the same settings. Raises ConfigError where they differ."""
+        """Create the directory, or continue one with the same settings. Raises ConfigError where they differ.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / MANIFEST
         if not path.exists():
@@ -75,8 +76,10 @@ class Manifest:
         for key in sorted(settings.keys() | manifest.settings.keys()):
             found, expected = manifest.settings.get(key), settings.get(key)
             if json.loads(json.dumps(expected)) != found:
-                raise ConfigError(f"{path}: made with {key} = {found!r}, this run has {expected!r}; "
-                                  "give another --data-dir, or the same options")
+                raise ConfigError(
+                    f"{path}: made with {key} = {found!r}, this run has {expected!r}; "
+                    "give another --data-dir, or the same options"
+                )
         return manifest
 
     @classmethod
@@ -94,7 +97,11 @@ class Manifest:
         return cls(directory, settings, shards)
 
     def save(self) -> None:
-        raw = {"version": _VERSION, "settings": self.settings, "shards": [asdict(entry) for entry in self.shards]}
+        raw = {
+            "version": _VERSION,
+            "settings": self.settings,
+            "shards": [asdict(entry) for entry in self.shards],
+        }
         write_atomically(self.directory / MANIFEST, json.dumps(raw, indent=1) + "\n")
 
     @property
@@ -164,9 +171,14 @@ class ShardWriter:
         save_file(tensors, str(directory / f"{name}.part"))
         os.replace(directory / f"{name}.part", directory / name)
         with (directory / PROMPTS).open("a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps({"prompt": doc.prompt_text}, ensure_ascii=False) + "\n" for doc in docs)
-        self._manifest.shards.append(ShardEntry(
-            name, len(docs), int(lengths.sum()), int(tensors["answer"].sum()), next_id, round(seconds, 3)))
+            lines.writelines(
+                json.dumps({"prompt": doc.prompt_text}, ensure_ascii=False) + "\n" for doc in docs
+            )
+        self._manifest.shards.append(
+            ShardEntry(
+                name, len(docs), int(lengths.sum()), int(tensors["answer"].sum()), next_id, round(seconds, 3)
+            )
+        )
         self._manifest.save()
 
 
@@ -182,8 +194,10 @@ class Dataset:
             for key in ("target", "feature_layers"):
                 found, expected = manifest.settings.get(key), self.manifests[0].settings.get(key)
                 if found != expected:
-                    raise ConfigError(f"{manifest.directory}: made with {key} = {found!r}, expected {expected!r} as in "
-                                      f"{directories[0]}")
+                    raise ConfigError(
+                        f"{manifest.directory}: made with {key} = {found!r}, expected {expected!r} as in "
+                        f"{directories[0]}"
+                    )
         self._files: list[Any] = []
         self._places: list[tuple[int, int]] = []
         self.lengths: list[int] = []
@@ -204,8 +218,10 @@ class Dataset:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a training shard: {error}") from error
         if offsets[-1] != tokens.shape[0] or rows != tokens.shape[0] - len(greedy):
-            raise CheckpointError(f"{path}: {tokens.shape[0]} tokens and {rows} feature rows, but {len(greedy)} "
-                                  f"documents end at token {offsets[-1]}")
+            raise CheckpointError(
+                f"{path}: {tokens.shape[0]} tokens and {rows} feature rows, but {len(greedy)} "
+                f"documents end at token {offsets[-1]}"
+            )
         self._files.append(file)
         self._tokens.append(tokens)
         self._answers.append(answer)
@@ -236,19 +252,25 @@ class Dataset:
         shard, doc = self._places[index]
         start, end = self._offsets[shard][doc], self._offsets[shard][doc + 1]
         features = self._files[shard].get_slice("features")[start - doc : end - doc - 1]
-        return Document(self._tokens[shard][start:end], features, self._answers[shard][start:end], self.greedy[index])
+        return Document(
+            self._tokens[shard][start:end], features, self._answers[shard][start:end], self.greedy[index]
+        )
 
     def answer_counts(self, vocab_size: int, documents: Sequence[int]) -> Tensor:
         """[V] int64: how often each token occurs in the answers of some documents."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for shard, doc in (self._places[index] for index in documents):
             span = slice(self._offsets[shard][doc], self._offsets[shard][doc + 1])
-            counts += torch.bincount(self._tokens[shard][span][self._answers[shard][span]].long(), minlength=vocab_size)
+            counts += torch.bincount(
+                self._tokens[shard][span][self._answers[shard][span]].long(), minlength=vocab_size
+            )
         return counts
 
     def num_answer_tokens(self, documents: Sequence[int]) -> int:
-        return sum(int(self._answers[shard][self._offsets[shard][doc] : self._offsets[shard][doc + 1]].sum())
-                   for shard, doc in (self._places[index] for index in documents))
+        return sum(
+            int(self._answers[shard][self._offsets[shard][doc] : self._offsets[shard][doc + 1]].sum())
+            for shard, doc in (self._places[index] for index in documents)
+        )
 
 
 def split(num_documents: int, every: int) -> tuple[list[int], list[int]]:

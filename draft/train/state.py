@@ -1,7 +1,8 @@
 """Checkpoints of a training run: one safetensors file, nothing executable.
 
-Tensors are the head's (``head.*``) and AdamW's two moments (``exp_avg.*``, ``exp_avg_sq.*``); everything else of the
-state is a JSON object in the file's metadata, so that both are replaced in one move and always belong together.
+Tensors are the head's (``head.*``) and AdamW's two moments (``exp_avg.*``, ``exp_avg_sq.*``); everything else
+of the state is a JSON object in the file's metadata, so that both are replaced in one move and always belong
+together.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from engine.errors import CheckpointError, ConfigError
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is. Batches are counted over all epochs; seconds are of training, interruptions left out."""
+    """Where a run is. Batches are counted over all epochs; seconds are of training, interruptions left out.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -31,8 +33,13 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_state(path: Path, head: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
-               settings: dict[str, Any]) -> None:
+def save_state(
+    path: Path,
+    head: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: dict[str, Any],
+) -> None:
     """Write a checkpoint, replacing the one before."""
     tensors: dict[str, Tensor] = {f"head.{name}": value for name, value in head.state_dict().items()}
     for name, parameter in head.named_parameters():
@@ -46,8 +53,12 @@ def save_state(path: Path, head: nn.Module, optimizer: torch.optim.Optimizer, pr
     os.replace(part, path)
 
 
-def load_state(path: Path, head: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Progress:
-    """Continue from a checkpoint. ConfigError where it was made with other settings, CheckpointError if it is broken."""
+def load_state(
+    path: Path, head: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Progress:
+    """Continue from a checkpoint. ConfigError where it was made with other settings, CheckpointError if it is
+    broken.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             raw = json.loads((file.metadata() or {})["state"])
@@ -58,14 +69,18 @@ def load_state(path: Path, head: nn.Module, optimizer: torch.optim.Optimizer, se
         raise CheckpointError(f"{path}: not a training checkpoint: {error!r}") from error
     for key, expected in json.loads(json.dumps(settings)).items():
         if found.get(key) != expected:
-            raise ConfigError(f"{path}: made with {key} = {found.get(key)!r}, this run has {expected!r}; "
-                              "give another --run-dir, or the same options")
-    head.load_state_dict({name.removeprefix("head."): value for name, value in tensors.items()
-                          if name.startswith("head.")})
+            raise ConfigError(
+                f"{path}: made with {key} = {found.get(key)!r}, this run has {expected!r}; "
+                "give another --run-dir, or the same options"
+            )
+    head.load_state_dict(
+        {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+    )
     for name, parameter in head.named_parameters():
         if f"exp_avg.{name}" in tensors:
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(progress.step)),
                 "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device)}
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+            }
     return progress

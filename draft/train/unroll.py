@@ -1,14 +1,15 @@
 """Training-time test: the head run on its own output, many chains at once.
 
-In service a chain starts at row i, the last one whose feature is true. Its next rows take the head's own hidden state
-instead of a feature. They attend to the true rows 0 .. i and to the chain's own rows i + 1 .. i + k, never to the true
-rows past i, which would not exist yet. Training repeats this for many starts in parallel:
+In service a chain starts at row i, the last one whose feature is true. Its next rows take the head's own
+hidden state instead of a feature. They attend to the true rows 0 .. i and to the chain's own rows i + 1 .. i
++ k, never to the true rows past i, which would not exist yet. Training repeats this for many starts in
+parallel:
 
     step 0   every row of every document, plain causal attention: the true keys and values
     step k   one row per chain, i + k: reads the true rows up to i, then the chain's own keys of steps 1 .. k
 
-Example: chain start 3 at step 2 is row 5, sees true rows 0 1 2 3 and own rows 4 5, and predicts what row 5 predicts,
-token 7. So the target's distributions are computed once, per row, and chains look them up.
+Example: chain start 3 at step 2 is row 5, sees true rows 0 1 2 3 and own rows 4 5, and predicts what row 5
+predicts, token 7. So the target's distributions are computed once, per row, and chains look them up.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class StepRows:
     """One step of the unrolled forward. M chains; chain m is at row ``start + step`` of its document."""
 
     step: int
-    hidden: Tensor    # [M, H] before the final norm
+    hidden: Tensor  # [M, H] before the final norm
     document: Tensor  # [M] int64
-    start: Tensor     # [M] int64
-    exists: Tensor    # [M] bool: the row predicts a token of the answer; False once a chain ran past its end
+    start: Tensor  # [M] int64
+    exists: Tensor  # [M] bool: the row predicts a token of the answer; False once a chain ran past its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,13 @@ class _Chains:
     document: Tensor
     start: Tensor
     slot: Tensor  # [M] document * C + column
-    width: int    # C
+    width: int  # C
     bias: Tensor  # [B, 1, 1, C, L]: 0 where a chain may read a true row, -inf elsewhere
 
 
-def unroll(head: Eagle3Module, embedding: Tensor, batch: TrainBatch, num_steps: int,
-           continues: Tensor) -> Iterator[StepRows]:
+def unroll(
+    head: Eagle3Module, embedding: Tensor, batch: TrainBatch, num_steps: int, continues: Tensor
+) -> Iterator[StepRows]:
     """Run the head ``num_steps`` steps. embedding: [V, H], the target's.
 
     continues: [B, L] bool, which loss rows go on past step 0; all of them take part in step 0.
@@ -107,9 +109,11 @@ def _scatter(keys: Tensor, values: Tensor, slot: Tensor, shape: torch.Size) -> t
     return grid(keys), grid(values)
 
 
-def _attend(queries: Tensor, chains: _Chains, true_rows: tuple[Tensor, Tensor],
-            own: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """One softmax over the true rows a chain may read and its own rows. queries: [M, heads, D] -> [M, heads * D].
+def _attend(
+    queries: Tensor, chains: _Chains, true_rows: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """One softmax over the true rows a chain may read and its own rows. queries: [M, heads, D] -> [M, heads *
+    D].
 
     Query heads that share a KV head are rows of one matrix, so every document is a few plain matrix products.
     """
@@ -121,17 +125,19 @@ def _attend(queries: Tensor, chains: _Chains, true_rows: tuple[Tensor, Tensor],
         empty = rows.new_zeros(num_docs * width, *rows.shape[1:])
         return empty.index_copy(0, chains.slot, rows).view(num_docs, width, num_kv_heads, -1, head_dim)
 
-    q = grid(queries * head_dim**-0.5).permute(0, 2, 3, 1, 4)                        # [B, Hkv, G, C, D]
+    q = grid(queries * head_dim**-0.5).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, C, D]
     flat = q.reshape(num_docs, num_kv_heads, group * width, head_dim)
     scores = (flat @ keys.transpose(2, 3)).view(num_docs, num_kv_heads, group, width, num_rows) + chains.bias
     if own:
-        own_keys = torch.stack([grid(k).squeeze(3) for k, _ in own], dim=3)          # [B, C, Hkv, K, D]
+        own_keys = torch.stack([grid(k).squeeze(3) for k, _ in own], dim=3)  # [B, C, Hkv, K, D]
         own_values = torch.stack([grid(v).squeeze(3) for _, v in own], dim=3)
         own_scores = torch.einsum("bhgcd,bchkd->bhgck", q, own_keys)
         probs = torch.cat((scores, own_scores), dim=-1).softmax(-1)
         out = probs[..., :num_rows].reshape(num_docs, num_kv_heads, group * width, num_rows) @ values
         out = out.view(q.shape) + torch.einsum("bhgck,bchkd->bhgcd", probs[..., num_rows:], own_values)
     else:
-        out = (scores.softmax(-1).view(num_docs, num_kv_heads, group * width, num_rows) @ values).view(q.shape)
+        out = (scores.softmax(-1).view(num_docs, num_kv_heads, group * width, num_rows) @ values).view(
+            q.shape
+        )
     rows = out.permute(0, 3, 1, 2, 4).reshape(num_docs * width, -1)
     return rows.index_select(0, chains.slot)

@@ -73,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     load_before = round(os.getloadavg()[0], 2)  # anything near 1 or above: others were using the machine
     served = open_engine(args)
-    rows = measure(prompts, modes(served, args), args.repeats)
+    try:
+        rows = measure(prompts, modes(served, args), args.repeats)
+    finally:
+        if served.engine.step_log is not None:
+            served.engine.step_log.close()
     result = {"benchmark": "latency"} | latency.report(rows) | describe(served, args, path, len(prompts))
     result["load_before"] = load_before
     show(result)

@@ -98,9 +98,11 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
         sys.executable, "-m", "engine.cli.main", "serve", *_serve_flags(args), stderr=asyncio.subprocess.PIPE,
         stdin=asyncio.subprocess.DEVNULL, env={**os.environ, "HAAST_API_KEY": ""}, start_new_session=True)
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    forward = asyncio.create_task(_forward(process, address))
+    is_ready = asyncio.Event()
+    forward = asyncio.create_task(_forward(process, address, is_ready))
     try:
         await _ready(process, address, forward)
+        is_ready.set()
         yield address.result()
         if process.returncode is not None:
             raise ServerError(f"the server died with exit code {process.returncode}")
@@ -126,12 +128,14 @@ async def _ready(process: asyncio.subprocess.Process, address: asyncio.Future[st
     raise ServerError(f"the server ended with exit code {code} before it was ready; its last lines say why")
 
 
-async def _forward(process: asyncio.subprocess.Process, address: asyncio.Future[str]) -> None:
-    """Copy the server's log to our stderr and pick its address out."""
+async def _forward(process: asyncio.subprocess.Process, address: asyncio.Future[str],
+                   is_ready: asyncio.Event) -> None:
+    """Copy the server's log to our stderr, once it is ready its warnings only, and pick its address out."""
     assert process.stderr is not None
     async for raw in process.stderr:
         line = raw.decode("utf-8", "replace")
-        sys.stderr.write(line)
+        if not (is_ready.is_set() and line.startswith("INFO ")):
+            sys.stderr.write(line)
         found = re.search(r"Listening on (http://\S+?),? ", line)
         if found and not address.done():
             address.set_result(found[1])

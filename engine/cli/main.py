@@ -72,14 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, words: list[str]) -> int:
-    module = importlib.import_module(f"engine.cli.{verb}")
     from engine.errors import EngineError
-    parser = Parser(prog=f"haast {verb}", description=VERBS[verb] + ".",
-                    formatter_class=_Formatter)
-    module.add_arguments(parser)
-    args = parser.parse_args(words)
     try:
-        code: int = module.run(args)
+        module = importlib.import_module(f"engine.cli.{verb}")
+        parser = Parser(prog=f"haast {verb}", description=VERBS[verb] + ".", formatter_class=_Formatter)
+        module.add_arguments(parser)
+        code: int = module.run(parser.parse_args(words))
     except EngineError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:  # our reader left, as `head` does; keep the interpreter from writing again

@@ -1,10 +1,11 @@
 """``haast train``: an EAGLE-3 head for a target, from nothing but the target.
 
-    data      the engine asks itself questions and answers them; a recorder keeps the features (draft/train/collect.py)
-    training  the head learns to continue its own chains (draft/train/loop.py)
+    data      the engine asks itself questions and answers them, a recorder keeps the features
+    training  the head learns to continue its own chains
     export    a head directory for ``--spec-model``
 
-Every phase continues where it was interrupted: finished shards and the last checkpoint are kept in ``--work-dir``.
+The phases are ``draft.train.collect``, ``loop`` and ``export``; here they meet the engine. Each continues
+where it was interrupted: finished shards and the last checkpoint are kept in ``--work-dir``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from draft.train.batches import generator_for
 from draft.train.collect import Collector, DataReport, DataSettings
 from draft.train.export import Card, export_head
 from draft.train.loop import CURVE, Report, Run, TrainSettings, bf16_is_fast
@@ -32,7 +32,6 @@ from draft.train.model import (
     initialise,
     lm_head_rows,
 )
-from draft.train.batches import generator_for
 from draft.train.objective import TargetSide
 from draft.train.prompts import read_prompts
 from draft.train.recorder import FeatureRecorder
@@ -56,12 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data, train = DataSettings(), TrainSettings()
     parser.add_argument("model", nargs="?", metavar="MODEL",
                         help=f"a GGUF file or a Hugging Face directory; without it, {DEFAULT_MODEL}")
-    parser.add_argument("-o", "--output", type=Path, default=Path("head"), metavar="DIR", help="where the head goes")
+    parser.add_argument("-o", "--output", type=Path, default=Path("head"), metavar="DIR",
+                        help="where the head goes")
     parser.add_argument("--work-dir", type=Path, default=Path("train-work"), metavar="DIR",
                         help="data/ and run/ live here; run the command again to continue")
     parser.add_argument("--data-dir", type=Path, nargs="+", metavar="DIR",
                         help="replaces WORK-DIR/data; training may read several, made with different seeds")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="checkpoints and curve; replaces WORK-DIR/run")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR",
+                        help="checkpoints and curve; replaces WORK-DIR/run")
     parser.add_argument("--phase", choices=("all", "data", "train"), default="all", help="what to do")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and training")
@@ -69,18 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--prompts", type=Path, metavar="FILE",
                        help="prompts to answer first, one per line or JSONL; the target's own follow")
-    group.add_argument("--tokens", type=int, default=data.tokens, metavar="N", help="answer tokens to collect")
-    group.add_argument("--data-minutes", type=float, default=85.0, metavar="MIN", help="time budget of the data phase")
+    group.add_argument("--tokens", type=int, default=data.tokens, metavar="N",
+                       help="answer tokens to collect")
+    group.add_argument("--data-minutes", type=float, default=85.0, metavar="MIN",
+                       help="time budget of the data phase")
     group.add_argument("--temperature", type=float, default=data.temperature, help="of every second answer")
     group.add_argument("--max-answer-tokens", type=int, default=data.max_answer_tokens, metavar="N")
-    group.add_argument("--data-batch", type=int, default=data.batch_size, metavar="N", help="requests at once")
+    group.add_argument("--data-batch", type=int, default=data.batch_size, metavar="N",
+                       help="requests at once")
 
     group = parser.add_argument_group("training")
     group.add_argument("--feature-layers", type=_layers, metavar="A,B,C",
                        help="hidden states the head reads; the default is a third, two thirds and the end")
-    group.add_argument("--draft-vocab", type=int, default=8192, metavar="N", help="size of the draft vocabulary")
+    group.add_argument("--draft-vocab", type=int, default=8192, metavar="N",
+                       help="size of the draft vocabulary")
     group.add_argument("--epochs", type=int, default=train.epochs)
-    group.add_argument("--max-minutes", type=float, default=80.0, metavar="MIN", help="time budget of training")
+    group.add_argument("--max-minutes", type=float, default=80.0, metavar="MIN",
+                       help="time budget of training")
     group.add_argument("--batch-tokens", type=int, default=train.batch_tokens, metavar="N")
     group.add_argument("--lr", type=float, default=train.lr)
     group.add_argument("--steps-unrolled", type=int, default=train.num_steps, metavar="K")
@@ -110,15 +116,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 class TemplateChat:
     """collect.ChatFormat: the checkpoint's own chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises RequestError for a model without a chat template, ConfigError for one that does not show the text."""
+        """RequestError for a model without a chat template, ConfigError for one that does not show the text."""
         self._tokenizer = tokenizer
-        before, found, _ = render_text(tokenizer, [{"role": "user", "content": _SENTINEL}]).partition(_SENTINEL)
+        text = render_text(tokenizer, [{"role": "user", "content": _SENTINEL}])
+        before, found, _ = text.partition(_SENTINEL)
         if not found:
             raise ConfigError("the model's chat template does not contain the user's text")
         self._before = before
@@ -133,8 +140,8 @@ class TemplateChat:
         return self._tokenizer.decode(token_ids)
 
 
-def recording_engine(checkpoint: Checkpoint, tokenizer: Tokenizer, recorder: FeatureRecorder, layers: tuple[int, ...],
-                     settings: DataSettings, device: str) -> Engine:
+def recording_engine(checkpoint: Checkpoint, tokenizer: Tokenizer, recorder: FeatureRecorder,
+                     layers: tuple[int, ...], settings: DataSettings, device: str) -> Engine:
     """The batched engine with a recorder for its draft: float32 on a CPU without bfloat16 units."""
     config = EngineConfig(
         dtype=torch.bfloat16 if bf16_is_fast(device) else torch.float32, device=device,
@@ -144,8 +151,8 @@ def recording_engine(checkpoint: Checkpoint, tokenizer: Tokenizer, recorder: Fea
         return build_engine(checkpoint, tokenizer.eos_token_ids, recorder, config, bar.update, layers)
 
 
-def _collect(args: argparse.Namespace, checkpoint: Checkpoint, name: str, layers: tuple[int, ...], data_dir: Path,
-             device: str) -> None:
+def _collect(args: argparse.Namespace, checkpoint: Checkpoint, name: str, layers: tuple[int, ...],
+             data_dir: Path, device: str) -> None:
     settings = DataSettings(
         tokens=args.tokens, max_minutes=args.data_minutes, seed=args.seed, temperature=args.temperature,
         max_answer_tokens=args.max_answer_tokens, batch_size=args.data_batch,
@@ -171,21 +178,22 @@ def _collect(args: argparse.Namespace, checkpoint: Checkpoint, name: str, layers
         Collector(engine, recorder, TemplateChat(tokenizer), manifest, settings, prompts, show).run()
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
-def _train(args: argparse.Namespace, checkpoint: Checkpoint, name: str, data_dirs: list[Path], device: str) -> None:
+def _train(args: argparse.Namespace, checkpoint: Checkpoint, name: str, data_dirs: list[Path],
+           device: str) -> None:
     dataset = Dataset(*data_dirs)
     made_for = dataset.settings.get("target")
     layers = tuple(dataset.settings.get("feature_layers", ()))
     if made_for != name or dataset.feature_size != len(layers) * checkpoint.config.hidden_size:
-        raise ConfigError(f"{data_dirs[0]}: holds {dataset.feature_size} features per token of {made_for}, expected "
-                          f"{len(layers)} x {checkpoint.config.hidden_size} of {name}")
+        raise ConfigError(f"{data_dirs[0]}: holds {dataset.feature_size} features per token of {made_for}, "
+                          f"expected {len(layers)} x {checkpoint.config.hidden_size} of {name}")
     if args.feature_layers is not None and args.feature_layers != layers:
         raise ConfigError(f"{data_dirs[0]}: made with --feature-layers {','.join(map(str, layers))}, "
                           f"this run has {','.join(map(str, args.feature_layers))}")
     settings = TrainSettings(
-        seed=args.seed, epochs=args.epochs, max_minutes=args.max_minutes, batch_tokens=args.batch_tokens, lr=args.lr,
-        num_steps=args.steps_unrolled, chain_share=args.chain_share, share_lm_head=args.share_lm_head,
+        seed=args.seed, epochs=args.epochs, max_minutes=args.max_minutes, batch_tokens=args.batch_tokens,
+        lr=args.lr, num_steps=args.steps_unrolled, chain_share=args.chain_share, share_lm_head=args.share_lm_head,
         bf16=bf16_is_fast(device), eval_every=args.eval_every)
     training, heldout = split(len(dataset), _HELDOUT_EVERY)
     with LoadingBar() as loading:
@@ -196,8 +204,8 @@ def _train(args: argparse.Namespace, checkpoint: Checkpoint, name: str, data_dir
     run_dir = args.run_dir or args.work_dir / "run"
     with _Bar("Training") as bar:
         def show(report: Report) -> None:
-            acceptance = report.acceptance
-            length = "" if acceptance is None else f", acceptance length {next(iter(acceptance.lengths.values())):.2f}"
+            lengths = report.acceptance.lengths if report.acceptance is not None else {}
+            length = "".join(f", {value:.2f} per step with chains of {chain}" for chain, value in lengths.items())
             bar.update(report.share, f"step {report.step}, loss {report.loss:.3f}, "
                                      f"{report.tokens_per_second:.0f} tokens/s{length}")
 
@@ -206,32 +214,35 @@ def _train(args: argparse.Namespace, checkpoint: Checkpoint, name: str, data_dir
     counts = dataset.answer_counts(head.config.vocab_size, job.heldout)
     card = Card(
         target=name, command="haast train " + " ".join(_shown(args)), data=dataset.settings,
-        settings=settings.identity(), documents=len(dataset), answer_tokens=dataset.num_answer_tokens(range(len(dataset))),
+        settings=settings.identity(), documents=len(dataset),
+        answer_tokens=dataset.num_answer_tokens(range(len(dataset))),
         coverage=float(counts[head.t2d.cpu()].sum() / counts.sum().clamp(min=1)),
         data_seconds=dataset.seconds, train_seconds=job.progress.seconds, device=_describe(device),
         acceptance=acceptance)
-    export_head(args.output, head, checkpoint.config.max_position_embeddings, card, run_dir / CURVE, args.share_lm_head)
+    export_head(args.output, head, checkpoint.config.max_position_embeddings, card, run_dir / CURVE,
+                args.share_lm_head)
     sys.stderr.write(f"Head: {args.output}; acceptance by depth "
                      f"{', '.join(f'{value:.3f}' for value in acceptance.by_depth)}; length "
                      f"{', '.join(f'{v:.3f} (chain of {k})' for k, v in acceptance.lengths.items())}\n")
 
 
-def prepare(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], dataset: Dataset, training: Sequence[int],
-            layers: tuple[int, ...], draft_vocab: int, eos_token_ids: tuple[int, ...],
-            seed: int) -> tuple[Eagle3Module, TargetSide]:
+def prepare(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], dataset: Dataset,
+            training: Sequence[int], layers: tuple[int, ...], draft_vocab: int,
+            eos_token_ids: tuple[int, ...], seed: int) -> tuple[Eagle3Module, TargetSide]:
     """The head before its first step, and the target's parts that training reads. weights: float32."""
     target = checkpoint.config
     vocab = choose_draft_vocab(dataset.answer_counts(target.vocab_size, training), draft_vocab, eos_token_ids)
     head = Eagle3Module(HeadConfig.for_target(target, layers, draft_vocab), vocab)
-    host = {key: value.cpu() for key, value in weights.items()
-            if not key.startswith("model.layers.") or key.startswith(f"model.layers.{target.num_layers - 1}.")}
+    last = f"model.layers.{target.num_layers - 1}."
+    host = {key: value.cpu() for key, value in weights.items() if not key.startswith("model.layers.")}
+    host |= {key: value.cpu() for key, value in weights.items() if key.startswith(last)}
     initialise(head, host, target.num_layers, generator_for(seed, 3))
     side = TargetSide(weights["model.embed_tokens.weight"], weights["model.norm.weight"],
                       lm_head_rows(weights, vocab), target.rms_norm_eps)
     return head, side
 
 
-# --- odds and ends ----------------------------------------------------------------------------------------------------
+# --- odds and ends ------------------------------------------------------------------------------------------
 
 class _Bar:
     """One progress bar on stderr; without a terminal a line now and then."""
@@ -239,8 +250,8 @@ class _Bar:
     def __init__(self, title: str) -> None:
         self._title, self._shown = title, -1
         self._bar = Progress(
-            TextColumn(title), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
-            console=Console(stderr=True)) if sys.stderr.isatty() else None
+            TextColumn(title), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), console=Console(stderr=True)) if sys.stderr.isatty() else None
         self._task = self._bar.add_task("", total=1.0) if self._bar is not None else None
 
     def __enter__(self) -> _Bar:
@@ -265,10 +276,12 @@ class _Bar:
 def _check(args: argparse.Namespace) -> None:
     for flag, low, high in (("tokens", 1, 10**12), ("data_batch", 1, 4096), ("epochs", 1, 10**6),
                             ("batch_tokens", 8, 10**7), ("steps_unrolled", 1, 16), ("draft_vocab", 2, 10**7),
-                            ("chain_share", 0.0, 1.0), ("max_answer_tokens", 1, 10**6), ("eval_every", 1, 10**9),
-                            ("temperature", 0.0, 100.0), ("max_minutes", 0.0, 10**6), ("data_minutes", 0.0, 10**6)):
-        if not low <= getattr(args, flag) <= high:
-            raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected {low} to {high}")
+                            ("chain_share", 0.0, 1.0), ("max_answer_tokens", 1, 10**6),
+                            ("eval_every", 1, 10**9), ("temperature", 0.0, 100.0),
+                            ("max_minutes", 0.0, 10**6), ("data_minutes", 0.0, 10**6)):
+        found = getattr(args, flag)
+        if not low <= found <= high:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {found}, expected {low} to {high}")
     if not args.lr > 0:
         raise ConfigError(f"--lr is {args.lr}, expected a positive number")
 
@@ -296,8 +309,8 @@ def _device(name: str) -> str:
 def _shown(args: argparse.Namespace) -> list[str]:
     """The options that decide the result, as flags; places are left out."""
     words = [] if args.model is None else [Path(args.model).name]
-    for flag in ("seed", "tokens", "data_minutes", "epochs", "max_minutes", "batch_tokens", "lr", "steps_unrolled",
-                 "chain_share", "draft_vocab"):
+    for flag in ("seed", "tokens", "data_minutes", "epochs", "max_minutes", "batch_tokens", "lr",
+                 "steps_unrolled", "chain_share", "draft_vocab"):
         words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     if args.prompts is not None:
         words += ["--prompts", args.prompts.name]

@@ -72,6 +72,7 @@ def echo_model(seed: int = 0, gain: float = 0.35) -> Model:
 
     The EAGLE-1 head passes the embedding through and adds little to it. The EAGLE-3 head's residual stream starts at its feature, which
     does not know the last token yet, so there attention brings the embedding in: sharp queries find their own row.
+    Both still read their features a little, or the state oracle would not see wrong ones.
     """
     model = random_model(seed, norm=True, num_kv_heads=4, draft_vocab_size=90)
     hidden, num_layers = model.config.hidden_size, model.config.num_layers
@@ -80,7 +81,7 @@ def echo_model(seed: int = 0, gain: float = 0.35) -> Model:
     eye, nothing = torch.eye(hidden), torch.zeros(hidden, hidden)
     eagle = {name: tensor * (0.15 if "o_proj" in name or "down_proj" in name else 1.0)
              for name, tensor in model.eagle.items()}
-    eagle |= {"fc.weight": torch.cat((eye, nothing), 1), "norm.weight": weights["model.norm.weight"]}
+    eagle |= {"fc.weight": torch.cat((eye, 0.2 * model.eagle["fc.weight"][:, hidden:]), 1), "norm.weight": weights["model.norm.weight"]}
     eagle3 = dict(model.eagle3)
     ids = torch.arange(len(eagle3["d2t"])) + eagle3["d2t"]
     sharp = torch.cat((2.5 * eye, nothing), 1)
@@ -88,7 +89,7 @@ def echo_model(seed: int = 0, gain: float = 0.35) -> Model:
         "fc.weight": 0.02 * eagle3["fc.weight"],
         "midlayer.input_layernorm.weight": torch.ones(hidden), "norm.weight": weights["model.norm.weight"],
         "midlayer.self_attn.q_proj.weight": sharp, "midlayer.self_attn.k_proj.weight": sharp,
-        "midlayer.self_attn.v_proj.weight": torch.cat((eye, nothing), 1),
+        "midlayer.self_attn.v_proj.weight": torch.cat((eye, 0.1 * eye), 1),
         "midlayer.self_attn.o_proj.weight": eye,
         "midlayer.mlp.down_proj.weight": 0.05 * eagle3["midlayer.mlp.down_proj.weight"],
         "lm_head.weight": weights["lm_head.weight"][ids],

@@ -55,7 +55,8 @@ def test_engine_flags() -> None:
     config = options.engine_config(parse(serve))
     assert (config.dtype, config.speculation, config.max_model_len) == (torch.bfloat16, Speculation(), 2048)
     args = parse(serve, "a.gguf", "--dtype", "float32", "--device", "cpu", "--spec-nodes", "4",
-                 "--spec-depth", "3", "--spec-top-k", "2", "--kv-cache-memory", "1.5GiB", "--page-size", "8", "--spec-log", "log")
+                 "--spec-depth", "3", "--spec-top-k", "2", "--kv-cache-memory", "1.5GiB", "--page-size", "8",
+                 "--spec-log", "log")
     config = options.engine_config(args)
     assert (config.dtype, config.device) == (torch.float32, "cpu")
     assert (config.page_size, config.spec_log) == (8, "log")
@@ -142,7 +143,8 @@ def test_generate_bad_input(tmp_path: Path, text: str, message: str) -> None:
         generate.run(parse(generate, "-i", str(tmp_path / "none")))
 
 
-def test_chat_question_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_question_in_process(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine(script(b"He", b"llo"))
     monkeypatch.setattr(chat, "open_engine", lambda args: serve_fake(engine))
     assert main.main(["chat", "-q", "Hi", "--system", "S", "--stats", "--temperature", "0"]) == 0

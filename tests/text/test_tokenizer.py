@@ -53,8 +53,8 @@ def fields(**changes: Any) -> dict[str, Any]:
 def transformers_tokenizer() -> Any:
     """transformers' own reading of the default model's file.
 
-    It knows nothing of "smollm" and cuts words as GPT-2 does, which comes to the same, because the vocabulary has
-    no token of several digits.
+    It knows nothing of "smollm" and cuts words as GPT-2 does, which comes to the same, because the vocabulary
+    has no token of several digits.
     """
     from transformers import AutoTokenizer
 
