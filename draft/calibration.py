@@ -1,10 +1,11 @@
-"""What a draft score is worth: a map from (mode, depth, rank, raw score) to observed acceptance, learned online.
+"""What a draft score is worth: a map from (mode, depth, rank, raw score) to observed acceptance, learned
+online.
 
-A head's softmax is not a probability of acceptance: under greedy decoding it is far too modest about sure tokens, and
-products of too modest factors push a tree's budget into breadth. So acceptance is counted per bucket of the raw
-score, with the raw score itself as the prior, old counts fading so that the map follows the content. Within a mode,
-depth and rank the map is monotone in the raw score (pool-adjacent-violators), and it is interpolated between bucket
-centres, so that ties among candidates stay rare.
+A head's softmax is not a probability of acceptance: under greedy decoding it is far too modest about sure
+tokens, and products of too modest factors push a tree's budget into breadth. So acceptance is counted per
+bucket of the raw score, with the raw score itself as the prior, old counts fading so that the map follows the
+content. Within a mode, depth and rank the map is monotone in the raw score (pool-adjacent-violators), and it
+is interpolated between bucket centres, so that ties among candidates stay rare.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from engine.core import DraftTree, SamplingTensors, Verdict
 
 NUM_BUCKETS = 12
 _MAX_DEPTH, _MAX_RANK = 16, 8  # deeper and later ones share the last entry
-_PRIOR_TRIALS = 8.0            # how many observations the raw score itself counts for
-_DECAY = 0.999                 # per observed step
-_REFRESH = 8                   # observed steps between rebuilds of the map
+_PRIOR_TRIALS = 8.0  # how many observations the raw score itself counts for
+_DECAY = 0.999  # per observed step
+_REFRESH = 8  # observed steps between rebuilds of the map
 
 
 def isotonic(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -52,12 +53,12 @@ class Calibration:
     def __call__(self, raw: Tensor, depth: int, sampled: Tensor) -> Tensor:
         """Calibrated conditional acceptance of children at one depth.
 
-        raw: [B, F, k] scores of ranks 0..k-1; depth: of the children, from 1; sampled: [B] bool. Returns [B, F, k]
-        in (0, 1].
+        raw: [B, F, k] scores of ranks 0..k-1; depth: of the children, from 1; sampled: [B] bool. Returns [B,
+        F, k] in (0, 1].
         """
         k = raw.shape[-1]
         rank = torch.arange(k, device=raw.device).clamp(max=_MAX_RANK - 1)
-        curves = self._map[sampled.long(), min(depth, _MAX_DEPTH) - 1][:, rank]           # [B, k, buckets]
+        curves = self._map[sampled.long(), min(depth, _MAX_DEPTH) - 1][:, rank]  # [B, k, buckets]
         place = (raw * NUM_BUCKETS - 0.5).clamp(0, NUM_BUCKETS - 1)
         low = place.floor().long().clamp(max=NUM_BUCKETS - 2)
         curves = curves[:, None].expand(-1, raw.shape[1], -1, -1)
@@ -77,8 +78,12 @@ class Calibration:
             accepted = set(path)
             for node in range(1, len(parents[row])):
                 if parents[row][node] in accepted and parents[row][node] >= 0:
-                    key = (modes[row], min(depths[row][node], _MAX_DEPTH) - 1, min(ranks[row][node], _MAX_RANK - 1),
-                           min(int(raws[row][node] * NUM_BUCKETS), NUM_BUCKETS - 1))
+                    key = (
+                        modes[row],
+                        min(depths[row][node], _MAX_DEPTH) - 1,
+                        min(ranks[row][node], _MAX_RANK - 1),
+                        min(int(raws[row][node] * NUM_BUCKETS), NUM_BUCKETS - 1),
+                    )
                     self.trials[key] += 1
                     self.hits[key] += node in accepted
         self._observed += 1

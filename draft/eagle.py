@@ -1,8 +1,11 @@
-"""The EAGLE-1 and EAGLE-2 head (Li et al., arXiv 2401.15077, 2406.16858): the target's last feature in, its vocabulary out.
+"""The EAGLE-1 and EAGLE-2 head (Li et al., arXiv 2401.15077, 2406.16858): the target's last feature in, its
+vocabulary out.
 
-    x = fc([embedding of token i, feature i - 1])             the feature is the target's, after its final norm
+    x = fc([embedding of token i, feature i - 1])             the feature is the target's, after its final
+    norm
     x = decoder layers (the first usually without an input norm)
-    logits = the target's lm_head(x), or lm_head(norm(x)) where the checkpoint has a final norm;  x is the next feature
+    logits = the target's lm_head(x), or lm_head(norm(x)) where the checkpoint has a final norm;  x is the
+    next feature
 
 EAGLE-2 is the same network; what it changed, dynamic trees, is ``draft/tree.py``.
 """
@@ -32,23 +35,36 @@ class _Layer:
         self.input_norm = weights.pop(f"{prefix}.input_layernorm.weight", None)
         self.post_norm = take("post_attention_layernorm")
         self.attention = Attention(
-            fuse(*(take(f"self_attn.{part}_proj") for part in "qkv")), Linear(take("self_attn.o_proj")),
-            config.num_heads, config.num_kv_heads, config.head_dim)
+            fuse(*(take(f"self_attn.{part}_proj") for part in "qkv")),
+            Linear(take("self_attn.o_proj")),
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         self.mlp = SwiGLU(fuse(take("mlp.gate_proj"), take("mlp.up_proj")), Linear(take("mlp.down_proj")))
 
-    def __call__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
+    ) -> Tensor:
         normed = x if self.input_norm is None else rms_norm(x, self.input_norm, self.eps)
         x = x + self.attention(normed, cos_sin, pool, plan)
         return x + self.mlp(rms_norm(x, self.post_norm, self.eps))
 
 
 class EagleModel:
-    """The network (draft.head.HeadModel). weights: published names, consumed; target_logits: the target's lm_head."""
+    """The network (draft.head.HeadModel). weights: published names, consumed; target_logits: the target's
+    lm_head."""
 
     feature_layers: tuple[int, ...] = (POST_NORM,)
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], embedding: Tensor,
-                 target_logits: Callable[[Tensor], Tensor], num_slots: int) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: dict[str, Tensor],
+        embedding: Tensor,
+        target_logits: Callable[[Tensor], Tensor],
+        num_slots: int,
+    ) -> None:
         self.config, self.embedding, self._target_logits = config, embedding, target_logits
         dtype, device = embedding.dtype, str(embedding.device)
         self.token_ids = torch.arange(config.vocab_size, device=embedding.device)
@@ -57,8 +73,14 @@ class EagleModel:
         self.norm = weights.pop("norm.weight", None)
         self.layers = [_Layer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
-        self.rope = RopeTable(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings,
-                              dtype, device)
+        self.rope = RopeTable(
+            config.head_dim,
+            config.rope_theta,
+            config.rope_scaling,
+            config.max_position_embeddings,
+            dtype,
+            device,
+        )
         self.pool = KVPool(config.num_layers, config.num_kv_heads, config.head_dim, num_slots, dtype, device)
 
     def inject(self, features: Tensor) -> Tensor:

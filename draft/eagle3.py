@@ -1,12 +1,13 @@
-"""The EAGLE-3 head (Li et al., arXiv 2503.01840): three target layers in, one decoder layer, a reduced vocabulary.
+"""The EAGLE-3 head (Li et al., arXiv 2503.01840): three target layers in, one decoder layer, a reduced
+vocabulary.
 
     g = fc(features of position i - 1)                        or the head's own last output while drafting
     x = [input_layernorm(embedding of token i), hidden_norm(g)]
     h = g + attention(x);  h = h + mlp(post_attention_layernorm(h))
     logits over the draft vocabulary = lm_head(norm(h));      h is the next g
 
-Weights carry the published names (``fc``, ``midlayer.*``, ``norm``, ``lm_head``, ``d2t``, ``t2d``); the embedding is the
-target's unless the checkpoint brings its own. ``target id = draft id + d2t[draft id]``.
+Weights carry the published names (``fc``, ``midlayer.*``, ``norm``, ``lm_head``, ``d2t``, ``t2d``); the
+embedding is the target's unless the checkpoint brings its own. ``target id = draft id + d2t[draft id]``.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ from kernels import rms_norm
 class Eagle3Model:
     """The network (draft.head.HeadModel).
 
-    config: shape of the head's layer, ``vocab_size`` being the draft vocabulary's; weights: published names, consumed;
-    embedding: [V, H]; feature_layers: as in engine.models.llama.
+    config: shape of the head's layer, ``vocab_size`` being the draft vocabulary's; weights: published names,
+    consumed; embedding: [V, H]; feature_layers: as in engine.models.llama.
     """
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], embedding: Tensor,
-                 feature_layers: tuple[int, ...], num_slots: int) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: dict[str, Tensor],
+        embedding: Tensor,
+        feature_layers: tuple[int, ...],
+        num_slots: int,
+    ) -> None:
         def take(name: str) -> Tensor:
             return weights.pop(f"{name}.weight")
 
@@ -43,23 +50,40 @@ class Eagle3Model:
         self.fc = Linear(take("fc"))
         self.input_norm, self.hidden_norm = take("midlayer.input_layernorm"), take("midlayer.hidden_norm")
         self.attention = Attention(
-            fuse(*(take(f"midlayer.self_attn.{part}_proj") for part in "qkv")), Linear(take("midlayer.self_attn.o_proj")),
-            config.num_heads, config.num_kv_heads, config.head_dim)
+            fuse(*(take(f"midlayer.self_attn.{part}_proj") for part in "qkv")),
+            Linear(take("midlayer.self_attn.o_proj")),
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         self.post_norm = take("midlayer.post_attention_layernorm")
-        self.mlp = SwiGLU(fuse(take("midlayer.mlp.gate_proj"), take("midlayer.mlp.up_proj")),
-                          Linear(take("midlayer.mlp.down_proj")))
+        self.mlp = SwiGLU(
+            fuse(take("midlayer.mlp.gate_proj"), take("midlayer.mlp.up_proj")),
+            Linear(take("midlayer.mlp.down_proj")),
+        )
         self.norm, self.lm_head = take("norm"), Linear(take("lm_head"))
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
-        self.rope = RopeTable(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings,
-                              dtype, device)
+        self.rope = RopeTable(
+            config.head_dim,
+            config.rope_theta,
+            config.rope_scaling,
+            config.max_position_embeddings,
+            dtype,
+            device,
+        )
         self.pool = KVPool(1, config.num_kv_heads, config.head_dim, num_slots, dtype, device)
 
     def inject(self, features: Tensor) -> Tensor:
         return self.fc(features)
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
-        x = torch.cat((rms_norm(self.embedding[tokens], self.input_norm, self.eps),
-                       rms_norm(feature, self.hidden_norm, self.eps)), dim=-1)
+        x = torch.cat(
+            (
+                rms_norm(self.embedding[tokens], self.input_norm, self.eps),
+                rms_norm(feature, self.hidden_norm, self.eps),
+            ),
+            dim=-1,
+        )
         hidden = feature + self.attention(x, self.rope(positions), self.pool.layer(0), plan)
         return hidden + self.mlp(rms_norm(hidden, self.post_norm, self.eps))
 

@@ -1,14 +1,14 @@
 """What all heads that read target features have in common: pending features, extend, and growing a tree.
 
-A head's row i is f(embedding of token i, feature i - 1). After a step the target has computed features for the rows
-it accepted; each is paired with the token that followed it and waits as *pending* until the next proposal, when all
-pending pairs run through the head in one pass (*extend*). The last of them is the root's row, from which the tree
-grows. Rows written while growing are scratch: they hold the head's own guesses of features and are recomputed from
-true ones when they are accepted.
+A head's row i is f(embedding of token i, feature i - 1). After a step the target has computed features for
+the rows it accepted; each is paired with the token that followed it and waits as *pending* until the next
+proposal, when all pending pairs run through the head in one pass (*extend*). The last of them is the root's
+row, from which the tree grows. Rows written while growing are scratch: they hold the head's own guesses of
+features and are recomputed from true ones when they are accepted.
 
-Example: rows 0..4 are committed, token 5 is the root. The step accepts two nodes (rows 5, 6, 7 now hold their KV) and
-chooses a bonus. Pending are then the pairs (token 6, feature 5), (token 7, feature 6), (bonus, feature 7); extend
-writes the head's rows 6, 7 and 8, and row 8 is the new root's.
+Example: rows 0..4 are committed, token 5 is the root. The step accepts two nodes (rows 5, 6, 7 now hold their
+KV) and chooses a bonus. Pending are then the pairs (token 6, feature 5), (token 7, feature 6), (bonus,
+feature 7); extend writes the head's rows 6, 7 and 8, and row 8 is the new root's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from torch import Tensor
 from draft.calibration import Calibration
 from draft.none import root_tokens
 from draft.tree import Limits, Offers, grow
-from engine.core import Batch, DraftScores, DraftTree, SamplingTensors, Sequence, Speculation, Verdict, slots_of
+from engine.core import (
+    Batch,
+    DraftScores,
+    DraftTree,
+    SamplingTensors,
+    Sequence,
+    Speculation,
+    Verdict,
+    slots_of,
+)
 from engine.kvcache import KVPool, RowPlan, make_plan
 from engine.sampler import perturb
 
@@ -41,7 +50,8 @@ class HeadModel(Protocol):
         ...
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
-        """tokens, positions: [B, n]; feature: [B, n, H]. Writes KV rows, returns [B, n, H]: the next feature."""
+        """tokens, positions: [B, n]; feature: [B, n, H]. Writes KV rows, returns [B, n, H]: the next
+        feature."""
         ...
 
     def logits(self, feature: Tensor) -> Tensor:
@@ -54,7 +64,7 @@ class _Pending:
     """Pairs that wait for extend. Rows 1..num_rows of the head are computed."""
 
     num_rows: int = 0
-    tokens: list[Tensor] = field(default_factory=list)    # each [n]
+    tokens: list[Tensor] = field(default_factory=list)  # each [n]
     features: list[Tensor] = field(default_factory=list)  # each [n, F]
 
     @property
@@ -74,8 +84,8 @@ class _Pending:
 class _Rows:
     """Some sequences of a batch, seen by the head."""
 
-    index: Tensor       # [b] int64 rows of the batch
-    kv_lens: Tensor     # [b]
+    index: Tensor  # [b] int64 rows of the batch
+    kv_lens: Tensor  # [b]
     page_table: Tensor  # [b, P]
     page_size: int
     sampling: SamplingTensors
@@ -103,7 +113,8 @@ class FeatureDraft:
     def forget(self, seq: Sequence) -> None:
         self._pending.pop(seq.request.id, None)
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- learning
+    # ---------------------------------------------------------------------------------------------------
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Pair the features of the accepted nodes with the tokens that followed them."""
@@ -117,11 +128,11 @@ class FeatureDraft:
             pending = self._pending.setdefault(seq.request.id, _Pending())
             pending.tokens.append(torch.cat((tree.tokens[row, path[1:]], verdict.bonus[row : row + 1])))
             pending.features.append(features[row, path])
-            if batch.prompt is not None:
-                # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for the
-                # first answer token's sake the last chunk waits until that token is out.
-                if int(batch.prompt.next_token[row]) >= 0:
-                    self._extend_alone(batch, row, pending)
+            # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for
+            # the
+            # first answer token's sake the last chunk waits until that token is out.
+            if batch.prompt is not None and batch.prompt.next_token[row] >= 0:
+                self._extend_alone(batch, row, pending)
 
     def _extend_alone(self, batch: Batch, row: int, pending: _Pending) -> None:
         count = pending.num_waiting - 1
@@ -129,15 +140,25 @@ class FeatureDraft:
             return
         first = pending.num_rows + 1
         tokens, features = pending.take(count)
-        self._extend(self._rows(batch, [row]), tokens[None], features[None], torch.tensor([[first]]).to(self.device),
-                     torch.tensor([count]).to(self.device), [first + count - 1])
+        self._extend(
+            self._rows(batch, [row]),
+            tokens[None],
+            features[None],
+            torch.tensor([[first]]).to(self.device),
+            torch.tensor([count]).to(self.device),
+            [first + count - 1],
+        )
 
-    # --- proposing --------------------------------------------------------------------------------------------------
+    # --- proposing
+    # --------------------------------------------------------------------------------------------------
 
     def propose(self, batch: Batch) -> DraftTree:
         """Trees for the sequences that speculate, the root alone for the others."""
-        active = [row for row, (seq, spec) in enumerate(zip(batch.seqs, batch.speculation, strict=True))
-                  if not spec.is_off and seq.request.id in self._pending]
+        active = [
+            row
+            for row, (seq, spec) in enumerate(zip(batch.seqs, batch.speculation, strict=True))
+            if not spec.is_off and seq.request.id in self._pending
+        ]
         roots = root_tokens(batch)
         if not active:
             return DraftTree(roots, torch.full_like(roots, -1))
@@ -147,14 +168,24 @@ class FeatureDraft:
                 self._extend_alone(batch, row, pending)
         rows = self._rows(batch, active)
         limits = Limits.of([batch.speculation[row] for row in active], self.device)
-        tree = self._grow(rows, roots[rows.index, 0], self._extend_all(batch, active, rows), limits,
-                          [batch.seqs[row].kv_len for row in active])
+        tree = self._grow(
+            rows,
+            roots[rows.index, 0],
+            self._extend_all(batch, active, rows),
+            limits,
+            [batch.seqs[row].kv_len for row in active],
+        )
         return tree if len(active) == len(batch.seqs) else _spread(tree, rows.index, roots)
 
     def _rows(self, batch: Batch, rows: list[int]) -> _Rows:
         index = torch.tensor(rows, dtype=torch.int64).to(self.device)
-        return _Rows(index, batch.kv_lens[index], batch.page_table[index], batch.page_size,
-                     batch.sampling.select(index))
+        return _Rows(
+            index,
+            batch.kv_lens[index],
+            batch.page_table[index],
+            batch.page_size,
+            batch.sampling.select(index),
+        )
 
     def _extend_all(self, batch: Batch, active: list[int], rows: _Rows) -> Tensor:
         """Run all pending pairs; returns the feature after each root, [b, 1, H]."""
@@ -172,10 +203,18 @@ class FeatureDraft:
         out = self._extend(rows, tokens, features, firsts, count, [pending.num_rows for pending in pendings])
         return out.gather(1, (count - 1)[:, None, None].expand(-1, 1, out.shape[-1]))
 
-    def _extend(self, rows: _Rows, tokens: Tensor, features: Tensor, first: Tensor, count: Tensor,
-                read_lens: list[int]) -> Tensor:
-        """tokens: [b, n]; features: [b, n, F]; first: [b, 1] row number of the first pair; count: [b] real pairs;
-        read_lens: rows to read of each, row 0 (which does not exist) not counted. Returns [b, n, H]."""
+    def _extend(
+        self,
+        rows: _Rows,
+        tokens: Tensor,
+        features: Tensor,
+        first: Tensor,
+        count: Tensor,
+        read_lens: list[int],
+    ) -> Tensor:
+        """tokens: [b, n]; features: [b, n, F]; first: [b, 1] row number of the first pair; count: [b] real
+        pairs; read_lens: rows to read of each, row 0 (which does not exist) not counted. Returns [b, n,
+        H]."""
         place = torch.arange(tokens.shape[1], device=self.device)[None]
         row = first + place
         write = torch.where(place < count[:, None], rows.slots(row), place % rows.page_size)
@@ -184,10 +223,14 @@ class FeatureDraft:
         plan = make_plan(write, rows.slots(key), read_lens, visible)
         return self.model.forward(tokens, self.model.inject(features), row - 1, plan)
 
-    def _grow(self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits, host_lens: list[int]) -> DraftTree:
+    def _grow(
+        self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits, host_lens: list[int]
+    ) -> DraftTree:
         """Grow trees from the roots' features [b, 1, H]; host_lens: kv_lens on the host."""
         frontier = feature
-        seen: list[Tensor] = []     # per level [b, F, scratch rows up to this level] bool: own ancestors and self
+        seen: list[
+            Tensor
+        ] = []  # per level [b, F, scratch rows up to this level] bool: own ancestors and self
         sampled = rows.sampling.temperature > 0
         kv_lens = rows.kv_lens
         longest = max(host_lens) + 1
@@ -202,11 +245,13 @@ class FeatureDraft:
             seen.append(torch.cat((inherited, own), dim=-1))
             num_scratch = before + width
             row = torch.arange(1, longest + num_scratch, device=self.device)[None].expand(len(root), -1)
-            scratch = row - kv_lens[:, None] - 1                                   # which scratch row this is
+            scratch = row - kv_lens[:, None] - 1  # which scratch row this is
             own_path = seen[-1].gather(2, scratch.clamp(0, num_scratch - 1)[:, None].expand(-1, width, -1))
             visible = (scratch < 0)[:, None] | (own_path & (scratch < num_scratch)[:, None])
             new = kv_lens[:, None] + 1 + before + torch.arange(width, device=self.device)
-            plan = make_plan(rows.slots(new), rows.slots(row), [kv_len + num_scratch for kv_len in host_lens], visible)
+            plan = make_plan(
+                rows.slots(new), rows.slots(row), [kv_len + num_scratch for kv_len in host_lens], visible
+            )
             given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
             positions = (kv_lens + depth - 1)[:, None].expand(-1, width)
             frontier = self.model.forward(tokens, given, positions, plan)
@@ -237,5 +282,7 @@ def _spread(tree: DraftTree, rows: Tensor, roots: Tensor) -> DraftTree:
         out[rows] = part
         return out
 
-    scores = DraftScores(whole(tree.scores.raw, 0, 1), whole(tree.scores.value, 0, 1), whole(tree.scores.rank, 0, 0))
+    scores = DraftScores(
+        whole(tree.scores.raw, 0, 1), whole(tree.scores.value, 0, 1), whole(tree.scores.rank, 0, 0)
+    )
     return DraftTree(whole(tree.tokens, 0, roots), whole(tree.parents, -1, -1), scores)

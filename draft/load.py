@@ -1,11 +1,11 @@
 """Read head checkpoints: a directory with config.json and safetensors.
 
-Layouts: SafeAILab's EAGLE-3 (``fc``, ``midlayer.*``, ``norm``, ``lm_head``, ``d2t``, ``t2d``), the same with the layer
-called ``layers.0`` (as speculators and vLLM export it), and EAGLE-1/2 (``fc``, ``layers.N.*``, optional ``norm``). A bare
-``pytorch_model.bin`` is refused: unpickling runs code.
+Layouts: SafeAILab's EAGLE-3 (``fc``, ``midlayer.*``, ``norm``, ``lm_head``, ``d2t``, ``t2d``), the same with
+the layer called ``layers.0`` (as speculators and vLLM export it), and EAGLE-1/2 (``fc``, ``layers.N.*``,
+optional ``norm``). A bare ``pytorch_model.bin`` is refused: unpickling runs code.
 
-Before the target is built only the config is needed, for it says which features the head reads (``read_head``); the
-weights follow when the target's embedding exists (``HeadCheckpoint.build``).
+Before the target is built only the config is needed, for it says which features the head reads
+(``read_head``); the weights follow when the target's embedding exists (``HeadCheckpoint.build``).
 """
 
 from __future__ import annotations
@@ -40,17 +40,24 @@ class HeadCheckpoint:
     draft_vocab_size: int
 
     def build(self, target: Llama, num_slots: int, *, shared_noise: bool = True) -> FeatureDraft:
-        """Load the weights and attach the head to its target. Raises CheckpointError naming file and tensor."""
+        """Load the weights and attach the head to its target. Raises CheckpointError naming file and
+        tensor."""
         weights = _read_weights(self.path, target.dtype, target.device)
         if self.config.hidden_size != target.config.hidden_size:
-            raise CheckpointError(f"{self.path / 'config.json'}: the head's hidden_size is {self.config.hidden_size}, "
-                                  f"the target's {target.config.hidden_size}")
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: the head's hidden_size is {self.config.hidden_size}, "
+                f"the target's {target.config.hidden_size}"
+            )
         embedding = weights.pop("embed_tokens.weight", target.embedding)
-        _check(self.path, "embed_tokens.weight", embedding, (target.config.vocab_size, target.config.hidden_size))
+        _check(
+            self.path, "embed_tokens.weight", embedding, (target.config.vocab_size, target.config.hidden_size)
+        )
         if self.kind == "eagle3":
             config, vocab = self._prepare_eagle3(weights, target)
             _check_all(self.path, weights, eagle3_shapes(config, vocab))
-            head: Eagle3Model | EagleModel = Eagle3Model(config, weights, embedding, self.feature_layers, num_slots)
+            head: Eagle3Model | EagleModel = Eagle3Model(
+                config, weights, embedding, self.feature_layers, num_slots
+            )
         else:
             weights.pop("lm_head.weight", None)  # some exports repeat the target's
             _check_all(self.path, weights, eagle_shapes(self.config, weights))
@@ -64,14 +71,18 @@ class HeadCheckpoint:
         if self.draft_vocab_size == target.config.vocab_size and "d2t" not in weights:
             weights["d2t"] = torch.zeros(self.draft_vocab_size, dtype=torch.int64, device=target.device)
         if "d2t" not in weights:
-            raise CheckpointError(f"{self.path}: tensor 'd2t' is missing, though draft_vocab_size is "
-                                  f"{self.draft_vocab_size} of {target.config.vocab_size}")
+            raise CheckpointError(
+                f"{self.path}: tensor 'd2t' is missing, though draft_vocab_size is "
+                f"{self.draft_vocab_size} of {target.config.vocab_size}"
+            )
         _check(self.path, "d2t", weights["d2t"], (self.draft_vocab_size,))
         token_ids = torch.arange(self.draft_vocab_size, device=weights["d2t"].device) + weights["d2t"]
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= target.config.vocab_size:
-            raise CheckpointError(f"{self.path}: d2t points to tokens {int(token_ids.min())}..{int(token_ids.max())}, "
-                                  f"the target has 0..{target.config.vocab_size - 1}")
-        if len(token_ids.unique()) != len(token_ids):
+            raise CheckpointError(
+                f"{self.path}: d2t points to tokens {int(token_ids.min())}..{int(token_ids.max())}, "
+                f"the target has 0..{target.config.vocab_size - 1}"
+            )
+        if len(set(token_ids.tolist())) != len(token_ids):
             raise CheckpointError(f"{self.path}: d2t maps two draft tokens to the same target token")
         t2d = weights.pop("t2d", None)
         if t2d is not None:
@@ -89,7 +100,9 @@ def read_head(path: str | Path) -> HeadCheckpoint:
     file = path / "config.json"
     if not file.is_file():
         found = "no such directory" if not path.is_dir() else "the directory has no config.json"
-        raise CheckpointError(f"head {path}: {found}; expected a directory with config.json and model.safetensors")
+        raise CheckpointError(
+            f"head {path}: {found}; expected a directory with config.json and model.safetensors"
+        )
     try:
         raw: dict[str, Any] = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except msgspec.MsgspecError as error:
@@ -104,12 +117,17 @@ def read_head(path: str | Path) -> HeadCheckpoint:
     if config.num_layers != 1:
         raise CheckpointError(f"{file}: num_hidden_layers is {config.num_layers}, EAGLE-3 heads have 1")
     extra = raw.get("eagle_config") or {}
-    layers = extra.get("eagle_aux_hidden_state_layer_ids") or raw.get("eagle_aux_hidden_state_layer_ids") or ()
-    return HeadCheckpoint(path, "eagle3", config, tuple(layers), int(raw.get("draft_vocab_size") or config.vocab_size))
+    layers = (
+        extra.get("eagle_aux_hidden_state_layer_ids") or raw.get("eagle_aux_hidden_state_layer_ids") or ()
+    )
+    return HeadCheckpoint(
+        path, "eagle3", config, tuple(layers), int(raw.get("draft_vocab_size") or config.vocab_size)
+    )
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """The layers that published EAGLE-3 heads read when their config does not say: inputs of 2, n // 2 and n - 3."""
+    """The layers that published EAGLE-3 heads read when their config does not say: inputs of 2, n // 2 and n
+    - 3."""
     return (2, num_layers // 2, num_layers - 3)
 
 
@@ -119,15 +137,19 @@ def eagle3_shapes(config: LlamaConfig, draft_vocab_size: int) -> dict[str, tuple
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
         "fc.weight": (hidden, 3 * hidden),
-        "midlayer.input_layernorm.weight": (hidden,), "midlayer.hidden_norm.weight": (hidden,),
+        "midlayer.input_layernorm.weight": (hidden,),
+        "midlayer.hidden_norm.weight": (hidden,),
         "midlayer.self_attn.q_proj.weight": (q_size, 2 * hidden),
         "midlayer.self_attn.k_proj.weight": (kv_size, 2 * hidden),
         "midlayer.self_attn.v_proj.weight": (kv_size, 2 * hidden),
         "midlayer.self_attn.o_proj.weight": (hidden, q_size),
         "midlayer.post_attention_layernorm.weight": (hidden,),
-        "midlayer.mlp.gate_proj.weight": (inner, hidden), "midlayer.mlp.up_proj.weight": (inner, hidden),
+        "midlayer.mlp.gate_proj.weight": (inner, hidden),
+        "midlayer.mlp.up_proj.weight": (inner, hidden),
         "midlayer.mlp.down_proj.weight": (hidden, inner),
-        "norm.weight": (hidden,), "lm_head.weight": (draft_vocab_size, hidden), "d2t": (draft_vocab_size,),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (draft_vocab_size, hidden),
+        "d2t": (draft_vocab_size,),
     }
 
 
@@ -140,10 +162,13 @@ def eagle_shapes(config: LlamaConfig, weights: dict[str, Tensor]) -> dict[str, t
     for i in range(config.num_layers):
         prefix = f"layers.{i}"
         shapes |= {
-            f"{prefix}.self_attn.q_proj.weight": (q_size, hidden), f"{prefix}.self_attn.k_proj.weight": (kv_size, hidden),
-            f"{prefix}.self_attn.v_proj.weight": (kv_size, hidden), f"{prefix}.self_attn.o_proj.weight": (hidden, q_size),
+            f"{prefix}.self_attn.q_proj.weight": (q_size, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (kv_size, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (kv_size, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, q_size),
             f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            f"{prefix}.mlp.gate_proj.weight": (inner, hidden), f"{prefix}.mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
             f"{prefix}.mlp.down_proj.weight": (hidden, inner),
         }
         optional[f"{prefix}.input_layernorm.weight"] = (hidden,)
@@ -154,7 +179,11 @@ def _read_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tens
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickled = sorted(path.glob("*.bin"))
-        hint = f"; {pickled[0].name} is a pickle, which we do not load: convert it to safetensors" if pickled else ""
+        hint = (
+            f"; {pickled[0].name} is a pickle, which we do not load: convert it to safetensors"
+            if pickled
+            else ""
+        )
         raise CheckpointError(f"head {path}: no *.safetensors file{hint}")
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -174,7 +203,9 @@ def _read_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tens
 
 def _check(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"head {path}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+        raise CheckpointError(
+            f"head {path}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}"
+        )
 
 
 def _check_all(path: Path, weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

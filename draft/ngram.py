@@ -1,6 +1,8 @@
-"""Prompt lookup: propose what followed the last occurrence of the current n-gram (Saxena 2023, "Prompt Lookup Decoding").
+"""Prompt lookup: propose what followed the last occurrence of the current n-gram (Saxena 2023, "Prompt Lookup
+Decoding").
 
-No weights and hardly any time. Good where the answer repeats the prompt (summaries, code edits), idle elsewhere.
+No weights and hardly any time. Good where the answer repeats the prompt (summaries, code edits), idle
+elsewhere.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from draft.none import root_tokens
 from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
 
 _LONGEST, _SHORTEST = 4, 2  # lengths of the n-gram to look for, longest first
-_WINDOW = 4096              # how far back to look: bounds the host time of a step
+_WINDOW = 4096  # how far back to look: bounds the host time of a step
 
 
 def lookup(tokens: list[int], num_tokens: int) -> list[int]:
-    """Up to num_tokens tokens that followed the most recent earlier occurrence of the longest matching suffix.
+    """Up to num_tokens tokens that followed the most recent earlier occurrence of the longest matching
+    suffix.
 
     Example: [5, 6, 7, 8, 5, 6] continues after the earlier (5, 6) with [7, 8, 5, 6].
     """

@@ -1,10 +1,10 @@
 """Grow a tree level by level and keep its best nodes.
 
-The head offers k children for every frontier node. A child's path value is the product of calibrated acceptances
-from the root down to it, which is the chance that the step gets that far. The ``beam`` best children of a level are
-expanded next, and at the end the N - 1 best of all candidates are kept. A value never exceeds its parent's, and ties
-go to the older candidate, so whatever is kept has its ancestors kept too. (EAGLE-2, arXiv 2406.16858, grows the same
-way with raw probabilities.)
+The head offers k children for every frontier node. A child's path value is the product of calibrated
+acceptances from the root down to it, which is the chance that the step gets that far. The ``beam`` best
+children of a level are expanded next, and at the end the N - 1 best of all candidates are kept. A value never
+exceeds its parent's, and ties go to the older candidate, so whatever is kept has its ancestors kept too.
+(EAGLE-2, arXiv 2406.16858, grows the same way with raw probabilities.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Offers:
     """Children that a head offers for F frontier nodes, best first."""
 
     tokens: Tensor  # [B, F, k] int64 target token ids, distinct along k
-    raw: Tensor     # [B, F, k] float32 the head's conditional scores in [0, 1]; 0 means "not possible"
+    raw: Tensor  # [B, F, k] float32 the head's conditional scores in [0, 1]; 0 means "not possible"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,14 @@ class Limits:
         def column(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device)[:, None]
 
-        return cls(column([s.nodes for s in speculation]), column([s.depth for s in speculation]),
-                   column([s.top_k for s in speculation]), max(s.nodes for s in speculation),
-                   max(s.depth for s in speculation), max(s.top_k for s in speculation))
+        return cls(
+            column([s.nodes for s in speculation]),
+            column([s.depth for s in speculation]),
+            column([s.top_k for s in speculation]),
+            max(s.nodes for s in speculation),
+            max(s.depth for s in speculation),
+            max(s.top_k for s in speculation),
+        )
 
 
 Expand = Callable[[Tensor, Tensor, int], Offers]
@@ -56,9 +61,10 @@ Value = Callable[[Tensor, int], Tensor]
 def grow(root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Value) -> DraftTree:
     """Build the trees of a batch.
 
-    root: [B] tokens; first: offers after the root ([B, 1, k]); expand(tokens [B, F], parents [B, F], depth) runs the
-    head on chosen nodes of that depth, where parents are frontier numbers of the level before, and returns their
-    offers; value(raw [B, F, k], depth) is the calibrated conditional acceptance of children at that depth.
+    root: [B] tokens; first: offers after the root ([B, 1, k]); expand(tokens [B, F], parents [B, F], depth)
+    runs the head on chosen nodes of that depth, where parents are frontier numbers of the level before, and
+    returns their offers; value(raw [B, F, k], depth) is the calibrated conditional acceptance of children at
+    that depth.
     """
     num_seqs, device = root.shape[0], root.device
     beam = limits.max_top_k
@@ -87,12 +93,20 @@ def grow(root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Val
         parent_value = best.values
         parent_candidate = chosen + num_candidates
         num_candidates += level.shape[1]
-    return _keep_best(root, limits, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(raws, 1),
-                      torch.cat(values, 1), torch.cat(ranks, 1))
+    return _keep_best(
+        root,
+        limits,
+        torch.cat(tokens, 1),
+        torch.cat(parents, 1),
+        torch.cat(raws, 1),
+        torch.cat(values, 1),
+        torch.cat(ranks, 1),
+    )
 
 
 def _is_settled(values: list[Tensor], best_frontier: Tensor, limits: Limits) -> bool:
-    """Whether no child of the frontier can still get among the kept nodes. Host only: a device is never waited for."""
+    """Whether no child of the frontier can still get among the kept nodes. Host only: a device is never
+    waited for."""
     if best_frontier.device.type != "cpu":
         return False
     pool = torch.cat(values, 1)
@@ -102,8 +116,9 @@ def _is_settled(values: list[Tensor], best_frontier: Tensor, limits: Limits) -> 
     return bool((best_frontier <= worst_kept).all())
 
 
-def _keep_best(root: Tensor, limits: Limits, tokens: Tensor, parents: Tensor, raws: Tensor, values: Tensor,
-               ranks: Tensor) -> DraftTree:
+def _keep_best(
+    root: Tensor, limits: Limits, tokens: Tensor, parents: Tensor, raws: Tensor, values: Tensor, ranks: Tensor
+) -> DraftTree:
     """The N - 1 best candidates ([B, M] each) in order of creation, as a tree with the root in front."""
     num_seqs, num_candidates = tokens.shape
     device = tokens.device
@@ -111,7 +126,7 @@ def _keep_best(root: Tensor, limits: Limits, tokens: Tensor, parents: Tensor, ra
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :num_kept]
     place = torch.arange(num_kept, device=device)
     keep = (place < limits.nodes - 1) & (values.gather(1, order) > NEVER)
-    kept = torch.where(keep, order, num_candidates).sort(dim=1).values      # creation order, padding last
+    kept = torch.where(keep, order, num_candidates).sort(dim=1).values  # creation order, padding last
     real = kept < num_candidates
     node_of = torch.zeros(num_seqs, num_candidates + 1, dtype=torch.int64, device=device)
     node_of.scatter_(1, kept, (place + 1).expand_as(kept))
@@ -122,8 +137,16 @@ def _keep_best(root: Tensor, limits: Limits, tokens: Tensor, parents: Tensor, ra
     def with_root(first: Tensor, rest: Tensor, padding: int) -> Tensor:
         return torch.cat((first, torch.where(real, rest, padding)), dim=1)
 
-    one, zero = torch.ones(num_seqs, 1, device=device), torch.zeros(num_seqs, 1, dtype=torch.int64, device=device)
+    one, zero = (
+        torch.ones(num_seqs, 1, device=device),
+        torch.zeros(num_seqs, 1, dtype=torch.int64, device=device),
+    )
     return DraftTree(
-        with_root(root[:, None], tokens.gather(1, kept), 0), with_root(zero - 1, parent_node, -1),
-        DraftScores(with_root(one, raws.gather(1, kept), 0), with_root(one, values.gather(1, kept), 0),
-                    with_root(zero, ranks.gather(1, kept), 0)))
+        with_root(root[:, None], tokens.gather(1, kept), 0),
+        with_root(zero - 1, parent_node, -1),
+        DraftScores(
+            with_root(one, raws.gather(1, kept), 0),
+            with_root(one, values.gather(1, kept), 0),
+            with_root(zero, ranks.gather(1, kept), 0),
+        ),
+    )

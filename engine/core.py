@@ -1,18 +1,22 @@
 """The types every room of haast speaks, and the promises between them.
 
-A *step* proposes a tree of draft tokens, scores it with the target in one forward, chooses the target's own token
-after every node, accepts the path on which draft and choice agree, and commits it. Prefill is a chain that is
-accepted in advance, plain decoding is a tree of one node: one path, three uses.
+A *step* proposes a tree of draft tokens, scores it with the target in one forward, chooses the target's own
+token after every node, accepts the path on which draft and choice agree, and commits it. Prefill is a chain
+that is accepted in advance, plain decoding is a tree of one node: one path, three uses.
 
 Invariants
- 1. ``kv_len == len(tokens) - 1`` for the target after every step. The head lags by its pending features, no more.
- 2. KV rows at or past ``kv_len`` are scratch. A step writes node i at row ``kv_len + i``; ``compact`` moves the
+ 1. ``kv_len == len(tokens) - 1`` for the target after every step. The head lags by its pending features, no
+ more. 2. KV rows at or past ``kv_len`` are scratch. A step writes node i at row ``kv_len + i``; ``compact``
+ moves the
     accepted rows first. Nothing is rolled back.
- 3. Target and head share slots and page table; only the pool differs. The head's row i is f(embedding of token i,
+ 3. Target and head share slots and page table; only the pool differs. The head's row i is f(embedding of
+ token i,
     feature i - 1); its row 0 does not exist.
- 4. Pages for all nodes are reserved in ``next_batch``, the surplus returned in ``commit``. Between the two nothing
+ 4. Pages for all nodes are reserved in ``next_batch``, the surplus returned in ``commit``. Between the two
+ nothing
     allocates.
- 5. ``parents[i] < i`` and siblings are distinct, so the accepted path is unique and increasing; compaction gathers
+ 5. ``parents[i] < i`` and siblings are distinct, so the accepted path is unique and increasing; compaction
+ gathers
     before it scatters.
  6. The noise for position p depends on (seed, p) alone, and target and draft use the same noise.
  7. Every tensor-parallel rank sees the same gathered logits and noise, so each computes the same Verdict.
@@ -36,7 +40,8 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """How large a tree to draft for a request: ``nodes`` with the root, ``depth`` levels, ``top_k`` children each."""
+    """How large a tree to draft for a request: ``nodes`` with the root, ``depth`` levels, ``top_k`` children
+    each."""
 
     nodes: int = 8
     depth: int = 4
@@ -52,7 +57,8 @@ SPECULATION_OFF = Speculation(nodes=1, depth=0, top_k=1)
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What decides the tokens of one request. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off."""
+    """What decides the tokens of one request. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are
+    off."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -79,8 +85,9 @@ class Request:
 class Sequence:
     """Host truth about one request; written by the Scheduler only.
 
-    ``tokens`` are committed: all but the last have their KV row. ``forced`` are known tokens that still have to pass
-    through the model: the rest of the prompt, or after a preemption everything that was generated before.
+    ``tokens`` are committed: all but the last have their KV row. ``forced`` are known tokens that still have
+    to pass through the model: the rest of the prompt, or after a preemption everything that was generated
+    before.
     """
 
     request: Request
@@ -103,38 +110,45 @@ class SamplingTensors:
     """The sampling parameters of a batch, one entry per sequence."""
 
     temperature: Tensor  # [B] float32; 0 is greedy
-    top_k: Tensor        # [B] int64; 0 is off
-    top_p: Tensor        # [B] float32; 1 is off
-    min_p: Tensor        # [B] float32; 0 is off
-    seed: Tensor         # [B] int64
-    all_greedy: bool     # host facts that spare work
+    top_k: Tensor  # [B] int64; 0 is off
+    top_p: Tensor  # [B] float32; 1 is off
+    min_p: Tensor  # [B] float32; 0 is off
+    seed: Tensor  # [B] int64
+    all_greedy: bool  # host facts that spare work
     any_filter: bool
 
     def select(self, rows: Tensor) -> SamplingTensors:
         """The parameters of some of the batch's sequences (rows: [b] int64)."""
-        return SamplingTensors(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows],
-                               self.seed[rows], self.all_greedy, self.any_filter)
+        return SamplingTensors(
+            self.temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.min_p[rows],
+            self.seed[rows],
+            self.all_greedy,
+            self.any_filter,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class DraftScores:
     """What the draft believed of its nodes. The root's entries are 1, 1 and 0."""
 
-    raw: Tensor    # [B, N] the head's own conditional score of the node, in (0, 1]
+    raw: Tensor  # [B, N] the head's own conditional score of the node, in (0, 1]
     value: Tensor  # [B, N] product of the calibrated conditional acceptances along the path
-    rank: Tensor   # [B, N] rank among its siblings, 0 is best
+    rank: Tensor  # [B, N] rank among its siblings, 0 is best
 
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """Node 0 is the root: the last committed token, not yet in the KV cache.
 
-    Padding nodes (ragged trees in one batch) have parent -1 and an index past 0: they descend from nothing, so they
-    can never be accepted. Everything else about a tree is derived from ``parents``.
+    Padding nodes (ragged trees in one batch) have parent -1 and an index past 0: they descend from nothing,
+    so they can never be accepted. Everything else about a tree is derived from ``parents``.
     """
 
-    tokens: Tensor                     # [B, N] int64
-    parents: Tensor                    # [B, N] int64; parents[:, 0] == -1, parents[:, i] < i, siblings distinct
+    tokens: Tensor  # [B, N] int64
+    parents: Tensor  # [B, N] int64; parents[:, 0] == -1, parents[:, i] < i, siblings distinct
     scores: DraftScores | None = None  # of drafted trees only
 
     def real(self) -> Tensor:
@@ -168,7 +182,7 @@ class DraftTree:
 class PromptChunk:
     """A piece of known text to run through the model: a chain that is accepted in advance."""
 
-    tokens: Tensor    # [B, N] int64; the root, then forced tokens, 0 padded
+    tokens: Tensor  # [B, N] int64; the root, then forced tokens, 0 padded
     num_nodes: Tensor  # [B] int64; real nodes of each row
     next_token: Tensor  # [B] int64; the known token after the chunk, -1 where the model must choose it
 
@@ -178,24 +192,26 @@ class Batch:
     """The sequences of one step and all that the step needs of them; built whole by the scheduler."""
 
     seqs: tuple[Sequence, ...]
-    kv_lens: Tensor                        # [B] int64
-    page_table: Tensor                     # [B, P] int64, padded with page 0, the dummy page
+    kv_lens: Tensor  # [B] int64
+    page_table: Tensor  # [B, P] int64, padded with page 0, the dummy page
     page_size: int
     sampling: SamplingTensors
-    speculation: tuple[Speculation, ...]   # what to draft for each sequence
-    prompt: PromptChunk | None = None      # set in prefill steps
+    speculation: tuple[Speculation, ...]  # what to draft for each sequence
+    prompt: PromptChunk | None = None  # set in prefill steps
 
     @property
     def is_prefill(self) -> bool:
         return self.prompt is not None
 
     def slots(self, rows: Tensor) -> Tensor:
-        """Slots of KV rows ([B, n] int64 row numbers -> [B, n] int64). Rows past the table lie on the dummy page."""
+        """Slots of KV rows ([B, n] int64 row numbers -> [B, n] int64). Rows past the table lie on the dummy
+        page."""
         return slots_of(rows, self.page_table, self.page_size)
 
 
 def slots_of(rows: Tensor, page_table: Tensor, page_size: int) -> Tensor:
-    """Slots of KV rows: rows [B, n] int64, page_table [B, P] -> [B, n]. Rows past the table lie on the dummy page."""
+    """Slots of KV rows: rows [B, n] int64, page_table [B, P] -> [B, n]. Rows past the table lie on the dummy
+    page."""
     page = torch.div(rows, page_size, rounding_mode="floor")
     width = page_table.shape[1]
     pages = page_table.gather(1, page.clamp(max=width - 1))
@@ -206,18 +222,18 @@ def slots_of(rows: Tensor, page_table: Tensor, page_size: int) -> Tensor:
 class Scores:
     """One forward of the target over a tree."""
 
-    logits: Tensor     # [B, R, V] float32; R = N, but only the last row of a prompt chunk
+    logits: Tensor  # [B, R, V] float32; R = N, but only the last row of a prompt chunk
     positions: Tensor  # [B, R] int64: positions of the scored nodes
-    features: Tensor   # [B, N, F]: what the head wants; F = 0 without a head
+    features: Tensor  # [B, N, F]: what the head wants; F = 0 without a head
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a step emits: the accepted path and the target's own next token."""
 
-    path: Tensor    # [B, N] int64 accepted nodes, root first, -1 padded
+    path: Tensor  # [B, N] int64 accepted nodes, root first, -1 padded
     length: Tensor  # [B] int64 accepted nodes, root included
-    bonus: Tensor   # [B] int64; the next root
+    bonus: Tensor  # [B] int64; the next root
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +241,12 @@ class Delta:
     """What one step did for one request: the host's view, sent to the client."""
 
     request_id: int
-    token_ids: tuple[int, ...]          # new tokens, possibly none (prefill goes on, or aborted)
+    token_ids: tuple[int, ...]  # new tokens, possibly none (prefill goes on, or aborted)
     finish_reason: FinishReason | None
-    num_draft_tokens: int = 0           # drafted nodes without the root; 0 in prefill and plain steps
-    num_accepted: int = 0               # of them accepted by the target
-    draft_depth: int = 0                # levels of the drafted tree
-    is_decode: bool = True              # False for prefill steps
+    num_draft_tokens: int = 0  # drafted nodes without the root; 0 in prefill and plain steps
+    num_accepted: int = 0  # of them accepted by the target
+    draft_depth: int = 0  # levels of the drafted tree
+    is_decode: bool = True  # False for prefill steps
 
 
 class Target(Protocol):

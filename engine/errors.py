@@ -7,8 +7,8 @@
     │   └── ContextLengthError  prompt plus answer do not fit; carries both numbers
     └── CapacityError           the engine is full, starting or stopping (HTTP 503)
 
-Input from a user, a file or the network raises one of these and says what was found, what was expected and where.
-Our own invariants are asserted instead.
+Input from a user, a file or the network raises one of these and says what was found, what was expected and
+where. Our own invariants are asserted instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class CheckpointError(EngineError):
 
 
 class RequestError(EngineError):
-    """A request that cannot be served. ``param`` is the field's name in the client's JSON, if there is one."""
+    """A request that cannot be served. ``param`` is the field's name in the client's JSON, if there is
+    one."""
 
     code = "invalid_value"
 

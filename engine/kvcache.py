@@ -1,8 +1,9 @@
 """Pools of KV rows, and the plan of where one forward writes and reads them.
 
-Example: page size 4, a sequence with pages [7, 2] and kv_len 5 scores a tree of 3 nodes. Node i is written to row
-5 + i, so to slots 2*4 + 1, 2*4 + 2, 2*4 + 3 = 9, 10, 11. It reads rows 0..7, slots 28..31 and 8..11, where the last
-three are masked by ancestry. After acceptance of nodes 0 and 2, row 7 moves to row 6 and kv_len becomes 7.
+Example: page size 4, a sequence with pages [7, 2] and kv_len 5 scores a tree of 3 nodes. Node i is written to
+row 5 + i, so to slots 2*4 + 1, 2*4 + 2, 2*4 + 3 = 9, 10, 11. It reads rows 0..7, slots 28..31 and 8..11,
+where the last three are masked by ancestry. After acceptance of nodes 0 and 2, row 7 moves to row 6 and
+kv_len becomes 7.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from kernels import compact_rows
 class KVPool:
     """The K and V rows of one model: ``rows[layer, 0 or 1]`` is a pool [Hkv, S, D]."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, num_slots: int,
-                 dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
         self.rows = torch.zeros(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
 
     @staticmethod
@@ -36,8 +44,8 @@ class KVPool:
 class RowPlan:
     """Made once per forward, used by every layer.
 
-    write: [B * N] slots, or a slice; read: [B, L] slots, or one slice per sequence; bias: [B, N, L] of 0 and -inf, or
-    None where every node sees every row it reads.
+    write: [B * N] slots, or a slice; read: [B, L] slots, or one slice per sequence; bias: [B, N, L] of 0 and
+    -inf, or None where every node sees every row it reads.
     """
 
     write: Tensor | slice
@@ -48,9 +56,9 @@ class RowPlan:
 def make_plan(write: Tensor, read: Tensor, read_lens: list[int], visible: Tensor) -> RowPlan:
     """The plan of one forward.
 
-    write: [B, N] slots; read: [B, L] slots, of which the first read_lens[b] concern sequence b; visible: [B, N, L]
-    bool. On a CPU, runs of consecutive slots become slices and an all-visible mask is dropped; a device is never waited
-    for.
+    write: [B, N] slots; read: [B, L] slots, of which the first read_lens[b] concern sequence b; visible: [B,
+    N, L] bool. On a CPU, runs of consecutive slots become slices and an all-visible mask is dropped; a device
+    is never waited for.
     """
     flat = write.reshape(-1)
     if write.device.type != "cpu":
@@ -58,12 +66,15 @@ def make_plan(write: Tensor, read: Tensor, read_lens: list[int], visible: Tensor
     slots = read.numpy()
     lens = np.array(read_lens)
     rows = np.arange(len(lens))
-    # Pages ascend within a run only, so slots are consecutive exactly if every step between neighbours is one.
+    # Pages ascend within a run only, so slots are consecutive exactly if every step between neighbours is
+    # one.
     steps_ok = (np.diff(slots, axis=1) == 1) | (np.arange(1, slots.shape[1])[None] >= lens[:, None])
     runs: Tensor | tuple[slice, ...] = read
     if steps_ok.all():
         firsts = slots[rows, 0]
-        runs = tuple(slice(int(first), int(first) + length) for first, length in zip(firsts, read_lens, strict=True))
+        runs = tuple(
+            slice(int(first), int(first) + length) for first, length in zip(firsts, read_lens, strict=True)
+        )
     inside = torch.arange(read.shape[1])[None] < torch.from_numpy(lens)[:, None]
     needed = visible if isinstance(runs, Tensor) else visible | ~inside[:, None]
     bias = None if bool(needed.all()) else _bias(visible)
@@ -79,17 +90,22 @@ def _bias(visible: Tensor) -> Tensor:
 
 
 def plan_rows(batch: Batch, tree: DraftTree) -> RowPlan:
-    """Where the nodes of a tree are written, and what each of them reads: the committed rows and its ancestors."""
+    """Where the nodes of a tree are written, and what each of them reads: the committed rows and its
+    ancestors."""
     num_nodes = tree.tokens.shape[1]
     device = tree.tokens.device
     node = torch.arange(num_nodes, device=device)
     rows = batch.kv_lens[:, None] + node
-    write = torch.where(tree.real(), batch.slots(rows), node % batch.page_size)  # padding goes to the dummy page
+    write = torch.where(
+        tree.real(), batch.slots(rows), node % batch.page_size
+    )  # padding goes to the dummy page
     read_lens = [seq.kv_len + num_nodes for seq in batch.seqs]
     row = torch.arange(max(read_lens), device=device)
-    offset = row[None] - batch.kv_lens[:, None]                                  # [B, L]: node number of a row
+    offset = row[None] - batch.kv_lens[:, None]  # [B, L]: node number of a row
     is_node = (offset >= 0) & (offset < num_nodes)
-    by_ancestry = tree.ancestors().gather(2, offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1))
+    by_ancestry = tree.ancestors().gather(
+        2, offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1)
+    )
     visible = (offset < 0)[:, None] | (by_ancestry & is_node[:, None])
     return make_plan(write, batch.slots(row[None].expand(len(batch.seqs), -1)), read_lens, visible)
 
@@ -97,7 +113,7 @@ def plan_rows(batch: Batch, tree: DraftTree) -> RowPlan:
 def accepted_slots(batch: Batch, verdict: Verdict) -> tuple[Tensor, Tensor]:
     """Slots that accepted rows move from and to: ([M], [M]); only rows that move, in order."""
     order = torch.arange(verdict.path.shape[1], device=verdict.path.device)[None]
-    moves = (verdict.path > order)  # an accepted node never lies before its place; padding is -1
+    moves = verdict.path > order  # an accepted node never lies before its place; padding is -1
     source = batch.slots(batch.kv_lens[:, None] + verdict.path.clamp(min=0))
     destination = batch.slots(batch.kv_lens[:, None] + order)
     return source[moves], destination[moves]

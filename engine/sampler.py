@@ -1,9 +1,9 @@
 """From logits to tokens: the processors of a request and the choice keyed by position.
 
 Order of the processors: temperature, min_p, top_k, top_p (as in vLLM). Then Gumbel noise that depends on
-(seed, position, token id) alone is added and the largest entry wins. The draft ranks its candidates by the same
-processed, perturbed scores, so target and draft look at the same dice (Daliri et al. 2024, "Coupling without
-communication and drafter-invariant speculative decoding").
+(seed, position, token id) alone is added and the largest entry wins. The draft ranks its candidates by the
+same processed, perturbed scores, so target and draft look at the same dice (Daliri et al. 2024, "Coupling
+without communication and drafter-invariant speculative decoding").
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def sampling_tensors(params: list[SamplingParams], device: str) -> SamplingTenso
 
 
 def process(logits: Tensor, sampling: SamplingTensors) -> Tensor:
-    """Temperature and filters. logits: [B, R, V] float32 -> scaled logits, -inf where a filter removed a token.
+    """Temperature and filters. logits: [B, R, V] float32 -> scaled logits, -inf where a filter removed a
+    token.
 
     Greedy rows pass unchanged: no filter removes the largest entry.
     """
@@ -59,15 +60,19 @@ def _filter(scaled: Tensor, sampling: SamplingTensors) -> Tensor:
     before = probs.cumsum(dim=-1) - probs  # mass of strictly better entries
     kept = before < sampling.top_p[:, None, None]
     kept[..., 0] = True
-    last = ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)  # the smallest entry that stays; ties stay with it
-    return torch.where((sampling.top_p < 1)[:, None, None], scaled.masked_fill(scaled < last, negative_infinity), scaled)
+    last = ordered.gather(
+        -1, kept.sum(-1, keepdim=True) - 1
+    )  # the smallest entry that stays; ties stay with it
+    return torch.where(
+        (sampling.top_p < 1)[:, None, None], scaled.masked_fill(scaled < last, negative_infinity), scaled
+    )
 
 
 def perturb(logits: Tensor, positions: Tensor, token_ids: Tensor, sampling: SamplingTensors) -> Tensor:
     """Processed logits plus the noise of their position; greedy rows get none.
 
-    logits: [B, R, n] float32; positions: [B, R] position of the token to be chosen; token_ids: [n] int64, which
-    token each column stands for. The target passes its whole vocabulary, a draft its own.
+    logits: [B, R, n] float32; positions: [B, R] position of the token to be chosen; token_ids: [n] int64,
+    which token each column stands for. The target passes its whole vocabulary, a draft its own.
     """
     scaled = process(logits, sampling)
     if sampling.all_greedy:
@@ -83,16 +88,21 @@ class Sampler:
         self._token_ids = torch.arange(vocab_size, device=device)
 
     def __call__(self, scores: Scores, batch: Batch) -> Tensor:
-        """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by that."""
+        """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by
+        that."""
         choice = scores.logits.argmax(dim=-1)
         sampling = batch.sampling
         if sampling.all_greedy:
             return choice
-        # Noise over a whole vocabulary is work: on the host only the sampled sequences get it. Finding them on a
-        # device would make the host wait, so there every row is perturbed and ``perturb`` leaves greedy rows alone.
+        # Noise over a whole vocabulary is work: on the host only the sampled sequences get it. Finding them
+        # on a
+        # device would make the host wait, so there every row is perturbed and ``perturb`` leaves greedy rows
+        # alone.
         rows = torch.arange(len(choice), device=choice.device)
         if choice.device.type == "cpu":
             rows = rows[sampling.temperature > 0]
-        perturbed = perturb(scores.logits[rows], scores.positions[rows] + 1, self._token_ids, sampling.select(rows))
+        perturbed = perturb(
+            scores.logits[rows], scores.positions[rows] + 1, self._token_ids, sampling.select(rows)
+        )
         choice[rows] = perturbed.argmax(dim=-1)
         return choice

@@ -1,9 +1,9 @@
 """Who runs next, and what became of it: the one writer of a Sequence.
 
-A sequence waits, runs and ends. While it has ``forced`` tokens (its prompt, or after a preemption all it had) it takes
-part in prefill steps, afterwards in decode steps. When both kinds of work exist they take turns, so that neither a
-long prompt nor a busy decoder starves the other. If pages run out, the youngest sequence gives its own back and
-starts over from its tokens (preemption by recompute).
+A sequence waits, runs and ends. While it has ``forced`` tokens (its prompt, or after a preemption all it had)
+it takes part in prefill steps, afterwards in decode steps. When both kinds of work exist they take turns, so
+that neither a long prompt nor a busy decoder starves the other. If pages run out, the youngest sequence gives
+its own back and starts over from its tokens (preemption by recompute).
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from collections.abc import Callable
 import torch
 
 from engine.config import EngineConfig
-from engine.core import Batch, Delta, DraftTree, FinishReason, PromptChunk, Request, Sequence, Speculation, Verdict
+from engine.core import (
+    Batch,
+    Delta,
+    DraftTree,
+    FinishReason,
+    PromptChunk,
+    Request,
+    Sequence,
+    Speculation,
+    Verdict,
+)
 from engine.errors import ContextLengthError, RequestError
 from engine.pages import PagePool
 from engine.sampler import sampling_tensors
@@ -23,12 +33,18 @@ from engine.sampler import sampling_tensors
 class Scheduler:
     """Owns every Sequence and every page.
 
-    eos_token_ids end a sequence unless it ignores them; scratch_rows tells how many KV rows past ``kv_len`` a decode
-    step with a given speculation may write; forget is called when a sequence ends or starts over.
+    eos_token_ids end a sequence unless it ignores them; scratch_rows tells how many KV rows past ``kv_len`` a
+    decode step with a given speculation may write; forget is called when a sequence ends or starts over.
     """
 
-    def __init__(self, config: EngineConfig, pages: PagePool, eos_token_ids: tuple[int, ...],
-                 scratch_rows: Callable[[Speculation], int], forget: Callable[[Sequence], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pages: PagePool,
+        eos_token_ids: tuple[int, ...],
+        scratch_rows: Callable[[Speculation], int],
+        forget: Callable[[Sequence], None],
+    ) -> None:
         self.config, self.pages = config, pages
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -37,7 +53,8 @@ class Scheduler:
         self._prefilled_last = False
         self._aborted: list[Delta] = []
 
-    # --- requests -------------------------------------------------------------------------------------------------
+    # --- requests
+    # -------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ContextLengthError or RequestError for one that could never run."""
@@ -47,16 +64,24 @@ class Scheduler:
         if prompt_len >= limit:
             raise ContextLengthError(prompt_len, limit)
         if request.sampling.max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, found {request.sampling.max_tokens}", "max_tokens")
-        rows = min(prompt_len + request.sampling.max_tokens, limit) + self._scratch_rows(self._speculation(request))
+            raise RequestError(
+                f"max_tokens must be at least 1, found {request.sampling.max_tokens}", "max_tokens"
+            )
+        rows = min(prompt_len + request.sampling.max_tokens, limit) + self._scratch_rows(
+            self._speculation(request)
+        )
         if self.pages.pages_for(rows) > self.pages.num_usable:
             raise RequestError(
-                f"the request needs up to {rows} KV rows, but the cache holds {self.pages.num_usable * self.pages.page_size}; "
-                "give a smaller max_tokens or start with more KV cache memory", "max_tokens")
+                f"the request needs up to {rows} KV rows, but the cache holds "
+                f"{self.pages.num_usable * self.pages.page_size}; give a smaller "
+                "max_tokens or start with more KV cache memory",
+                "max_tokens",
+            )
         self.waiting.append(Sequence(request, [request.prompt[0]], list(request.prompt[1:])))
 
     def abort(self, request_id: int) -> None:
-        """End a request in any state. Unknown or finished ids are ignored: the end may have crossed the abort."""
+        """End a request in any state. Unknown or finished ids are ignored: the end may have crossed the
+        abort."""
         for seq in (*self.waiting, *self.running):
             if seq.request.id == request_id:
                 self._end(seq, "abort")
@@ -72,10 +97,12 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._aborted)
 
-    # --- building a batch -------------------------------------------------------------------------------------------
+    # --- building a batch
+    # -------------------------------------------------------------------------------------------
 
     def next_batch(self) -> Batch | None:
-        """The sequences of the next step with pages reserved for all their nodes; None when there is nothing to do."""
+        """The sequences of the next step with pages reserved for all their nodes; None when there is nothing
+        to do."""
         self._admit()
         prefills = [seq for seq in self.running if seq.forced]
         decodes = [seq for seq in self.running if not seq.forced]
@@ -135,7 +162,8 @@ class Scheduler:
         return 1 + self._scratch_rows(self._step_speculation(seq))
 
     def _reserve(self, seq: Sequence, num_rows: int) -> bool:
-        """Pages for num_rows rows. Younger sequences make room if they must; the oldest therefore always gets on."""
+        """Pages for num_rows rows. Younger sequences make room if they must; the oldest therefore always gets
+        on."""
         while not self.pages.extend(seq.pages, num_rows):
             younger = [other for other in self.running[self.running.index(seq) + 1 :] if other.pages]
             if not younger:
@@ -160,26 +188,36 @@ class Scheduler:
         remaining = self._remaining(seq)
         if remaining > wanted.depth or wanted.is_off:
             return wanted
-        return Speculation(wanted.nodes, remaining - 1, wanted.top_k) if remaining > 1 else Speculation(1, 0, 1)
+        return (
+            Speculation(wanted.nodes, remaining - 1, wanted.top_k) if remaining > 1 else Speculation(1, 0, 1)
+        )
 
     def _remaining(self, seq: Sequence) -> int:
-        return min(seq.request.sampling.max_tokens - seq.num_generated,
-                   self.config.max_model_len - len(seq.tokens) - len(seq.forced))
+        return min(
+            seq.request.sampling.max_tokens - seq.num_generated,
+            self.config.max_model_len - len(seq.tokens) - len(seq.forced),
+        )
 
     def _batch(self, seqs: list[Sequence], chunk: PromptChunk | None) -> Batch:
         device = self.config.device
         width = max(len(seq.pages) for seq in seqs)
         table = torch.tensor([seq.pages + [0] * (width - len(seq.pages)) for seq in seqs], dtype=torch.int64)
         return Batch(
-            seqs=tuple(seqs), kv_lens=torch.tensor([seq.kv_len for seq in seqs], dtype=torch.int64).to(device),
-            page_table=table.to(device), page_size=self.pages.page_size,
+            seqs=tuple(seqs),
+            kv_lens=torch.tensor([seq.kv_len for seq in seqs], dtype=torch.int64).to(device),
+            page_table=table.to(device),
+            page_size=self.pages.page_size,
             sampling=sampling_tensors([seq.request.sampling for seq in seqs], device),
-            speculation=tuple(self._step_speculation(seq) for seq in seqs), prompt=chunk)
+            speculation=tuple(self._step_speculation(seq) for seq in seqs),
+            prompt=chunk,
+        )
 
-    # --- committing -------------------------------------------------------------------------------------------------
+    # --- committing
+    # -------------------------------------------------------------------------------------------------
 
     def commit(self, batch: Batch, tree: DraftTree, verdict: Verdict) -> list[Delta]:
-        """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the host."""
+        """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the
+        host."""
         paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
         tree_tokens = tree.tokens.tolist()
         counts = tree.real().sum(1).tolist()
@@ -196,10 +234,17 @@ class Scheduler:
             else:
                 self._end(seq, seq.finish_reason)
             drafted = batch.prompt is None
-            deltas.append(Delta(
-                seq.request.id, emitted, seq.finish_reason, is_decode=drafted,
-                num_draft_tokens=counts[row] - 1 if drafted else 0,
-                num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0, draft_depth=depths[row]))
+            deltas.append(
+                Delta(
+                    seq.request.id,
+                    emitted,
+                    seq.finish_reason,
+                    is_decode=drafted,
+                    num_draft_tokens=counts[row] - 1 if drafted else 0,
+                    num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0,
+                    draft_depth=depths[row],
+                )
+            )
         return deltas
 
     def _emit(self, seq: Sequence, new_tokens: list[int]) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """The engine: one step after another. Start reading here.
 
-Every step drafts a tree, scores it with the target, lets the sampler choose a token after every node, accepts the
-path on which both agree, and commits it. Prompts take the same road as chains that are accepted in advance.
+Every step drafts a tree, scores it with the target, lets the sampler choose a token after every node, accepts
+the path on which both agree, and commits it. Prompts take the same road as chains that are accepted in
+advance.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Completion:
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    num_steps: int          # decode steps; the first token comes from the prefill
-    num_decoded: int        # tokens emitted by decode steps
+    num_steps: int  # decode steps; the first token comes from the prefill
+    num_decoded: int  # tokens emitted by decode steps
     num_draft_tokens: int
     num_accepted: int
 
@@ -51,8 +52,15 @@ def prompt_chain(batch: Batch) -> DraftTree:
 class Engine:
     """Requests in, tokens out. Not thread-safe: one thread adds, aborts and steps."""
 
-    def __init__(self, config: EngineConfig, target: Llama, draft: Draft, pages: PagePool,
-                 eos_token_ids: tuple[int, ...], step_log: StepLog | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        target: Llama,
+        draft: Draft,
+        pages: PagePool,
+        eos_token_ids: tuple[int, ...],
+        step_log: StepLog | None = None,
+    ) -> None:
         self.config, self.target, self.draft = config, target, draft
         self.sampler = Sampler(target.config.vocab_size, config.device)
         self.scheduler = Scheduler(config, pages, eos_token_ids, draft.scratch_rows, draft.forget)
@@ -84,12 +92,14 @@ class Engine:
         return aborted + deltas
 
     def _now(self) -> float:
-        """Seconds; with a step log on, a device is waited for, so that each phase is charged with its own work."""
+        """Seconds; with a step log on, a device is waited for, so that each phase is charged with its own
+        work."""
         if self.step_log is not None and self.config.device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    # --- requests -------------------------------------------------------------------------------------------------
+    # --- requests
+    # -------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError (ContextLengthError among them) if it could never run."""
@@ -116,14 +126,21 @@ class Engine:
         pages = self.scheduler.pages
         return 1.0 - pages.num_free / pages.num_usable
 
-    def generate(self, prompts: Items[Items[int]], sampling: SamplingParams | Items[SamplingParams],
-                 speculation: Speculation | None = None) -> list[Completion]:
-        """Answer token-id prompts as one batch, in order. Stop strings need a tokenizer and are not looked at here."""
+    def generate(
+        self,
+        prompts: Items[Items[int]],
+        sampling: SamplingParams | Items[SamplingParams],
+        speculation: Speculation | None = None,
+    ) -> list[Completion]:
+        """Answer token-id prompts as one batch, in order. Stop strings need a tokenizer and are not looked at
+        here."""
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         first_id = self._next_id
         self._next_id += len(prompts)
-        requests = [Request(first_id + i, tuple(prompt), param, speculation)
-                    for i, (prompt, param) in enumerate(zip(prompts, params, strict=True))]
+        requests = [
+            Request(first_id + i, tuple(prompt), param, speculation)
+            for i, (prompt, param) in enumerate(zip(prompts, params, strict=True))
+        ]
         for request in requests:
             self.add(request)
         deltas: dict[int, list[Delta]] = {request.id: [] for request in requests}
@@ -138,7 +155,11 @@ def _completion(request: Request, deltas: list[Delta]) -> Completion:
     assert finish_reason is not None
     decodes = [delta for delta in deltas if delta.is_decode and delta.token_ids]
     return Completion(
-        request.prompt, tuple(token for delta in deltas for token in delta.token_ids), finish_reason, len(decodes),
+        request.prompt,
+        tuple(token for delta in deltas for token in delta.token_ids),
+        finish_reason,
+        len(decodes),
         sum(len(delta.token_ids) for delta in decodes),
-        sum(delta.num_draft_tokens for delta in decodes), sum(delta.num_accepted for delta in decodes))
-
+        sum(delta.num_draft_tokens for delta in decodes),
+        sum(delta.num_accepted for delta in decodes),
+    )

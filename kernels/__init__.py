@@ -1,14 +1,15 @@
 """Tensors in, tensors out. Knows nothing of requests.
 
-Callers import the operations from here; which implementation runs follows from the tensors' device. Today every
-device runs the plain torch reference in ``kernels.ref``, which is also the specification that other implementations
-are tested against.
+Callers import the operations from here; which implementation runs follows from the tensors' device. Today
+every device runs the plain torch reference in ``kernels.ref``, which is also the specification that other
+implementations are tested against.
 """
 
 from kernels.ref import (
     choose,
     compact_rows,
     gumbel_noise,
+    has_fast_bfloat16,
     pack_linear,
     packed_linear,
     rms_norm,
@@ -19,6 +20,15 @@ from kernels.ref import (
 )
 
 __all__ = [
-    "choose", "compact_rows", "gumbel_noise", "pack_linear", "packed_linear", "rms_norm", "rope", "silu_mul",
-    "tree_attention", "write_rows",
+    "choose",
+    "compact_rows",
+    "gumbel_noise",
+    "has_fast_bfloat16",
+    "pack_linear",
+    "packed_linear",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "tree_attention",
+    "write_rows",
 ]

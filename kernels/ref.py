@@ -1,8 +1,9 @@
 """The operations of a step in plain torch: the specification, and the CPU path.
 
-A pool of KV rows is ``[Hkv, S, D]``: heads first, so that one sequence's rows of all heads form a batch of matrices
-without a copy. A row is addressed by its slot. Rows to read are either a tensor of slots or, where every
-sequence's pages happen to be consecutive (the usual case), one slice per sequence, which reads the pool in place.
+A pool of KV rows is ``[Hkv, S, D]``: heads first, so that one sequence's rows of all heads form a batch of
+matrices without a copy. A row is addressed by its slot. Rows to read are either a tensor of slots or, where
+every sequence's pages happen to be consecutive (the usual case), one slice per sequence, which reads the pool
+in place.
 """
 
 from __future__ import annotations
@@ -67,25 +68,41 @@ def compact_rows(pools: Tensor, source: Tensor, destination: Tensor) -> None:
 
 
 def tree_attention(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor | tuple[slice, ...], bias: Tensor | None, scale: float
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor | tuple[slice, ...],
+    bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Attention of tree nodes over their rows of the pool, grouped-query heads.
 
     q: [B, N, H, D]; k_pool, v_pool: [Hkv, S, D]; slots: [B, L], or one slice per sequence of at most L slots;
-    bias: [B, N, L] added to the scaled scores (0 or -inf), None where everything is visible. Returns [B, N, H, D].
+    bias: [B, N, L] added to the scaled scores (0 or -inf), None where everything is visible. Returns [B, N,
+    H, D].
 
-    The H / Hkv query heads that share a KV head are packed as rows of one matrix, so K and V are read once. Slices are
-    read in place, one sequence after the other: on a CPU that beats gathering rows of all sequences.
+    The H / Hkv query heads that share a KV head are packed as rows of one matrix, so K and V are read once.
+    Slices are read in place, one sequence after the other: on a CPU that beats gathering rows of all
+    sequences.
     """
     num_seqs, num_nodes, num_heads, head_dim = q.shape
     num_kv_heads = k_pool.shape[0]
     group = num_heads // num_kv_heads
     if isinstance(slots, tuple):
         if num_seqs > 1:
-            return torch.cat([
-                tree_attention(q[i : i + 1], k_pool, v_pool, (run,),
-                               None if bias is None else bias[i : i + 1, :, : run.stop - run.start], scale)
-                for i, run in enumerate(slots)])
+            return torch.cat(
+                [
+                    tree_attention(
+                        q[i : i + 1],
+                        k_pool,
+                        v_pool,
+                        (run,),
+                        None if bias is None else bias[i : i + 1, :, : run.stop - run.start],
+                        scale,
+                    )
+                    for i, run in enumerate(slots)
+                ]
+            )
         k, v = k_pool[:, slots[0]], v_pool[:, slots[0]]
     else:
         flat = slots.reshape(-1)
@@ -97,12 +114,18 @@ def tree_attention(
     if num_nodes > _FEW_QUERIES:
         kv_shape = (num_kv_heads, num_seqs, 1, k_len, head_dim)
         mask = None if bias is None else bias[None, :, None].to(q.dtype)
-        out = torch.stack([
-            F.scaled_dot_product_attention(
-                q[head], k.view(kv_shape)[head].expand(-1, group, -1, -1), v.view(kv_shape)[head].expand(-1, group, -1, -1),
-                attn_mask=None if mask is None else mask[0], scale=scale)
-            for head in range(num_kv_heads)
-        ])
+        out = torch.stack(
+            [
+                F.scaled_dot_product_attention(
+                    q[head],
+                    k.view(kv_shape)[head].expand(-1, group, -1, -1),
+                    v.view(kv_shape)[head].expand(-1, group, -1, -1),
+                    attn_mask=None if mask is None else mask[0],
+                    scale=scale,
+                )
+                for head in range(num_kv_heads)
+            ]
+        )
     else:
         rows = q.reshape(num_kv_heads * num_seqs, group * num_nodes, head_dim)
         scores = torch.bmm(rows, k.transpose(1, 2)).float().mul_(scale)
@@ -113,35 +136,44 @@ def tree_attention(
     return out.permute(1, 3, 0, 2, 4).reshape(num_seqs, num_nodes, num_heads, head_dim)
 
 
-# --- linear layers packed once for oneDNN ---------------------------------------------------------------------------
+# --- linear layers packed once for oneDNN
+# ---------------------------------------------------------------------------
+
 
 def pack_linear(weight: Tensor, num_rows: int) -> Tensor | None:
     """Reorder a [out, in] CPU weight into oneDNN's blocked layout, or None where this build or CPU cannot.
 
-    num_rows: how many rows a call will usually have; a hint, any number works. A plain ``F.linear`` repacks the
-    weight inside every call, which costs more than the product itself for a few rows.
+    num_rows: how many rows a call will usually have; a hint, any number works. A plain ``F.linear`` repacks
+    the weight inside every call, which costs more than the product itself for a few rows.
     """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
+    hint = (num_rows,) if weight.dtype == torch.float32 else ()
     try:
-        if weight.dtype == torch.float32:
-            return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
-        if weight.dtype == torch.bfloat16:
-            return torch.ops.mkldnn._reorder_linear_weight(weight)
-    except (RuntimeError, AttributeError):  # no such operator, or no AVX-512 for bfloat16
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, *hint)
+    except (RuntimeError, AttributeError):  # a build without oneDNN, or bfloat16 without AVX-512
         return None
-    return None
+    return packed
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this build and CPU multiply bfloat16 with packed weights; without, float32 is several times
+    faster."""
+    return pack_linear(torch.zeros(32, 32, dtype=torch.bfloat16), 8) is not None
 
 
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     """x [.., in] times a weight from ``pack_linear`` -> [.., out]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out
 
 
-# --- choosing a token -----------------------------------------------------------------------------------------------
+# --- choosing a token
+# -----------------------------------------------------------------------------------------------
 
-_GOLDEN = -1640531527   # 0x9E3779B9 as int32
-_ODD_1 = 0x21F0AAAD     # multipliers and shifts of the low-bias 32-bit mixer published by C. Wellons (hash-prospector)
+_GOLDEN = -1640531527  # 0x9E3779B9 as int32
+# multipliers and shifts of the low-bias 32-bit mixer published by C. Wellons (hash-prospector)
+_ODD_1 = 0x21F0AAAD
 _ODD_2 = 0x735A2D97
 
 
@@ -166,7 +198,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     second = _finalise(first + _GOLDEN, ~key)
     ids = token_ids.to(torch.int32) * _GOLDEN
     bits = _finalise(ids + first[..., None], second[..., None])
-    # 23 bits and the half fill a float32 mantissa: (0, 1) without its ends (of 24 bits the last would round to 1)
+    # 23 bits and the half fill a float32 mantissa: (0, 1) without its ends (of 24 bits the last would round
+    # to 1)
     uniform = ((bits >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
 
@@ -174,10 +207,9 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
 def choose(logits: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
     """argmax of logits / temperature + noise where temperature > 0, of the logits where it is 0.
 
-    logits, noise: [B, R, V] float32; temperature: [B]. Returns [B, R] int64. Adding Gumbel noise and taking the
-    argmax draws exactly from softmax(logits / temperature) (Gumbel 1954; "Gumbel-max trick").
+    logits, noise: [B, R, V] float32; temperature: [B]. Returns [B, R] int64. Adding Gumbel noise and taking
+    the argmax draws exactly from softmax(logits / temperature) (Gumbel 1954; "Gumbel-max trick").
     """
     greedy = (temperature == 0)[:, None, None]
     scaled = logits / torch.where(temperature == 0, 1.0, temperature)[:, None, None]
     return torch.where(greedy, logits, scaled + noise).argmax(dim=-1)
-

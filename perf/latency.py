@@ -78,10 +78,15 @@ def read_prompts(path: Path) -> list[Prompt]:
             fields = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"prompts {path}, line {number}: not JSON ({error})") from error
-        if (not isinstance(fields, dict) or set(fields) != {"id", "kind", "prompt"}
-                or not all(isinstance(value, str) for value in fields.values())):
-            raise ConfigError(f"prompts {path}, line {number}: expected an object with the strings id, kind "
-                              f"and prompt, found {line[:80]}")
+        if (
+            not isinstance(fields, dict)
+            or set(fields) != {"id", "kind", "prompt"}
+            or not all(isinstance(value, str) for value in fields.values())
+        ):
+            raise ConfigError(
+                f"prompts {path}, line {number}: expected an object with the strings id, kind "
+                f"and prompt, found {line[:80]}"
+            )
         prompts.append(Prompt(**fields))
     if not prompts:
         raise ConfigError(f"prompts {path}: no prompt found")
@@ -157,8 +162,9 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
     kinds = list(dict.fromkeys(row.prompt.kind for row in rows))
     repeats = sorted({row.repeat for row in rows})
     return summarise(rows) | {
-        "speedup_by_repeat": [summarise([row for row in rows if row.repeat == repeat])["speedup"]
-                              for repeat in repeats],
+        "speedup_by_repeat": [
+            summarise([row for row in rows if row.repeat == repeat])["speedup"] for repeat in repeats
+        ],
         "kinds": {kind: summarise([row for row in rows if row.prompt.kind == kind]) for kind in kinds},
     }
 
@@ -168,8 +174,14 @@ def per_prompt(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         summary = summarise([row])
-        keep = ("plain_tok_s", "spec_tok_s", "speedup", "acceptance_length", "texts_equal_share",
-                "spec_tokens")
+        keep = (
+            "plain_tok_s",
+            "spec_tok_s",
+            "speedup",
+            "acceptance_length",
+            "texts_equal_share",
+            "spec_tokens",
+        )
         found.append({"id": row.prompt.id, "repeat": row.repeat} | {key: summary[key] for key in keep})
     return found
 

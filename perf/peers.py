@@ -39,8 +39,9 @@ class _Clock:
 class TransformersPeer:
     """``transformers``' own Llama and ``generate``, fed from a dict of tensors with Hugging Face names."""
 
-    def __init__(self, config: LlamaConfig, weights: Mapping[str, Tensor],
-                 eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, config: LlamaConfig, weights: Mapping[str, Tensor], eos_token_ids: Sequence[int]
+    ) -> None:
         """Weights decide dtype and device. Raises ConfigError if transformers is missing."""
         try:
             import transformers
@@ -49,19 +50,28 @@ class TransformersPeer:
         sample = weights["model.embed_tokens.weight"]
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
         if (scaling := config.rope_scaling) is not None:
-            rope |= {"rope_type": "llama3", "factor": scaling.factor,
-                     "low_freq_factor": scaling.low_freq_factor,
-                     "high_freq_factor": scaling.high_freq_factor,
-                     "original_max_position_embeddings": scaling.original_max_position_embeddings}
+            rope |= {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            }
         raw = transformers.LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
             head_dim=config.head_dim,
-            num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps, rope_parameters=rope,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters=rope,
             tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=config.bos_token_id, eos_token_id=list(eos_token_ids) or None)
+            bos_token_id=config.bos_token_id,
+            eos_token_id=list(eos_token_ids) or None,
+        )
         self.model = transformers.LlamaForCausalLM(raw).to(sample.dtype)
         missing, unexpected = self.model.load_state_dict(dict(weights), strict=False, assign=True)
         assert not unexpected, unexpected
@@ -80,7 +90,8 @@ class TransformersPeer:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
         torch.manual_seed(seed)
         started = time.perf_counter()
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens,
-                            streamer=clock, **sampling)
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, streamer=clock, **sampling
+        )
         first, last = clock.times[0], clock.times[-1]
         return Run(clock.token_ids, len(clock.token_ids) - 1, first - started, last - first, last - started)

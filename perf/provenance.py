@@ -69,10 +69,16 @@ def provenance(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Keys for a result's JSON object."""
     model, flags = cpu()
     return {
-        "device": device_name(device), "device_type": device.partition(":")[0],
+        "device": device_name(device),
+        "device_type": device.partition(":")[0],
         "dtype": str(dtype).removeprefix("torch."),
-        "cpu": model, "cpu_flags": flags, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "python": platform.python_version(),
-        "commit": commit(), "command": command(),
+        "cpu": model,
+        "cpu_flags": flags,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -42,7 +42,7 @@ class Step:
 
     parents: tuple[int, ...]
     rank: tuple[int, ...]
-    raw: tuple[float, ...]    # conditional score of the node under its parent
+    raw: tuple[float, ...]  # conditional score of the node under its parent
     value: tuple[float, ...]  # product of calibrated conditional acceptances along the path
     accepted: frozenset[int]  # accepted nodes without the root
     greedy: bool
@@ -82,8 +82,14 @@ def read_log(path: Path) -> tuple[list[Step], int]:
 
 def _step(record: dict[str, Any]) -> Step:
     parents = tuple(int(parent) for parent in record["parents"])
-    step = Step(parents, tuple(record["rank"]), tuple(record["raw"]), tuple(record["value"]),
-                frozenset(record["accepted"]), record["temperature"] == 0)
+    step = Step(
+        parents,
+        tuple(record["rank"]),
+        tuple(record["raw"]),
+        tuple(record["value"]),
+        frozenset(record["accepted"]),
+        record["temperature"] == 0,
+    )
     if not len(parents) == len(step.rank) == len(step.raw) == len(step.value):
         raise ValueError("parents, rank, raw and value differ in length")
     if parents[0] != -1 or not all(0 <= parent < node for node, parent in enumerate(parents) if node):
@@ -101,8 +107,9 @@ def chain(step: Step, num_nodes: int) -> list[int] | None:
     """First-ranked children down from the root, ``num_nodes`` in all; None if the log ends before."""
     found = [0]
     while len(found) < num_nodes:
-        best = [node for node, parent in enumerate(step.parents)
-                if parent == found[-1] and step.rank[node] == 0]
+        best = [
+            node for node, parent in enumerate(step.parents) if parent == found[-1] and step.rank[node] == 0
+        ]
         if not best:
             return None
         found.append(best[0])
@@ -127,10 +134,10 @@ class Comparison:
 
     nodes: int
     num_steps: int
-    share: float                     # of all logged steps
-    observed: dict[str, float]       # policy -> mean tokens per step
-    expected: dict[str, float]       # policy -> what calibrated values promised
-    expected_raw: dict[str, float]   # policy -> what raw scores promised
+    share: float  # of all logged steps
+    observed: dict[str, float]  # policy -> mean tokens per step
+    expected: dict[str, float]  # policy -> what calibrated values promised
+    expected_raw: dict[str, float]  # policy -> what raw scores promised
 
 
 def compare(steps: Sequence[Step], num_nodes: int) -> Comparison | None:
@@ -138,8 +145,11 @@ def compare(steps: Sequence[Step], num_nodes: int) -> Comparison | None:
     observed, expected, expected_raw = ({"chain": 0.0, "raw": 0.0, "calibrated": 0.0} for _ in range(3))
     count = 0
     for step in steps:
-        trees = {"chain": chain(step, num_nodes), "raw": best_by(step, num_nodes, step.raw_value),
-                 "calibrated": best_by(step, num_nodes, step.value.__getitem__)}
+        trees = {
+            "chain": chain(step, num_nodes),
+            "raw": best_by(step, num_nodes, step.raw_value),
+            "calibrated": best_by(step, num_nodes, step.value.__getitem__),
+        }
         if trees["chain"] is None or trees["raw"] is None:
             continue
         count += 1
@@ -150,8 +160,10 @@ def compare(steps: Sequence[Step], num_nodes: int) -> Comparison | None:
             expected_raw[policy] += sum(step.raw_value(node) for node in nodes)
     if not count:
         return None
-    means = [{policy: round(total / count, 4) for policy, total in sums.items()}
-             for sums in (observed, expected, expected_raw)]
+    means = [
+        {policy: round(total / count, 4) for policy, total in sums.items()}
+        for sums in (observed, expected, expected_raw)
+    ]
     return Comparison(num_nodes, count, round(count / len(steps), 4), *means)
 
 
@@ -189,8 +201,9 @@ def reliability(steps: Iterable[Step], calibrated: bool) -> tuple[list[Bucket], 
         if inside:
             mean_score = sum(score for score, _ in inside) / len(inside)
             acceptance = sum(accepted for _, accepted in inside) / len(inside)
-            buckets.append(Bucket(number / NUM_BUCKETS, len(inside), round(mean_score, 4),
-                                  round(acceptance, 4)))
+            buckets.append(
+                Bucket(number / NUM_BUCKETS, len(inside), round(mean_score, 4), round(acceptance, 4))
+            )
             error += abs(mean_score - acceptance) * len(inside) / len(pairs)
     return buckets, round(error, 4)
 
@@ -202,11 +215,21 @@ def report(steps: Sequence[Step], undrafted: int) -> dict[str, Any]:
     """Everything the log can answer, as one JSON-ready object."""
     sizes = [found for size in SIZES if (found := compare(steps, size)) is not None]
     result: dict[str, Any] = {
-        "num_steps": len(steps), "num_steps_without_draft": undrafted,
+        "num_steps": len(steps),
+        "num_steps_without_draft": undrafted,
         "acceptance_length": round(sum(emitted(s, s.accepted) for s in steps) / len(steps), 4),
         "mean_nodes": round(sum(len(s.parents) for s in steps) / len(steps), 2),
-        "sizes": [{"nodes": c.nodes, "num_steps": c.num_steps, "share": c.share, "observed": c.observed,
-                   "expected": c.expected, "expected_raw": c.expected_raw} for c in sizes],
+        "sizes": [
+            {
+                "nodes": c.nodes,
+                "num_steps": c.num_steps,
+                "share": c.share,
+                "observed": c.observed,
+                "expected": c.expected,
+                "expected_raw": c.expected_raw,
+            }
+            for c in sizes
+        ],
         # expected: holds by construction unless values grow along a path; observed: the real question
         "tree_not_below_chain_expected": _not_below([c.expected for c in sizes]),
         "tree_not_below_chain_observed": _not_below([c.observed for c in sizes]),
@@ -218,7 +241,8 @@ def report(steps: Sequence[Step], undrafted: int) -> dict[str, Any]:
                 buckets, error = reliability(group, kind == "calibrated")
                 result[f"reliability_{name}_{kind}"] = {
                     "error": error,
-                    "buckets": [[b.low, b.count, b.mean_score, b.acceptance] for b in buckets]}
+                    "buckets": [[b.low, b.count, b.mean_score, b.acceptance] for b in buckets],
+                }
     return result
 
 
@@ -232,8 +256,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     for title in ("nodes", "steps", "share", "chain", "raw tree", "calibrated tree"):
         table.add_column(title, justify="right")
     for row in result["sizes"]:
-        cells = [f"{row['observed'][policy]:.3f} ({row['expected'][policy]:.3f})"
-                 for policy in ("chain", "raw", "calibrated")]
+        cells = [
+            f"{row['observed'][policy]:.3f} ({row['expected'][policy]:.3f})"
+            for policy in ("chain", "raw", "calibrated")
+        ]
         table.add_row(str(row["nodes"]), str(row["num_steps"]), f"{row['share']:.0%}", *cells)
     console.print(table)
     for key, value in result.items():

@@ -38,8 +38,9 @@ def norm_weight(generator: torch.Generator, width: int) -> Tensor:
     return 1.0 + 0.2 * torch.randn(width, generator=generator)
 
 
-def layer_weights(generator: torch.Generator, config: LlamaConfig, prefix: str,
-                  input_width: int) -> dict[str, Tensor]:
+def layer_weights(
+    generator: torch.Generator, config: LlamaConfig, prefix: str, input_width: int
+) -> dict[str, Tensor]:
     """Attention, feed-forward and second norm of a decoder layer whose attention reads ``input_width``."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -61,8 +62,18 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> tuple[LlamaConfig, dict[str, 
     overrides replace fields of LlamaConfig. With tied embeddings there is no ``lm_head.weight``.
     """
     config = dataclasses.replace(
-        LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
-                    num_kv_heads=2, head_dim=8, max_position_embeddings=512), **overrides)
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            max_position_embeddings=512,
+        ),
+        **overrides,
+    )
     generator = torch.Generator().manual_seed(seed)
     # A tied embedding is an output matrix too, so it gets the output's scale; the first norm evens it out.
     gain = 2.0 if config.tie_word_embeddings else math.sqrt(config.hidden_size)
@@ -77,8 +88,9 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> tuple[LlamaConfig, dict[str, 
     return config, weights
 
 
-def tiny_eagle3(config: LlamaConfig, seed: int = 0, draft_vocab_size: int = 61,
-                **overrides: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def tiny_eagle3(
+    config: LlamaConfig, seed: int = 0, draft_vocab_size: int = 61, **overrides: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A random EAGLE-3 head for a target: its published config.json as a dict and its tensors by published
     name.
 
@@ -87,12 +99,22 @@ def tiny_eagle3(config: LlamaConfig, seed: int = 0, draft_vocab_size: int = 61,
     generator = torch.Generator().manual_seed(1000 + seed)
     hidden = config.hidden_size
     raw: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": hidden, "intermediate_size": config.intermediate_size, "num_hidden_layers": 1,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "vocab_size": config.vocab_size, "draft_vocab_size": draft_vocab_size,
-        "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta, "attention_bias": False, "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
     } | overrides
     ids = torch.randperm(config.vocab_size, generator=generator)[:draft_vocab_size].sort().values

@@ -18,12 +18,25 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "draft", "verify", "kernels", "perf")
 
 FLOORS = {
-    "engine.server": 4, "engine.cli": 4,
-    "engine.step": 3, "engine.scheduler": 3, "engine.build": 3,
-    "draft": 2, "verify": 2,
-    "engine.core": 1, "engine.config": 1, "engine.errors": 1, "engine.nn": 1, "engine.models": 1,
-    "engine.checkpoint": 1, "engine.text": 1, "engine.pages": 1, "engine.kvcache": 1, "engine.sampler": 1,
-    "engine.parallel": 1, "engine.graphs": 1,
+    "engine.server": 4,
+    "engine.cli": 4,
+    "engine.step": 3,
+    "engine.scheduler": 3,
+    "engine.build": 3,
+    "draft": 2,
+    "verify": 2,
+    "engine.core": 1,
+    "engine.config": 1,
+    "engine.errors": 1,
+    "engine.nn": 1,
+    "engine.models": 1,
+    "engine.checkpoint": 1,
+    "engine.text": 1,
+    "engine.pages": 1,
+    "engine.kvcache": 1,
+    "engine.sampler": 1,
+    "engine.parallel": 1,
+    "engine.graphs": 1,
     "kernels": 0,
 }
 STRANGERS = {"draft": "verify", "verify": "draft"}  # same floor, yet never each other
@@ -31,8 +44,11 @@ STRANGERS = {"draft": "verify", "verify": "draft"}  # same floor, yet never each
 DOORS = {("engine.cli.bench", "perf")}
 CORE_MAY_IMPORT = {"torch"}
 KERNELS_MAY_IMPORT = {"torch", "kernels", "triton", "flashinfer"}  # the last two: see ONLY_IN
-ONLY_IN = {"triton": ("kernels.triton",), "flashinfer": ("kernels.flashinfer",),
-           "transformers": ("perf.peers",)}
+ONLY_IN = {
+    "triton": ("kernels.triton",),
+    "flashinfer": ("kernels.flashinfer",),
+    "transformers": ("perf.peers",),
+}
 
 
 def module_name(path: Path) -> str:
@@ -103,23 +119,28 @@ def test_imports_go_down() -> None:
     found = []
     for path in sources():
         for line, imported in imports(path, ast.parse(path.read_text())):
-            found += [f"{path.relative_to(ROOT)}:{line}: imports {imported}: {complaint}"
-                      for complaint in complaints(path, module_name(path), imported)]
+            found += [
+                f"{path.relative_to(ROOT)}:{line}: imports {imported}: {complaint}"
+                for complaint in complaints(path, module_name(path), imported)
+            ]
     assert not found, "\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize(("module", "imported", "complaint"), [
-    ("kernels.ref", "engine.core", "kernels import torch only"),
-    ("engine.sampler", "draft.tree", "imports up"),
-    ("draft.tree", "verify.accept", "never import each other"),
-    ("engine.core", "numpy", "torch only"),
-    ("engine.step", "perf.provenance", "nothing imports perf"),
-    ("engine.cli.chat", "perf.provenance", "nothing imports perf"),
-    ("engine.nn.linear", "tests.conftest", "nothing imports tests"),
-    ("engine.text.chat", "transformers", "perf.peers only"),
-    ("draft.train.data", "engine.step", "imports up"),
-    ("engine.new_room", "engine.core", "has no floor"),
-])
+@pytest.mark.parametrize(
+    ("module", "imported", "complaint"),
+    [
+        ("kernels.ref", "engine.core", "kernels import torch only"),
+        ("engine.sampler", "draft.tree", "imports up"),
+        ("draft.tree", "verify.accept", "never import each other"),
+        ("engine.core", "numpy", "torch only"),
+        ("engine.step", "perf.provenance", "nothing imports perf"),
+        ("engine.cli.chat", "perf.provenance", "nothing imports perf"),
+        ("engine.nn.linear", "tests.conftest", "nothing imports tests"),
+        ("engine.text.chat", "transformers", "perf.peers only"),
+        ("draft.train.data", "engine.step", "imports up"),
+        ("engine.new_room", "engine.core", "has no floor"),
+    ],
+)
 def test_the_import_rules_bite(module: str, imported: str, complaint: str) -> None:
     assert any(complaint in said for said in complaints(ROOT, module, imported))
 
@@ -156,14 +177,28 @@ def forbidden(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def test_nothing_dangerous_or_noisy_is_written() -> None:
-    found = [f"{path.relative_to(ROOT)}:{line}: {what}" for path in sources()
-             for line, what in forbidden(path, ast.parse(path.read_text()))]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {what}"
+        for path in sources()
+        for line, what in forbidden(path, ast.parse(path.read_text()))
+    ]
     assert not found, "\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("line", [
-    "import pickle", "from pickle import loads", "torch.load('x')", "eval('1')", "exec('1')", "print('x')",
-    "subprocess.run('ls', shell=True)", "os.system('ls')", "load(x, trust_remote_code=True)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load('x')",
+        "eval('1')",
+        "exec('1')",
+        "print('x')",
+        "subprocess.run('ls', shell=True)",
+        "os.system('ls')",
+        "load(x, trust_remote_code=True)",
+    ],
+)
 def test_the_gate_bites(line: str) -> None:
     assert list(forbidden(ROOT / "engine" / "x.py", ast.parse(line)))
 
@@ -178,9 +213,12 @@ HEAVY = ("triton", "flashinfer", "transformers", "matplotlib", "perf", "tests")
 
 @pytest.mark.parametrize("module", ["engine.build", "engine.cli.main", "engine.server.app"])
 def test_optional_packages_stay_unloaded(module: str) -> None:
-    code = (f"import sys, torch\nbefore = set(sys.modules)\nimport {module}\n"
-            f"heavy = [name for name in {HEAVY!r} if name in sys.modules and name not in before]\n"
-            "sys.exit(f'loaded: {heavy}' if heavy else 0)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          check=False)
+    code = (
+        f"import sys, torch\nbefore = set(sys.modules)\nimport {module}\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules and name not in before]\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -13,27 +13,43 @@ from tests.conftest import tiny_eagle3, tiny_llama
 from tests.oracles import accept, attention, eagle3, llama, noise, sampler
 
 TOKENS = [5, 90, 17, 17, 3, 42, 8, 61, 0, 96]
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                     original_max_position_embeddings=64)
+LLAMA3 = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"tie_word_embeddings": True}, {"rope_scaling": LLAMA3, "rope_theta": 5e5}],
-    ids=["untied", "tied", "llama3-rope"])
+    "overrides",
+    [{}, {"tie_word_embeddings": True}, {"rope_scaling": LLAMA3, "rope_theta": 5e5}],
+    ids=["untied", "tied", "llama3-rope"],
+)
 def test_llama_equals_transformers(overrides: dict[str, object]) -> None:
     transformers = pytest.importorskip("transformers")
     config, weights = tiny_llama(1, **overrides)
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                 "original_max_position_embeddings": 64}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, head_dim=config.head_dim,
-        num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps, rope_parameters=rope,
-        tie_word_embeddings=config.tie_word_embeddings))
+        rope |= {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            head_dim=config.head_dim,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    )
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
@@ -51,8 +67,13 @@ def test_tiny_models_have_spread() -> None:
     seen = llama.forward(config, weights, TOKENS)
     assert 0.7 < float(seen.logits.std()) < 4
     raw, head = tiny_eagle3(config, 2)
-    rows = eagle3.true_rows(eagle3.head_config(raw), head, weights["model.embed_tokens.weight"], TOKENS,
-                            torch.cat(seen.inputs[:3], dim=-1))
+    rows = eagle3.true_rows(
+        eagle3.head_config(raw),
+        head,
+        weights["model.embed_tokens.weight"],
+        TOKENS,
+        torch.cat(seen.inputs[:3], dim=-1),
+    )
     assert rows.logits.shape == (len(TOKENS) - 1, 61)
     assert 0.7 < float(rows.logits.std()) < 4
 

@@ -1,9 +1,10 @@
 """Sample, then match: the only verifier.
 
-The sampler has already put the target's own token (its *choice*) behind every node. Starting at the root, a child
-whose token equals the choice at its parent is accepted; the walk ends where no child matches, and the choice there
-is the *bonus*. Since siblings are distinct, at most one child matches, so the path is unique. What is emitted is
-exactly what plain decoding would have chosen, whatever the tree was. Pure tensors, no state.
+The sampler has already put the target's own token (its *choice*) behind every node. Starting at the root, a
+child whose token equals the choice at its parent is accepted; the walk ends where no child matches, and the
+choice there is the *bonus*. Since siblings are distinct, at most one child matches, so the path is unique.
+What is emitted is exactly what plain decoding would have chosen, whatever the tree was. Pure tensors, no
+state.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from engine.core import DraftTree, PromptChunk, Verdict
 def accept(tree: DraftTree, choice: Tensor) -> Verdict:
     """Walk every tree of the batch along the target's choices.
 
-    choice: [B, N] int64, the target's token after each node. Returns the accepted path, its length and the bonus.
+    choice: [B, N] int64, the target's token after each node. Returns the accepted path, its length and the
+    bonus.
 
     Example: tokens [the, cat, dog, sat], parents [-1, 0, 0, 1] and choices [cat, sat, ran, down] accept nodes
     0, 1 and 3; the bonus is "down".

@@ -17,7 +17,8 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of a step's phases. ``draft_s`` contains scheduling, ``other_s`` choosing, accepting and committing."""
+    """Seconds of a step's phases. ``draft_s`` contains scheduling, ``other_s`` choosing, accepting and
+    committing."""
 
     draft_s: float = 0.0
     verify_s: float = 0.0
@@ -28,7 +29,9 @@ class StepTimes:
         return self.draft_s + self.verify_s + self.other_s
 
 
-def step_records(step: int, batch: Batch, tree: DraftTree, verdict: Verdict, times: StepTimes) -> list[dict[str, Any]]:
+def step_records(
+    step: int, batch: Batch, tree: DraftTree, verdict: Verdict, times: StepTimes
+) -> list[dict[str, Any]]:
     """One record per sequence of a decode step; lists are per node, root first."""
     tokens, parents, depths = tree.tokens.tolist(), tree.parents.tolist(), tree.depths().tolist()
     scores = tree.scores
@@ -37,12 +40,18 @@ def step_records(step: int, batch: Batch, tree: DraftTree, verdict: Verdict, tim
     for row, seq in enumerate(batch.seqs):
         nodes = slice(0, counts[row])
         record: dict[str, Any] = {
-            "step": step, "request": seq.request.id, "context_len": int(batch.kv_lens[row]) + 1,
-            "batch_size": len(batch.seqs), "temperature": seq.request.sampling.temperature,
-            "tokens": tokens[row][nodes], "parents": parents[row][nodes], "depth": depths[row][nodes],
+            "step": step,
+            "request": seq.request.id,
+            "context_len": int(batch.kv_lens[row]) + 1,
+            "batch_size": len(batch.seqs),
+            "temperature": seq.request.sampling.temperature,
+            "tokens": tokens[row][nodes],
+            "parents": parents[row][nodes],
+            "depth": depths[row][nodes],
             "accepted": paths[row][1 : lengths[row]],
             "speculation": "off" if batch.speculation[row].is_off else "on",
-            "draft_ms": round(times.draft_s * 1e3, 4), "verify_ms": round(times.verify_s * 1e3, 4),
+            "draft_ms": round(times.draft_s * 1e3, 4),
+            "verify_ms": round(times.verify_s * 1e3, 4),
         }
         if scores is not None:
             record |= {

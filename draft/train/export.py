@@ -1,9 +1,9 @@
 """Write a trained head as a checkpoint that any EAGLE-3 server can read, and a card saying how it was made.
 
-    model.safetensors   bfloat16, published names; lm_head.weight left out where its rows are the target's own
-    config.json         the head's shape and which hidden states it reads
-    curve.jsonl         held-out acceptance while training
-    README.md           the card
+model.safetensors   bfloat16, published names; lm_head.weight left out where its rows are the target's own
+config.json         the head's shape and which hidden states it reads
+curve.jsonl         held-out acceptance while training
+README.md           the card
 """
 
 from __future__ import annotations
@@ -146,8 +146,13 @@ answers.
 def _curve_row(point: Mapping[str, Any]) -> str:
     by_depth = [f"{value:.3f}" for value in point["acceptance_by_depth"]]
     loss = "" if point["loss"] is None else f"{point['loss']:.3f}"
-    cells = [str(point["step"]), f"{point['seconds'] / 60:.1f}", loss, *(by_depth + [""])[:2],
-             f"{next(iter(point['acceptance_length'].values())):.3f}"]
+    cells = [
+        str(point["step"]),
+        f"{point['seconds'] / 60:.1f}",
+        loss,
+        *(by_depth + [""])[:2],
+        f"{next(iter(point['acceptance_length'].values())):.3f}",
+    ]
     return f"| {' | '.join(cells)} |\n"
 
 

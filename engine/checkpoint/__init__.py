@@ -20,8 +20,16 @@ from engine.errors import CheckpointError
 __all__ = ["Checkpoint", "Progress", "expected_tensors", "open_checkpoint"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-              "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -40,7 +48,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if local.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{local}: found a file named *{local.suffix or local.name}, expected a .gguf file or a "
-            "directory with config.json")
+            "directory with config.json"
+        )
     from engine.checkpoint.gguf import GgufCheckpoint  # here, because importing gguf takes most of a second
 
     return GgufCheckpoint(local)
@@ -52,7 +61,8 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     if not (directory / "config.json").is_file():
         found = sorted(entry.name for entry in directory.iterdir())[:8]
         raise CheckpointError(
-            f"{directory}: no config.json in this directory, found {', '.join(found) or 'nothing'}")
+            f"{directory}: no config.json in this directory, found {', '.join(found) or 'nothing'}"
+        )
     return HfCheckpoint(directory, name)
 
 
@@ -74,4 +84,5 @@ def _download(hub_id: str) -> Path:
     except (OSError, network_error, EntryNotFoundError, HFValidationError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{hub_id}: no such local path, and the hub did not deliver it: {reason[0]}") from error
+            f"{hub_id}: no such local path, and the hub did not deliver it: {reason[0]}"
+        ) from error

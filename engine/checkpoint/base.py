@@ -80,21 +80,34 @@ def expected_tensors(config: LlamaConfig) -> dict[str, Shape]:
 
 def check_config(config: LlamaConfig, where: str) -> None:
     """Refuse numbers no model can have (CheckpointError), before shapes are derived from them."""
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"):
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+    ):
         if not getattr(config, key) > 0:
             raise CheckpointError(f"{where}: {key} is {getattr(config, key)}, expected a positive number")
     if config.num_heads % config.num_kv_heads:
         raise CheckpointError(
             f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key/value "
-            "heads, expected a multiple")
+            "heads, expected a multiple"
+        )
     if config.head_dim % 2:
         raise CheckpointError(
-            f"{where}: head_dim is {config.head_dim}, expected an even number (rotary pairs)")
+            f"{where}: head_dim is {config.head_dim}, expected an even number (rotary pairs)"
+        )
 
 
-def check_headers(found: Mapping[str, Shape], config: LlamaConfig, where: Path,
-                  stored_name: Callable[[str], str] = str) -> None:
+def check_headers(
+    found: Mapping[str, Shape], config: LlamaConfig, where: Path, stored_name: Callable[[str], str] = str
+) -> None:
     """Compare names and shapes with the table for the config; CheckpointError on the first kind of
     difference.
 
@@ -103,35 +116,44 @@ def check_headers(found: Mapping[str, Shape], config: LlamaConfig, where: Path,
     """
     if config.num_layers > len(found):  # before a table for a billion layers is written down
         raise CheckpointError(
-            f"{where}: found {len(found)} tensors, expected those of {config.num_layers} layers")
+            f"{where}: found {len(found)} tensors, expected those of {config.num_layers} layers"
+        )
     expected = expected_tensors(config)
     missing = [name for name in expected if name not in found]
     if missing:
-        raise CheckpointError(f"{where}: {len(missing)} of {len(expected)} expected tensors are missing: "
-                              f"{_some(map(stored_name, missing))}; found {len(found)} tensors")
+        raise CheckpointError(
+            f"{where}: {len(missing)} of {len(expected)} expected tensors are missing: "
+            f"{_some(map(stored_name, missing))}; found {len(found)} tensors"
+        )
     unexpected = [name for name in found if name not in expected]
     if unexpected:
         raise CheckpointError(
             f"{where}: {len(unexpected)} unexpected tensors: {_some(map(stored_name, unexpected))}; "
-            f"expected the {len(expected)} of a Llama model with this config")
+            f"expected the {len(expected)} of a Llama model with this config"
+        )
     for name, shape in expected.items():
         if found[name] != shape:
-            raise CheckpointError(f"{where}: tensor {stored_name(name)} has shape {list(found[name])}, "
-                                  f"expected {list(shape)} from the config")
+            raise CheckpointError(
+                f"{where}: tensor {stored_name(name)} has shape {list(found[name])}, "
+                f"expected {list(shape)} from the config"
+            )
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, where: Path) -> Tokenizer:
     """The tokenizer, if every one of its tokens has an embedding; CheckpointError otherwise."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, expected at most "
-                              f"the {config.vocab_size} that the model has embeddings for")
+        raise CheckpointError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, expected at most "
+            f"the {config.vocab_size} that the model has embeddings for"
+        )
     return tokenizer
 
 
 def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in SUPPORTED_DTYPES:
-        raise CheckpointError(f"weights cannot be loaded as {dtype}, supported: "
-                              f"{', '.join(map(str, SUPPORTED_DTYPES))}")
+        raise CheckpointError(
+            f"weights cannot be loaded as {dtype}, supported: {', '.join(map(str, SUPPORTED_DTYPES))}"
+        )
 
 
 def check_finite(weight: Tensor, name: str, where: Path) -> None:
@@ -139,7 +161,8 @@ def check_finite(weight: Tensor, name: str, where: Path) -> None:
     low, high = torch.aminmax(weight)  # NaN spreads to both; no temporary of the weight's size
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise CheckpointError(
-            f"{where}: tensor {name} holds NaN or infinity as {weight.dtype}, expected finite values")
+            f"{where}: tensor {name} holds NaN or infinity as {weight.dtype}, expected finite values"
+        )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -42,15 +42,23 @@ from engine.config import LlamaConfig, RopeScaling
 from engine.errors import CheckpointError
 from engine.text.tokenizer import Tokenizer
 
-QUANT_TYPES = tuple(getattr(GGMLQuantizationType, name)
-                    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"))
+QUANT_TYPES = tuple(
+    getattr(GGMLQuantizationType, name)
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+)
 ROPE_FACTORS = "rope_freqs.weight"
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.weight")
 
@@ -63,8 +71,13 @@ class _Reader(GGUFReader):  # type: ignore[misc]  # the package has no types
     vocabulary of 100,000 strings makes worth having.
     """
 
-    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1,
-             override_order: Literal["I", "S", "<"] | None = None) -> npt.NDArray[Any]:
+    def _get(
+        self,
+        offset: int,
+        dtype: npt.DTypeLike,
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> npt.NDArray[Any]:
         kind = np.dtype(dtype)
         wanted = int(offset) + kind.itemsize * int(count)
         if wanted > self.data.nbytes:
@@ -114,11 +127,13 @@ class GgufCheckpoint:
             if tensor.data_offset < reader.data_offset or tensor.data_offset % reader.alignment:
                 raise CheckpointError(
                     f"{path}: the data of tensor {tensor.name} is at byte {tensor.data_offset}, expected "
-                    f"{reader.data_offset} or more and a multiple of {reader.alignment}")
+                    f"{reader.data_offset} or more and a multiple of {reader.alignment}"
+                )
             if tensor.tensor_type not in QUANT_TYPES:
                 raise CheckpointError(
                     f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, supported: "
-                    f"{', '.join(kind.name for kind in QUANT_TYPES)}")
+                    f"{', '.join(kind.name for kind in QUANT_TYPES)}"
+                )
             if tensor.name == ROPE_FACTORS:
                 factors = tensor
             else:
@@ -159,8 +174,9 @@ class GgufCheckpoint:
         return check_vocabulary(tokenizer, self.config, self.path)
 
 
-def read_config(fields: Mapping[str, Any], path: Path, tied: bool,
-                scaling: RopeScaling | None) -> LlamaConfig:
+def read_config(
+    fields: Mapping[str, Any], path: Path, tied: bool, scaling: RopeScaling | None
+) -> LlamaConfig:
     """LlamaConfig from decoded metadata. Metadata that would change the computation is refused by name."""
     arch = fields.get("general.architecture")
     if arch != "llama":
@@ -178,7 +194,8 @@ def read_config(fields: Mapping[str, Any], path: Path, tied: bool,
         value = fields.get(key, allowed[0])
         if value not in allowed:
             raise CheckpointError(
-                f"{path}: {key} is {value!r:.80}, supported: {', '.join(map(repr, allowed))}")
+                f"{path}: {key} is {value!r:.80}, supported: {', '.join(map(repr, allowed))}"
+            )
 
     refuse("llama.rope.scaling.type", ("none",))
     refuse("llama.rope.scale_linear", (1.0, 0.0))
@@ -189,12 +206,14 @@ def read_config(fields: Mapping[str, Any], path: Path, tied: bool,
     if hidden < 1 or heads < 1:
         raise CheckpointError(
             f"{path}: llama.embedding_length is {hidden} and llama.attention.head_count is {heads}, "
-            "expected positive numbers")
+            "expected positive numbers"
+        )
     head_dim = int(number("attention.key_length", hidden // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if int(number(key, head_dim)) != head_dim:
             raise CheckpointError(
-                f"{path}: llama.{key} is {number(key)}, expected the head's width {head_dim}")
+                f"{path}: llama.{key} is {number(key)}, expected the head's width {head_dim}"
+            )
     tokens = fields.get("tokenizer.ggml.tokens")
     vocab_size = int(number("vocab_size", len(tokens) if isinstance(tokens, list) else None))
     eos = [fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
@@ -202,13 +221,18 @@ def read_config(fields: Mapping[str, Any], path: Path, tied: bool,
     context = int(number("context_length"))
     window = int(number("attention.sliding_window", 0))
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=int(number("feed_forward_length")),
-        num_layers=int(number("block_count")), num_heads=heads,
-        num_kv_heads=int(number("attention.head_count_kv", heads)), head_dim=head_dim,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=int(number("feed_forward_length")),
+        num_layers=int(number("block_count")),
+        num_heads=heads,
+        num_kv_heads=int(number("attention.head_count_kv", heads)),
+        head_dim=head_dim,
         # inside the window, windowed and full attention are the same
         max_position_embeddings=min(context, window) if window > 0 else context,
         rms_norm_eps=_short_float(number("attention.layer_norm_rms_epsilon")),
-        rope_theta=_short_float(number("rope.freq_base", 10000.0)), rope_scaling=scaling,
+        rope_theta=_short_float(number("rope.freq_base", 10000.0)),
+        rope_scaling=scaling,
         tie_word_embeddings=tied,
         eos_token_ids=tuple(dict.fromkeys(int(token) for token in eos if token is not None)),
         bos_token_id=None if bos is None else int(bos),
@@ -233,15 +257,20 @@ def _read_rope_factors(fields: Mapping[str, Any], tensor: ReaderTensor, path: Pa
     plain = read_config(fields, path, tied=True, scaling=None)
     factors = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
     if factors.shape == (plain.head_dim // 2,) and np.isfinite(factors).all() and factors.max() > 1:
-        scaling = RopeScaling(factor=_short_float(float(factors.max())), low_freq_factor=1.0,
-                              high_freq_factor=4.0, original_max_position_embeddings=8192)
+        scaling = RopeScaling(
+            factor=_short_float(float(factors.max())),
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        )
         candidate = llama3_factors(scaling, plain.head_dim, plain.rope_theta)
         if np.allclose(factors, candidate, rtol=1e-4, atol=0.0):
             return scaling
     raise CheckpointError(
         f"{path}: tensor {ROPE_FACTORS} of shape {list(factors.shape)} holds rotary factors "
         f"{factors.min(initial=np.inf):g} to {factors.max(initial=-np.inf):g}, not those of "
-        "Llama-3 scaling (low_freq_factor 1, high_freq_factor 4, original context 8192)")
+        "Llama-3 scaling (low_freq_factor 1, high_freq_factor 4, original context 8192)"
+    )
 
 
 def _short_float(value: float) -> float:

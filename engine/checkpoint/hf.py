@@ -91,9 +91,11 @@ class HfCheckpoint:
         if not file.is_file():
             found = sorted(entry.name for entry in self.path.glob("*token*"))
             raise CheckpointError(
-                f"{self.path}: no tokenizer.json, found {', '.join(found) or 'no tokenizer file'}")
-        tokenizer = Tokenizer.from_file(file, self.path / "tokenizer_config.json", eos_token_ids=self._eos,
-                                        bos_token_id=self._bos)
+                f"{self.path}: no tokenizer.json, found {', '.join(found) or 'no tokenizer file'}"
+            )
+        tokenizer = Tokenizer.from_file(
+            file, self.path / "tokenizer_config.json", eos_token_ids=self._eos, bos_token_id=self._bos
+        )
         return check_vocabulary(tokenizer, self.config, file)
 
 
@@ -102,7 +104,8 @@ def read_config(raw: dict[str, Any], where: str) -> LlamaConfig:
     architectures = raw.get("architectures")
     if architectures not in [[name] for name in ARCHITECTURES]:
         raise CheckpointError(
-            f"{where}: architectures is {architectures!r}, supported: {', '.join(ARCHITECTURES)}")
+            f"{where}: architectures is {architectures!r}, supported: {', '.join(ARCHITECTURES)}"
+        )
     try:
         config = LlamaConfig.from_hf(raw, where)
         check_config(config, where)
@@ -118,8 +121,10 @@ def _token_ids(path: Path, config: LlamaConfig) -> tuple[int | None, tuple[int, 
     ids = [*config.eos_token_ids, *(extra if isinstance(extra, list) else [] if extra is None else [extra])]
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise CheckpointError(f"{file if extra is not None else path}: eos_token_id is {token_id!r}, "
-                                  "expected a token id or a list of them")
+            raise CheckpointError(
+                f"{file if extra is not None else path}: eos_token_id is {token_id!r}, "
+                "expected a token id or a list of them"
+            )
     return config.bos_token_id, tuple(dict.fromkeys(ids))
 
 
@@ -133,17 +138,20 @@ def _read_headers(directory: Path) -> dict[str, _Stored]:
             if _IGNORED.fullmatch(name):
                 continue
             if name in stored:
-                raise CheckpointError(f"{entry.file}: tensor {name} is also in {stored[name].file.name}, "
-                                      "expected in one file")
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name} is also in {stored[name].file.name}, expected in one file"
+                )
             if index is not None and index.get(name) != file_name:
-                raise CheckpointError(f"{entry.file}: tensor {name} is here, expected in "
-                                      f"{index.get(name, 'no file')} according to {_INDEX}")
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name} is here, expected in "
+                    f"{index.get(name, 'no file')} according to {_INDEX}"
+                )
             stored[name] = entry
     for name, file_name in (index or {}).items():
         if name not in stored and not _IGNORED.fullmatch(name):
             raise CheckpointError(
-                f"{directory / file_name}: tensor {name} is missing, expected here according to "
-                f"{_INDEX}")
+                f"{directory / file_name}: tensor {name} is missing, expected here according to {_INDEX}"
+            )
     return stored
 
 
@@ -156,16 +164,19 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
         found = sorted(entry.name for entry in directory.iterdir() if entry.suffix in weights)
         raise CheckpointError(
-            f"{directory}: no {_SINGLE} and no {_INDEX}, found {', '.join(found[:4]) or 'no weights'}")
+            f"{directory}: no {_SINGLE} and no {_INDEX}, found {', '.join(found[:4]) or 'no weights'}"
+        )
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{file}: weight_map is {str(weight_map)[:40]}, expected tensor names and their files")
+            f"{file}: weight_map is {str(weight_map)[:40]}, expected tensor names and their files"
+        )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", shard):
             raise CheckpointError(
                 f"{file}: tensor {name} is in {shard!r}, expected the plain name of a .safetensors "
-                "file in this directory")
+                "file in this directory"
+            )
     return weight_map
 
 
@@ -179,7 +190,8 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Stored]]:
     for name, shape, dtype in described:
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(
-                f"{file}: tensor {name} has type {dtype}, supported: {', '.join(DTYPE_BYTES)}")
+                f"{file}: tensor {name} has type {dtype}, supported: {', '.join(DTYPE_BYTES)}"
+            )
         yield name, _Stored(file, shape, math.prod(shape) * DTYPE_BYTES[dtype])
 
 

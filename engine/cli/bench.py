@@ -38,20 +38,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks and their flags."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     latency = benchmarks.add_parser(
-        "latency", help="in process, one request at a time, plain against speculative",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        "latency",
+        help="in process, one request at a time, plain against speculative",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add_engine_arguments(latency)
     group = latency.add_argument_group("benchmark")
-    group.add_argument("--prompts", type=Path, metavar="FILE",
-                       help="JSONL with id, kind and prompt; default: ours")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL with id, kind and prompt; default: ours"
+    )
     group.add_argument("--num-prompts", type=int, metavar="N", help="only N prompts, spread over the kinds")
     group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     group.add_argument("--repeats", type=int, default=1, metavar="N", help="rounds over the prompt set")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
     group.add_argument("--peer", choices=("transformers",), help="run another engine, too")
-    group.add_argument("--peer-dtype", choices=tuple(PEER_DTYPES), default="bfloat16",
-                       help="dtype of the peer's weights")
+    group.add_argument(
+        "--peer-dtype", choices=tuple(PEER_DTYPES), default="bfloat16", help="dtype of the peer's weights"
+    )
     group.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
 
 
@@ -117,7 +121,9 @@ def modes(served: Served, args: argparse.Namespace) -> dict[str, Mode]:
         def answer(prompt: Prompt) -> Run:
             sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
             return latency.run_engine(
-                served.engine, Request(next(ids), prompt_ids(prompt), sampling, speculation))
+                served.engine, Request(next(ids), prompt_ids(prompt), sampling, speculation)
+            )
+
         return answer
 
     found = {latency.PLAIN: ours(SPECULATION_OFF), latency.SPEC: ours(None)}
@@ -143,8 +149,16 @@ def measure(prompts: Sequence[Prompt], modes: Mapping[str, Mode], repeats: int) 
         for mode in modes.values():
             mode(prompt)
     console = Console(stderr=True)
-    return list(track(latency.interleave(prompts, modes, repeats), "Measuring", len(prompts) * repeats,
-                      console=console, transient=True, disable=not console.is_terminal))
+    return list(
+        track(
+            latency.interleave(prompts, modes, repeats),
+            "Measuring",
+            len(prompts) * repeats,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+    )
 
 
 def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: int) -> dict[str, Any]:
@@ -154,23 +168,36 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
     config = engine_config(args)
     size = config.speculation
     found = {
-        "model": served.name, "draft": served.draft_name,
+        "model": served.name,
+        "draft": served.draft_name,
         "speculation": {"nodes": size.nodes, "depth": size.depth, "top_k": size.top_k},
-        "temperature": args.temperature, "max_tokens": args.max_tokens, "repeats": args.repeats,
-        "num_prompts": num_prompts, "prompt_set": path.name,
+        "temperature": args.temperature,
+        "max_tokens": args.max_tokens,
+        "repeats": args.repeats,
+        "num_prompts": num_prompts,
+        "prompt_set": path.name,
         "prompt_set_sha256": provenance.file_hash(path),
     }
     if args.peer is not None:
         import importlib.metadata
+
         version = importlib.metadata.version(args.peer)
         found |= {"peer": f"{args.peer} {version}", "peer_dtype": args.peer_dtype}
     return found | provenance.provenance(config.device, config.dtype)
 
 
-COLUMNS = (("plain tok/s", "plain_tok_s"), ("spec tok/s", "spec_tok_s"), ("speed-up", "speedup"),
-           ("tokens/step", "acceptance_length"), ("TTFT ms", "ttft_ms_p50"),
-           ("plain step ms", "plain_step_ms_p50"), ("step ms", "step_ms_p50"), ("draft ms", "draft_ms_p50"),
-           ("verify ms", "verify_ms_p50"), ("equal", "texts_equal_share"))
+COLUMNS = (
+    ("plain tok/s", "plain_tok_s"),
+    ("spec tok/s", "spec_tok_s"),
+    ("speed-up", "speedup"),
+    ("tokens/step", "acceptance_length"),
+    ("TTFT ms", "ttft_ms_p50"),
+    ("plain step ms", "plain_step_ms_p50"),
+    ("step ms", "step_ms_p50"),
+    ("draft ms", "draft_ms_p50"),
+    ("verify ms", "verify_ms_p50"),
+    ("equal", "texts_equal_share"),
+)
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -182,9 +209,13 @@ def show(result: Mapping[str, Any]) -> None:
         columns.insert(3, (f"plain vs {name}", f"plain_vs_{name}"))
     size = result["speculation"]
     tree = f"{size['nodes']}/{size['depth']}/{size['top_k']}"
-    table = Table(caption=(
-        f"{result['model']}, draft {result['draft']}, tree {tree}, {result['dtype']}, {result['device']}, "
-        f"{result['threads']} threads; times are medians of speculative runs; tok/s without the first token"))
+    table = Table(
+        caption=(
+            f"{result['model']}, draft {result['draft']}, tree {tree}, {result['dtype']}, "
+            f"{result['device']}, {result['threads']} threads; "
+            "times are medians of speculative runs; tok/s without the first token"
+        )
+    )
     table.add_column("kind")
     for title, _ in columns:
         table.add_column(title, justify="right")

@@ -26,8 +26,9 @@ _HELP = "/reset forgets the conversation, /quit ends (or ctrl-D); ctrl-C stops a
 class Partner(Protocol):
     """Whoever answers: takes a request body, shows pieces of text, returns the whole text and the metrics."""
 
-    def __call__(self, body: dict[str, object],
-                 show: Callable[[str], object]) -> tuple[str, dict[str, Any]]: ...
+    def __call__(
+        self, body: dict[str, object], show: Callable[[str], object]
+    ) -> tuple[str, dict[str, Any]]: ...
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,10 +102,12 @@ def _stats_line(metrics: dict[str, Any]) -> str:
         return "-" if value is None else pattern.format(value)
 
     speculation = metrics.get("speculative_decoding") or {}
-    return (f"[TTFT {number(metrics.get('time_to_first_token_ms'), '{:.0f} ms')}, "
-            f"TPOT {number(metrics.get('mean_itl_ms'), '{:.1f} ms')}, "
-            f"{number(metrics.get('tokens_per_second'), '{:.1f}')} tok/s, acceptance length "
-            f"{number(speculation.get('mean_acceptance_length'), '{:.2f}')}]\n")
+    return (
+        f"[TTFT {number(metrics.get('time_to_first_token_ms'), '{:.0f} ms')}, "
+        f"TPOT {number(metrics.get('mean_itl_ms'), '{:.1f} ms')}, "
+        f"{number(metrics.get('tokens_per_second'), '{:.1f}')} tok/s, acceptance length "
+        f"{number(speculation.get('mean_acceptance_length'), '{:.2f}')}]\n"
+    )
 
 
 def _local(args: argparse.Namespace) -> Partner:

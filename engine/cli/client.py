@@ -59,8 +59,9 @@ def session(url: str, api_key: str | None = None) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(base, headers=headers, timeout=timeout, read_bufsize=_MAX_LINE)
 
 
-async def stream_chat(http: aiohttp.ClientSession, body: Mapping[str, object],
-                      show: Callable[[str], object]) -> StreamedAnswer:
+async def stream_chat(
+    http: aiohttp.ClientSession, body: Mapping[str, object], show: Callable[[str], object]
+) -> StreamedAnswer:
     """Stream one chat answer; ``show`` gets each piece of text as it arrives. Raises ServerError."""
     answer = StreamedAnswer()
     sent = time.perf_counter()
@@ -92,7 +93,7 @@ async def _events(http: aiohttp.ClientSession, body: Mapping[str, object]) -> As
             async for line in response.content:
                 if not line.startswith(b"data:"):
                     continue  # blank lines and keep-alive comments
-                data = line[len(b"data:"):].strip()
+                data = line[len(b"data:") :].strip()
                 if data == b"[DONE]":
                     return
                 event = msgspec.json.decode(data)

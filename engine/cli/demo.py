@@ -27,8 +27,20 @@ from engine.cli.options import add_engine_arguments, engine_config, model_name
 _PROMPT = "Write a short story about an eagle that learns to trust its wings."
 _WARM_UP = {"messages": [{"role": "user", "content": "Name three colours."}], "max_tokens": 16}
 _STOP_TIMEOUT = 15.0  # seconds for the server to end after SIGTERM
-_PASSED_ON = ("device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size",
-              "kv_cache_memory", "spec_nodes", "spec_depth", "spec_top_k", "spec_log", "spec_model", "dtype")
+_PASSED_ON = (
+    "device",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "page_size",
+    "kv_cache_memory",
+    "spec_nodes",
+    "spec_depth",
+    "spec_top_k",
+    "spec_log",
+    "spec_model",
+    "dtype",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +65,11 @@ async def _demo(args: argparse.Namespace) -> int:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    body = {"messages": [{"role": "user", "content": args.prompt}], "max_tokens": args.max_tokens,
-            "temperature": 0}
+    body = {
+        "messages": [{"role": "user", "content": args.prompt}],
+        "max_tokens": args.max_tokens,
+        "temperature": 0,
+    }
     screen = Console(highlight=False)
     async with _server(args) as url, session(url) as http:
         screen.print(f"\n[bold]{args.prompt}[/bold]\n", markup=True)
@@ -84,10 +99,13 @@ def comparison(fast: StreamedAnswer, plain: StreamedAnswer) -> Table:
     for name, answer in (("speculative", fast), ("plain", plain)):
         tpot = answer.tpot
         table.add_row(
-            name, _number(None if answer.first_at is None else 1000 * answer.first_at, "{:.0f}"),
+            name,
+            _number(None if answer.first_at is None else 1000 * answer.first_at, "{:.0f}"),
             _number(None if tpot is None else 1000 * tpot, "{:.2f}"),
-            _number(1 / tpot if tpot else None, "{:.1f}"), str(answer.num_tokens),
-            _number(answer.acceptance_length, "{:.2f}"))
+            _number(1 / tpot if tpot else None, "{:.1f}"),
+            str(answer.num_tokens),
+            _number(answer.acceptance_length, "{:.2f}"),
+        )
     return table
 
 
@@ -95,8 +113,16 @@ def comparison(fast: StreamedAnswer, plain: StreamedAnswer) -> Table:
 async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
     """A running, ready server; yields its URL and ends it whatever happens. Raises ServerError if it dies."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "engine.cli.main", "serve", *_serve_flags(args), stderr=asyncio.subprocess.PIPE,
-        stdin=asyncio.subprocess.DEVNULL, env={**os.environ, "HAAST_API_KEY": ""}, start_new_session=True)
+        sys.executable,
+        "-m",
+        "engine.cli.main",
+        "serve",
+        *_serve_flags(args),
+        stderr=asyncio.subprocess.PIPE,
+        stdin=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "HAAST_API_KEY": ""},
+        start_new_session=True,
+    )
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     is_ready = asyncio.Event()
     forward = asyncio.create_task(_forward(process, address, is_ready))
@@ -111,8 +137,9 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
         await forward
 
 
-async def _ready(process: asyncio.subprocess.Process, address: asyncio.Future[str],
-                 forward: asyncio.Task[None]) -> None:
+async def _ready(
+    process: asyncio.subprocess.Process, address: asyncio.Future[str], forward: asyncio.Task[None]
+) -> None:
     """Wait until /ready says yes."""
     await asyncio.wait((address, forward), return_when=asyncio.FIRST_COMPLETED)
     while not forward.done():
@@ -128,8 +155,9 @@ async def _ready(process: asyncio.subprocess.Process, address: asyncio.Future[st
     raise ServerError(f"the server ended with exit code {code} before it was ready; its last lines say why")
 
 
-async def _forward(process: asyncio.subprocess.Process, address: asyncio.Future[str],
-                   is_ready: asyncio.Event) -> None:
+async def _forward(
+    process: asyncio.subprocess.Process, address: asyncio.Future[str], is_ready: asyncio.Event
+) -> None:
     """Copy the server's log to our stderr, once it is ready its warnings only, and pick its address out."""
     assert process.stderr is not None
     async for raw in process.stderr:
@@ -167,13 +195,22 @@ def _serve_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _difference(fast: str, plain: str, dtype: str) -> str:
-    at = next((i for i, (left, right) in enumerate(zip(fast, plain, strict=False)) if left != right),
-              min(len(fast), len(plain)))
-    why = "" if dtype == "float32" else (
-        f" ({dtype}: other batch shapes round differently, so near-ties may fall differently; "
-        "--dtype float32 does not have this)")
-    return (f"the texts differ from character {at} on{why}:\n  speculative: {fast[at:at + 60]!r}\n"
-            f"  plain:       {plain[at:at + 60]!r}\n")
+    at = next(
+        (i for i, (left, right) in enumerate(zip(fast, plain, strict=False)) if left != right),
+        min(len(fast), len(plain)),
+    )
+    why = (
+        ""
+        if dtype == "float32"
+        else (
+            f" ({dtype}: other batch shapes round differently, so near-ties may fall differently; "
+            "--dtype float32 does not have this)"
+        )
+    )
+    return (
+        f"the texts differ from character {at} on{why}:\n  speculative: {fast[at : at + 60]!r}\n"
+        f"  plain:       {plain[at : at + 60]!r}\n"
+    )
 
 
 def _show(piece: str) -> None:

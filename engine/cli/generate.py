@@ -107,9 +107,13 @@ def _prepare(preparer: Preparer, body: dict[str, Any]) -> Request:
 
 def _answer(index: int, output: Output) -> Answer:
     num_prompt = len(output.request.prompt)
-    return Answer(index, output.text, output.finish_reason,
-                  Usage(num_prompt, output.num_tokens, num_prompt + output.num_tokens),
-                  summarise([output.stats]))
+    return Answer(
+        index,
+        output.text,
+        output.finish_reason,
+        Usage(num_prompt, output.num_tokens, num_prompt + output.num_tokens),
+        summarise([output.stats]),
+    )
 
 
 def _bodies(text: str, is_chat: bool) -> list[dict[str, Any]]:
@@ -118,8 +122,10 @@ def _bodies(text: str, is_chat: bool) -> list[dict[str, Any]]:
     if not lines:
         raise ConfigError("the input holds no prompts")
     if not lines[0][1].lstrip().startswith("{"):
-        return [{"messages": [{"role": "user", "content": line}]} if is_chat else {"prompt": line}
-                for _, line in lines]
+        return [
+            {"messages": [{"role": "user", "content": line}]} if is_chat else {"prompt": line}
+            for _, line in lines
+        ]
     bodies = []
     for number, line in lines:
         try:
@@ -127,8 +133,10 @@ def _bodies(text: str, is_chat: bool) -> list[dict[str, Any]]:
         except msgspec.DecodeError as error:
             raise ConfigError(f"line {number} of the input is not a JSON object: {error}") from error
         if ("prompt" in body) == ("messages" in body):
-            raise ConfigError(f"line {number} of the input needs either 'prompt' or 'messages', "
-                              f"found {', '.join(map(repr, body)) or 'neither'}")
+            raise ConfigError(
+                f"line {number} of the input needs either 'prompt' or 'messages', "
+                f"found {', '.join(map(repr, body)) or 'neither'}"
+            )
         bodies.append(body)
     return bodies
 

@@ -46,8 +46,12 @@ class Parser(argparse.ArgumentParser):
 
     def _nearest(self, word: str) -> str:
         flag = word.partition("=")[0]
-        known = [option for action in self._actions if action.help != argparse.SUPPRESS
-                 for option in action.option_strings]
+        known = [
+            option
+            for action in self._actions
+            if action.help != argparse.SUPPRESS
+            for option in action.option_strings
+        ]
         close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
         return f"; did you mean {close[0]}?" if close else f"; see {self.prog} --help"
 
@@ -61,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     if words[0] in ("--version", "version"):
         from engine.server.version import version
+
         sys.stdout.write(f"haast {version()}\n")
         return 0
     verb = words[0]
@@ -73,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, words: list[str]) -> int:
     from engine.errors import EngineError
+
     try:
         module = importlib.import_module(f"engine.cli.{verb}")
         parser = Parser(prog=f"haast {verb}", description=VERBS[verb] + ".", formatter_class=_Formatter)
@@ -92,9 +98,11 @@ def _run(verb: str, words: list[str]) -> int:
 def _help() -> str:
     width = max(map(len, VERBS)) + 2
     lines = "".join(f"  {verb:<{width}}{what}\n" for verb, what in VERBS.items())
-    return ("usage: haast VERB [MODEL] [flags]\n\n"
-            "A latency-first engine for large language models with Eagle speculative decoding.\n\n"
-            f"{lines}\n`haast VERB --help` lists the flags of a verb; `haast --version`.\n")
+    return (
+        "usage: haast VERB [MODEL] [flags]\n\n"
+        "A latency-first engine for large language models with Eagle speculative decoding.\n\n"
+        f"{lines}\n`haast VERB --help` lists the flags of a verb; `haast --version`.\n"
+    )
 
 
 def _fail(message: str, code: int) -> int:

@@ -27,6 +27,7 @@ from engine.build import Served, build
 from engine.config import EngineConfig
 from engine.core import Speculation
 from engine.errors import ConfigError
+from kernels import has_fast_bfloat16
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -36,37 +37,89 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
     """Declare MODEL and the flags of model, engine and speculation. dtype: the verb's default for --dtype."""
     default = EngineConfig()
     group = parser.add_argument_group("model")
-    group.add_argument("model", nargs="?", metavar="MODEL",
-                       help="a GGUF file or a Hugging Face directory; without it, the default pair")
+    group.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a GGUF file or a Hugging Face directory; without it, the default pair",
+    )
     group.add_argument("--model", "--model-path", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
-    group.add_argument("--dtype", choices=("auto", *_DTYPES), default=dtype, help="auto is bfloat16")
-    group.add_argument("--device", default="auto",
-                       help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *_DTYPES),
+        default=dtype,
+        help="auto is bfloat16 where it is fast, float32 on a CPU without AVX-512 bfloat16",
+    )
+    group.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one"
+    )
 
     group = parser.add_argument_group("engine")
-    group.add_argument("--max-model-len", type=int, default=default.max_model_len, metavar="TOKENS",
-                       help="longest prompt plus answer")
-    group.add_argument("--max-num-seqs", type=int, default=default.max_num_seqs, metavar="N",
-                       help="requests that run at once")
-    group.add_argument("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens,
-                       metavar="TOKENS", help="size of a prefill step; longer prompts take several")
-    group.add_argument("--block-size", "--page-size", dest="page_size", type=int, default=default.page_size,
-                       metavar="TOKENS", help="tokens per page of the KV cache")
-    group.add_argument("--kv-cache-memory", type=num_bytes, default=default.kv_cache_memory, metavar="BYTES",
-                       help="memory for the KV cache, as 512MiB or 2GiB")
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        default=default.max_model_len,
+        metavar="TOKENS",
+        help="longest prompt plus answer",
+    )
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=default.max_num_seqs,
+        metavar="N",
+        help="requests that run at once",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=default.max_num_batched_tokens,
+        metavar="TOKENS",
+        help="size of a prefill step; longer prompts take several",
+    )
+    group.add_argument(
+        "--block-size",
+        "--page-size",
+        dest="page_size",
+        type=int,
+        default=default.page_size,
+        metavar="TOKENS",
+        help="tokens per page of the KV cache",
+    )
+    group.add_argument(
+        "--kv-cache-memory",
+        type=num_bytes,
+        default=default.kv_cache_memory,
+        metavar="BYTES",
+        help="memory for the KV cache, as 512MiB or 2GiB",
+    )
 
     group = parser.add_argument_group("speculation")
-    group.add_argument("--spec-model", metavar="HEAD",
-                       help="directory of a draft head, or 'ngram' or 'none'; without it, the shipped head "
-                            "with the default model and none with any other")
-    group.add_argument("--spec-nodes", type=int, default=default.speculation.nodes, metavar="N",
-                       help="nodes of the draft tree, root included; 1 turns speculation off")
-    group.add_argument("--spec-depth", type=int, default=default.speculation.depth, metavar="N",
-                       help="levels of the draft tree")
-    group.add_argument("--spec-top-k", type=int, default=default.speculation.top_k, metavar="N",
-                       help="children of a node")
-    group.add_argument("--spec-log", metavar="FILE",
-                       help="write every step's tree, verdict and times as JSONL")
+    group.add_argument(
+        "--spec-model",
+        metavar="HEAD",
+        help="directory of a draft head, or 'ngram' or 'none'; without it, the shipped head "
+        "with the default model and none with any other",
+    )
+    group.add_argument(
+        "--spec-nodes",
+        type=int,
+        default=default.speculation.nodes,
+        metavar="N",
+        help="nodes of the draft tree, root included; 1 turns speculation off",
+    )
+    group.add_argument(
+        "--spec-depth",
+        type=int,
+        default=default.speculation.depth,
+        metavar="N",
+        help="levels of the draft tree",
+    )
+    group.add_argument(
+        "--spec-top-k", type=int, default=default.speculation.top_k, metavar="N", help="children of a node"
+    )
+    group.add_argument(
+        "--spec-log", metavar="FILE", help="write every step's tree, verdict and times as JSONL"
+    )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -75,12 +128,18 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         if not low <= getattr(args, flag) <= high:
             name = flag.replace("_", "-")
             raise ConfigError(f"--{name} is {getattr(args, flag)}, expected {low} to {high}")
-    dtype = torch.bfloat16 if args.dtype == "auto" else _DTYPES[args.dtype]
+    device = _device(args.device)
     return EngineConfig(
-        dtype=dtype, device=_device(args.device), max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens,
-        page_size=args.page_size, kv_cache_memory=args.kv_cache_memory,
-        speculation=Speculation(args.spec_nodes, args.spec_depth, args.spec_top_k), spec_log=args.spec_log)
+        dtype=_auto_dtype(device) if args.dtype == "auto" else _DTYPES[args.dtype],
+        device=device,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        page_size=args.page_size,
+        kv_cache_memory=args.kv_cache_memory,
+        speculation=Speculation(args.spec_nodes, args.spec_depth, args.spec_top_k),
+        spec_log=args.spec_log,
+    )
 
 
 def model_name(args: argparse.Namespace) -> str | None:
@@ -109,12 +168,21 @@ def num_bytes(text: str) -> int:
 class LoadingBar:
     """Progress of loading weights: a bar on a terminal, elsewhere one line for each 10 %."""
 
-    def __init__(self, write: Callable[[str], object] = sys.stderr.write) -> None:
-        self._write = write
-        self._bar = Progress(
-            TextColumn("Loading weights"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
-            TransferSpeedColumn(), console=Console(stderr=True), transient=True,
-        ) if sys.stderr.isatty() else None
+    def __init__(self, write: Callable[[str], object] | None = None) -> None:
+        self._write = sys.stderr.write if write is None else write
+        self._bar = (
+            Progress(
+                TextColumn("Loading weights"),
+                BarColumn(),
+                TaskProgressColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            if sys.stderr.isatty()
+            else None
+        )
         self._task = self._bar.add_task("load", total=None) if self._bar else None
         self._tenths = -1
         self._started = time.perf_counter()
@@ -139,6 +207,10 @@ class LoadingBar:
             seconds = max(time.perf_counter() - self._started, 1e-9)
             rate = done / 1e9 / seconds
             self._write(f"Loading weights: {10 * tenths}% of {total / 1e6:.0f} MB, {rate:.2f} GB/s\n")
+
+
+def _auto_dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device != "cpu" or has_fast_bfloat16() else torch.float32
 
 
 def _device(name: str) -> str:

@@ -31,31 +31,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default=default.host, help="address to listen on")
     group.add_argument("--port", type=int, default=default.port, help="0 picks a free one")
-    group.add_argument("--api-key", action="append", metavar="KEY", default=argparse.SUPPRESS,
-                       help="a key that clients must send; may be repeated (or HAAST_API_KEY)")
-    group.add_argument("--served-model-name", nargs="+", metavar="NAME", default=argparse.SUPPRESS,
-                       help="names that clients may use; the first is shown in answers")
-    group.add_argument("--max-num-queued-reqs", type=int, default=default.max_num_queued_reqs, metavar="N",
-                       help="requests that may wait; more get 503")
-    group.add_argument("--sse-keep-alive-interval", type=float, default=default.keep_alive_interval,
-                       metavar="SECONDS", help="comment on a silent stream; 0 turns it off")
-    group.add_argument("--shutdown-timeout", type=float, default=default.shutdown_timeout, metavar="SECONDS",
-                       help="time for running requests after SIGTERM")
-    group.add_argument("--log-level", "--uvicorn-log-level", default="info",
-                       choices=("debug", "info", "warning", "error"), help="what to log")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        default=argparse.SUPPRESS,
+        help="a key that clients must send; may be repeated (or HAAST_API_KEY)",
+    )
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="names that clients may use; the first is shown in answers",
+    )
+    group.add_argument(
+        "--max-num-queued-reqs",
+        type=int,
+        default=default.max_num_queued_reqs,
+        metavar="N",
+        help="requests that may wait; more get 503",
+    )
+    group.add_argument(
+        "--sse-keep-alive-interval",
+        type=float,
+        default=default.keep_alive_interval,
+        metavar="SECONDS",
+        help="comment on a silent stream; 0 turns it off",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=default.shutdown_timeout,
+        metavar="SECONDS",
+        help="time for running requests after SIGTERM",
+    )
+    group.add_argument(
+        "--log-level",
+        "--uvicorn-log-level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="what to log",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal. Returns 0, or 1 if the engine died."""
-    logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr, datefmt="%H:%M:%S",
-                        format="%(levelname)s %(asctime)s %(message)s")
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        stream=sys.stderr,
+        datefmt="%H:%M:%S",
+        format="%(levelname)s %(asctime)s %(message)s",
+    )
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     options = server_options(args)
     config = engine_config(args)
     log.info("haast %s, torch %s, %s", version(), torch.__version__, _device_name(config))
     if options.host not in _LOOPBACK and not options.api_keys:
-        log.warning("--host %s without --api-key: whoever reaches this machine may use the model",
-                    options.host)
+        log.warning(
+            "--host %s without --api-key: whoever reaches this machine may use the model", options.host
+        )
 
     def load() -> Served:
         started = time.perf_counter()
@@ -78,10 +113,14 @@ def server_options(args: argparse.Namespace) -> ServerOptions:
     if not all(keys):
         raise ConfigError("--api-key is empty")
     return ServerOptions(
-        host=args.host, port=args.port, api_keys=tuple(keys),
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(keys),
         served_names=tuple(getattr(args, "served_model_name", ())),
-        max_num_queued_reqs=args.max_num_queued_reqs, keep_alive_interval=args.sse_keep_alive_interval,
-        shutdown_timeout=args.shutdown_timeout)
+        max_num_queued_reqs=args.max_num_queued_reqs,
+        keep_alive_interval=args.sse_keep_alive_interval,
+        shutdown_timeout=args.shutdown_timeout,
+    )
 
 
 def _describe(served: Served, seconds: float) -> None:
@@ -89,18 +128,32 @@ def _describe(served: Served, seconds: float) -> None:
     config = served.engine.config
     pages = served.engine.scheduler.pages
     num_tokens = pages.num_usable * pages.page_size
-    log.info("Model loading took %.1f s: %s, %s, from %s", seconds, served.name,
-             str(config.dtype).removeprefix("torch."), served.root)
-    log.info("KV cache size: %d tokens; maximum concurrency for %d tokens per request: %.2fx", num_tokens,
-             config.max_model_len, num_tokens / config.max_model_len)
+    log.info(
+        "Model loading took %.1f s: %s, %s, from %s",
+        seconds,
+        served.name,
+        str(config.dtype).removeprefix("torch."),
+        served.root,
+    )
+    log.info(
+        "KV cache size: %d tokens; maximum concurrency for %d tokens per request: %.2fx",
+        num_tokens,
+        config.max_model_len,
+        num_tokens / config.max_model_len,
+    )
     tree = config.speculation
     if served.draft_name == "none":
         log.info("speculation: OFF (there is no draft head; give one with --spec-model, or 'ngram')")
     elif tree.is_off:
         log.info("speculation: OFF (--spec-nodes %d, --spec-depth %d)", tree.nodes, tree.depth)
     else:
-        log.info("speculation: %s, %d nodes, depth %d, top-k %d", served.draft_name, tree.nodes, tree.depth,
-                 tree.top_k)
+        log.info(
+            "speculation: %s, %d nodes, depth %d, top-k %d",
+            served.draft_name,
+            tree.nodes,
+            tree.depth,
+            tree.top_k,
+        )
 
 
 def _device_name(config: EngineConfig) -> str:

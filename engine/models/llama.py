@@ -1,7 +1,7 @@
 """Llama-style targets: RMSNorm, grouped-query attention with rope, SwiGLU, tied or untied embeddings.
 
-Covers SmolLM2, Llama 2 and 3, Mistral 7B and their like. The model is assembled from a dict of weights under their
-Hugging Face names; checkpoint readers deliver that dict, already checked against the config.
+Covers SmolLM2, Llama 2 and 3, Mistral 7B and their like. The model is assembled from a dict of weights under
+their Hugging Face names; checkpoint readers deliver that dict, already checked against the config.
 """
 
 from __future__ import annotations
@@ -24,16 +24,24 @@ class DecoderLayer:
 
     def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], prefix: str) -> None:
         def take(name: str) -> Tensor:
-            return weights.pop(f"{prefix}.{name}.weight")  # popped, so that memory is freed while layers are built
+            return weights.pop(
+                f"{prefix}.{name}.weight"
+            )  # popped, so that memory is freed while layers are built
 
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = take("input_layernorm"), take("post_attention_layernorm")
         self.attention = Attention(
             fuse(take("self_attn.q_proj"), take("self_attn.k_proj"), take("self_attn.v_proj")),
-            Linear(take("self_attn.o_proj")), config.num_heads, config.num_kv_heads, config.head_dim)
+            Linear(take("self_attn.o_proj")),
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         self.mlp = SwiGLU(fuse(take("mlp.gate_proj"), take("mlp.up_proj")), Linear(take("mlp.down_proj")))
 
-    def __call__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
+    ) -> Tensor:
         x = x + self.attention(rms_norm(x, self.input_norm, self.eps), cos_sin, pool, plan)
         return x + self.mlp(rms_norm(x, self.post_norm, self.eps))
 
@@ -41,12 +49,18 @@ class DecoderLayer:
 class Llama:
     """A target (core.Target). ``weights`` is consumed.
 
-    feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of layer i,
-    ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after it.
+    feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
+    layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after
+    it.
     """
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], num_slots: int,
-                 feature_layers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: dict[str, Tensor],
+        num_slots: int,
+        feature_layers: tuple[int, ...] = (),
+    ) -> None:
         self.config = config
         self.feature_layers = feature_layers
         self.embedding = weights.pop("model.embed_tokens.weight")
@@ -55,15 +69,28 @@ class Llama:
         self.norm = weights.pop("model.norm.weight")
         self.layers = [DecoderLayer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
-        self.rope = RopeTable(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings,
-                              self.dtype, self.device)
-        self.pool = KVPool(config.num_layers, config.num_kv_heads, config.head_dim, num_slots, self.dtype, self.device)
+        self.rope = RopeTable(
+            config.head_dim,
+            config.rope_theta,
+            config.rope_scaling,
+            config.max_position_embeddings,
+            self.dtype,
+            self.device,
+        )
+        self.pool = KVPool(
+            config.num_layers, config.num_kv_heads, config.head_dim, num_slots, self.dtype, self.device
+        )
 
     def output_rows(self, token_ids: Tensor) -> Tensor:
-        """Rows of the output matrix, [n, H]: a head may share them. Only for tied embeddings or unpacked weights."""
+        """Rows of the output matrix, [n, H]: a head may share them."""
         if self.config.tie_word_embeddings:
             return self.embedding[token_ids]
-        assert self.lm_head.weight is not None
+        if (
+            self.lm_head.weight is None
+        ):  # packed: the product with the identity gives the matrix back, exactly
+            return self.lm_head(torch.eye(self.config.hidden_size, dtype=self.dtype))[
+                :, token_ids
+            ].T.contiguous()
         return self.lm_head.weight[token_ids]
 
     def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
@@ -91,5 +118,7 @@ class Llama:
         inputs[len(self.layers)] = x
         x = rms_norm(x, self.norm, self.config.rms_norm_eps)
         inputs[POST_NORM] = x
-        features = torch.cat([inputs[i] for i in self.feature_layers], -1) if self.feature_layers else x[..., :0]
+        features = (
+            torch.cat([inputs[i] for i in self.feature_layers], -1) if self.feature_layers else x[..., :0]
+        )
         return x, features

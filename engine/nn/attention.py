@@ -17,8 +17,11 @@ class Attention:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5
 
-    def __call__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan) -> Tensor:
-        """x: [B, N, input size] -> [B, N, hidden]; K and V of the N nodes are written before they are read."""
+    def __call__(
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
+    ) -> Tensor:
+        """x: [B, N, input size] -> [B, N, hidden]; K and V of the N nodes are written before they are
+        read."""
         num_seqs, num_nodes = x.shape[:2]
         heads = self.qkv(x).view(num_seqs, num_nodes, -1, self.head_dim)
         rotated = rope(heads[:, :, : self.num_heads + self.num_kv_heads], *cos_sin)

@@ -21,17 +21,29 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         return inv_freq
     wavelength = 2 * math.pi / inv_freq
     original = scaling.original_max_position_embeddings
-    smooth = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (original / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     smooth = smooth.clamp(0.0, 1.0)
     return (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
 
 
 class RopeTable:
-    """Cosines and sines of every position, in the layout that ``kernels.rope`` wants (signed first half of sin)."""
+    """Cosines and sines of every position, in the layout that ``kernels.rope`` wants (signed first half of
+    sin)."""
 
-    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, max_positions: int,
-                 dtype: torch.dtype, device: str) -> None:
-        angles = torch.outer(torch.arange(max_positions).float(), inverse_frequencies(head_dim, theta, scaling))
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        scaling: RopeScaling | None,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        angles = torch.outer(
+            torch.arange(max_positions).float(), inverse_frequencies(head_dim, theta, scaling)
+        )
         cos, sin = angles.cos(), angles.sin()
         self.cos = torch.cat((cos, cos), dim=-1).to(device=device, dtype=dtype)
         self.sin = torch.cat((-sin, sin), dim=-1).to(device=device, dtype=dtype)

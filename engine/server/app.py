@@ -64,13 +64,16 @@ class Serving:
     preparer: Preparer
     created: int = field(default_factory=lambda: int(time.time()))
     threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="prepare"))
+        default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="prepare")
+    )
 
     def cards(self) -> list[ModelCard]:
         """An entry of /v1/models for each name."""
         max_model_len = self.runner.engine.config.max_model_len
-        return [ModelCard(id=name, root=self.served.root, max_model_len=max_model_len, created=self.created)
-                for name in self.names]
+        return [
+            ModelCard(id=name, root=self.served.root, max_model_len=max_model_len, created=self.created)
+            for name in self.names
+        ]
 
     def check_model(self, model: str | None) -> str:
         """The name to answer under. Raises RequestError (404) for a model that is not served."""
@@ -78,8 +81,10 @@ class Serving:
             return self.names[0]
         if model not in self.names:
             raise RequestError(
-                f"the model {model[:100]!r} is not served here, served: {', '.join(self.names)}", "model",
-                "model_not_found")
+                f"the model {model[:100]!r} is not served here, served: {', '.join(self.names)}",
+                "model",
+                "model_not_found",
+            )
         return model
 
 
@@ -125,15 +130,17 @@ def create_app(state: ServerState) -> web.Application:
     app = web.Application(middlewares=[_envelope, _authorise], client_max_size=MAX_BODY)
     app[STATE] = state
     app.on_response_prepare.append(_sign)
-    app.add_routes([
-        web.post("/v1/chat/completions", chat_completions),
-        web.post("/v1/completions", completions),
-        web.get("/v1/models", list_models),
-        web.get("/v1/models/{id:.+}", show_model),
-        web.get("/health", health),
-        web.get("/ready", ready),
-        web.get("/version", show_version),
-    ])
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat_completions),
+            web.post("/v1/completions", completions),
+            web.get("/v1/models", list_models),
+            web.get("/v1/models/{id:.+}", show_model),
+            web.get("/health", health),
+            web.get("/ready", ready),
+            web.get("/version", show_version),
+        ]
+    )
     return app
 
 
@@ -196,8 +203,11 @@ async def _json_body(request: web.Request) -> bytes:
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise RequestError("compressed bodies are not accepted", None, "unsupported_media_type")
     if request.content_type != "application/json":
-        raise RequestError(f"the content type is {request.content_type[:60]!r}, expected 'application/json'",
-                           None, "unsupported_media_type")
+        raise RequestError(
+            f"the content type is {request.content_type[:60]!r}, expected 'application/json'",
+            None,
+            "unsupported_media_type",
+        )
     return await request.read()
 
 
@@ -205,15 +215,25 @@ async def _in_thread(serving: Serving, work: Callable[[], list[Request]]) -> lis
     return await asyncio.get_running_loop().run_in_executor(serving.threads, work)
 
 
-async def _answer(request: web.Request, serving: Serving, call: protocol.GenerationRequest,
-                  requests: list[Request], form: Form, name: str, arrival: float) -> web.StreamResponse:
+async def _answer(
+    request: web.Request,
+    serving: Serving,
+    call: protocol.GenerationRequest,
+    requests: list[Request],
+    form: Form,
+    name: str,
+    arrival: float,
+) -> web.StreamResponse:
     options = request.app[STATE].options
-    generation = await Generation.start(
-        serving.runner, serving.served, requests, form, name, arrival)
+    generation = await Generation.start(serving.runner, serving.served, requests, form, name, arrival)
     try:
         if call.stream:
-            return await generation.stream(request, call.stream_options or protocol.StreamOptions(),
-                                           options.keep_alive_interval, request[_ID])
+            return await generation.stream(
+                request,
+                call.stream_options or protocol.StreamOptions(),
+                options.keep_alive_interval,
+                request[_ID],
+            )
         return faults.json_response(await generation.collect())
     finally:
         generation.release()
@@ -252,8 +272,11 @@ async def _authorise(request: web.Request, handler: Handler) -> web.StreamRespon
         digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys]
         if kind.lower() != "bearer" or not any(matches):
-            raise RequestError("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
-                               None, "invalid_api_key")
+            raise RequestError(
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                None,
+                "invalid_api_key",
+            )
     return await handler(request)
 
 

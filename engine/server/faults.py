@@ -53,8 +53,9 @@ def internal_error(request_id: str) -> ErrorReply:
 
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """A JSON response, encoded by msgspec."""
-    return web.Response(body=encoder.encode(body), status=status, headers=headers,
-                        content_type="application/json")
+    return web.Response(
+        body=encoder.encode(body), status=status, headers=headers, content_type="application/json"
+    )
 
 
 def _reply(status: int, message: str, param: str | None, code: str | None) -> ErrorReply:

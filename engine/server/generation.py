@@ -33,16 +33,24 @@ class Generation:
     """The answers to one HTTP request. Always ``release`` it: that is what frees the engine of a client that
     left."""
 
-    def __init__(self, runner: EngineRunner, ticket: Ticket, outputs: Sequence[Output],
-                 envelope: Envelope) -> None:
+    def __init__(
+        self, runner: EngineRunner, ticket: Ticket, outputs: Sequence[Output], envelope: Envelope
+    ) -> None:
         self._runner, self._ticket, self._envelope = runner, ticket, envelope
         self._outputs = list(outputs)
         self._index = {output.request.id: index for index, output in enumerate(outputs)}
         self._begun: set[int] = set()  # answers of which something was sent
 
     @classmethod
-    async def start(cls, runner: EngineRunner, served: Served, requests: Sequence[Request], form: Form,
-                    model: str, arrival: float) -> Generation:
+    async def start(
+        cls,
+        runner: EngineRunner,
+        served: Served,
+        requests: Sequence[Request],
+        form: Form,
+        model: str,
+        arrival: float,
+    ) -> Generation:
         """Number the requests and submit them. Raises the EngineError with which the engine refuses one."""
         numbered = [dataclasses.replace(request, id=runner.new_id()) for request in requests]
         outputs = [output_for(served, request, arrival) for request in numbered]
@@ -61,12 +69,15 @@ class Generation:
         while not self.is_complete:
             for stamped in await self._ticket.next():
                 self._push(stamped)
-        choices = [self._envelope.form.whole(index, output.text, output.finish_reason or "abort")
-                   for index, output in enumerate(self._outputs)]
+        choices = [
+            self._envelope.form.whole(index, output.text, output.finish_reason or "abort")
+            for index, output in enumerate(self._outputs)
+        ]
         return self._envelope.answer(choices, self._usage(), self._metrics())
 
-    async def stream(self, request: web.Request, options: StreamOptions, keep_alive_interval: float,
-                     request_id: str) -> web.StreamResponse:
+    async def stream(
+        self, request: web.Request, options: StreamOptions, keep_alive_interval: float, request_id: str
+    ) -> web.StreamResponse:
         """Stream the response. An error after the headers becomes an event, followed by the usual end mark.
 
         keep_alive_interval: seconds of silence after which a comment is sent; 0 turns that off. Raises
@@ -117,10 +128,13 @@ class Generation:
         replies = []
         for position, index in enumerate(grown):
             is_last = self.is_complete and position == len(grown) - 1
-            replies.append(self._envelope.chunk(
-                [self._piece(index, texts[index])],
-                self._usage() if options.continuous_usage_stats else UNSET,
-                self._metrics() if is_last and not options.include_usage else UNSET))
+            replies.append(
+                self._envelope.chunk(
+                    [self._piece(index, texts[index])],
+                    self._usage() if options.continuous_usage_stats else UNSET,
+                    self._metrics() if is_last and not options.include_usage else UNSET,
+                )
+            )
         return replies
 
     def _piece(self, index: int, text: str) -> Choice:

@@ -26,7 +26,7 @@ from engine.server.runner import EngineRunner
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL = 10.0  # seconds between lines about throughput, while there is any
-_CLOSE_TIMEOUT = 5.0    # seconds that handlers get to send their error event after an abort
+_CLOSE_TIMEOUT = 5.0  # seconds that handlers get to send their error event after an abort
 
 
 async def serve(options: ServerOptions, load: Callable[[], Served]) -> int:
@@ -66,8 +66,13 @@ async def serve(options: ServerOptions, load: Callable[[], Served]) -> int:
 def app_runner(state: ServerState) -> web.AppRunner:
     """The application with the settings it needs: handlers are cancelled when their client leaves, and bodies
     are not decompressed."""
-    return web.AppRunner(create_app(state), handler_cancellation=True, access_log=None, auto_decompress=False,
-                         shutdown_timeout=_CLOSE_TIMEOUT)
+    return web.AppRunner(
+        create_app(state),
+        handler_cancellation=True,
+        access_log=None,
+        auto_decompress=False,
+        shutdown_timeout=_CLOSE_TIMEOUT,
+    )
 
 
 async def drain(state: ServerState, runner: EngineRunner, hurry: asyncio.Event) -> None:
@@ -98,9 +103,15 @@ async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> Non
             continue
         engine = runner.engine
         acceptance = f", acceptance length {1 + accepted / steps:.2f}" if steps else ""
-        log.info("prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s",
-                 prompt / interval, generated / interval, engine.num_running, engine.num_waiting,
-                 100 * engine.kv_usage(), acceptance)
+        log.info(
+            "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s",
+            prompt / interval,
+            generated / interval,
+            engine.num_running,
+            engine.num_waiting,
+            100 * engine.kv_usage(),
+            acceptance,
+        )
 
 
 def _snapshot(runner: EngineRunner) -> tuple[int, int, int, int]:
@@ -157,7 +168,8 @@ def _bind(options: ServerOptions) -> socket.socket:
     """A listening socket. Raises ConfigError that names address and reason."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(f"cannot use --host {options.host}: {error}") from error
@@ -169,7 +181,8 @@ def _bind(options: ServerOptions) -> socket.socket:
         listening.close()
         raise ConfigError(
             f"cannot listen on {options.host}:{options.port}: {error.strerror or error}; is another server "
-            "running? --port 0 picks a free port") from error
+            "running? --port 0 picks a free port"
+        ) from error
     return listening
 
 

@@ -30,22 +30,22 @@ class SpeculationMetrics(msgspec.Struct, kw_only=True):
     """Acceptance of one request. Means are null as long as nothing was drafted."""
 
     mean_acceptance_length: float | None  # 1 + accepted / steps: tokens emitted by a speculative step
-    draft_acceptance_rate: float | None   # accepted / drafted nodes
-    acceptance_histogram: list[int]       # num_spec_tokens + 1 entries
+    draft_acceptance_rate: float | None  # accepted / drafted nodes
+    acceptance_histogram: list[int]  # num_spec_tokens + 1 entries
     num_spec_steps: int
     num_accepted_draft_tokens: int
     num_draft_tokens: int
-    num_spec_tokens: int                  # the most that one step can accept: the depth of the tree
+    num_spec_tokens: int  # the most that one step can accept: the depth of the tree
 
 
 class Metrics(msgspec.Struct, kw_only=True):
     """Times in milliseconds; null where they do not exist (no gap between tokens if there was only one)."""
 
     time_to_first_token_ms: float | None  # arrival -> first token
-    generation_time_ms: float | None      # first token -> last token
-    queue_time_ms: float | None           # arrival -> start of the first step that worked on the request
-    mean_itl_ms: float | None             # generation time per token after the first (our TPOT)
-    tokens_per_second: float | None       # tokens after the first / generation time
+    generation_time_ms: float | None  # first token -> last token
+    queue_time_ms: float | None  # arrival -> start of the first step that worked on the request
+    mean_itl_ms: float | None  # generation time per token after the first (our TPOT)
+    tokens_per_second: float | None  # tokens after the first / generation time
     speculative_decoding: SpeculationMetrics | None  # null if speculation is off for the request
 
 
@@ -100,8 +100,11 @@ def summarise(stats: Sequence[RequestStats]) -> Metrics:
     num_gaps = sum(one.num_tokens - 1 for one in started)
     generation = max(last) - min(first) if first else None
     timed = generation is not None and generation > 0 and num_gaps > 0
-    gap_time = sum(one.last_token - one.first_token for one in started
-                   if one.last_token is not None and one.first_token is not None)
+    gap_time = sum(
+        one.last_token - one.first_token
+        for one in started
+        if one.last_token is not None and one.first_token is not None
+    )
     return Metrics(
         time_to_first_token_ms=_ms(min(first) - arrival) if first else None,
         generation_time_ms=_ms(generation) if generation is not None else None,

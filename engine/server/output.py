@@ -30,8 +30,9 @@ class Output:
     (``time.perf_counter`` seconds).
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, speculation: Speculation,
-                 arrival: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, request: Request, speculation: Speculation, arrival: float
+    ) -> None:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self.stats = RequestStats(arrival, 0 if speculation.is_off else speculation.depth)

@@ -50,16 +50,22 @@ class Preparer:
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
         sampling = protocol.sampling_params(
-            call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size)
-        return Request(id=0, prompt=tuple(ids), sampling=sampling,
-                       speculation=protocol.speculation(call, self.config.speculation))
+            call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size
+        )
+        return Request(
+            id=0,
+            prompt=tuple(ids),
+            sampling=sampling,
+            speculation=protocol.speculation(call, self.config.speculation),
+        )
 
     def _check_ids(self, ids: list[int], param: str) -> None:
         for position, token in enumerate(ids):
             if not 0 <= token < self.tokenizer.vocab_size:
                 raise RequestError(
                     f"token id {token} is outside the vocabulary of {self.tokenizer.vocab_size} tokens",
-                    f"{param}[{position}]")
+                    f"{param}[{position}]",
+                )
 
     def _check_size(self, num_bytes: int, param: str) -> None:
         """Refuse text that cannot fit even if every token were as long as the longest of the vocabulary."""
@@ -70,7 +76,10 @@ class Preparer:
             raise RequestError(
                 f"the prompt has {num_bytes} bytes, hence at least {at_least} tokens, but at most "
                 f"{self.config.max_model_len - 1} fit (max_model_len is {self.config.max_model_len}, "
-                "one token is needed for the answer)", param, ContextLengthError.code)
+                "one token is needed for the answer)",
+                param,
+                ContextLengthError.code,
+            )
 
     @cached_property
     def _longest_token(self) -> int:

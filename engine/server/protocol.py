@@ -21,19 +21,42 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_PROMPTS = 16
 MAX_MESSAGE_LEN = 600  # characters of an error message: an answer must not amplify its question
-_GREEDY_BELOW = 1e-5   # a temperature below this divides logits beyond float32; it is greedy in all but name
+_GREEDY_BELOW = 1e-5  # a temperature below this divides logits beyond float32; it is greedy in all but name
 
 PositiveInt = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 # Fields whose effect we do not implement yet, with the values that, like null, ask for nothing.
 _NOT_HONOURED: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},),
-    "logprobs": (False,), "top_logprobs": (0,), "prompt_logprobs": (), "response_format": ({"type": "text"},),
-    "tools": ([],), "functions": ([],), "min_tokens": (0,), "bad_words": ([],), "echo": (False,),
-    "best_of": (1,), "suffix": ("",), "audio": (), "structured_outputs": (), "guided_json": (),
-    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "regex": (), "ebnf": (), "json_schema": (),
-    "use_beam_search": (False,), "include_stop_str_in_output": (False,), "return_token_ids": (False,),
-    "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "functions": ([],),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "audio": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
 }
 
 
@@ -80,8 +103,9 @@ class GenerationRequest(Struct, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]],
-                              Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None
+    ) = None
     ignore_eos: bool | None = None
     speculation: Literal["off", "auto"] | SpeculationOptions | None = None
 
@@ -153,7 +177,9 @@ def decode_chat(body: bytes) -> ChatRequest:
             if part.type != "text":
                 raise RequestError(
                     f"content parts of type {part.type[:40]!r} are not supported, supported: 'text'",
-                    f"{where}.type", "unsupported_value")
+                    f"{where}.type",
+                    "unsupported_value",
+                )
             if part.text is None:
                 raise RequestError("a text part needs a text", f"{where}.text")
     return call
@@ -186,15 +212,20 @@ def prompts(call: CompletionRequest) -> list[str | list[int]]:
 def texts(call: ChatRequest) -> list[dict[str, str]]:
     """The conversation as plain role and content pairs. Parts are joined by line breaks; 'developer' is
     'system'."""
-    return [{
-        "role": "system" if message.role == "developer" else message.role,
-        "content": message.content if isinstance(message.content, str)
-        else "\n".join(part.text or "" for part in message.content),
-    } for message in call.messages]
+    return [
+        {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": message.content
+            if isinstance(message.content, str)
+            else "\n".join(part.text or "" for part in message.content),
+        }
+        for message in call.messages
+    ]
 
 
-def sampling_params(call: GenerationRequest, prompt_len: int, max_model_len: int,
-                    vocab_size: int) -> SamplingParams:
+def sampling_params(
+    call: GenerationRequest, prompt_len: int, max_model_len: int, vocab_size: int
+) -> SamplingParams:
     """The engine's parameters for a prompt of ``prompt_len`` tokens. A limit beyond the context means all
     that fits; without a seed every answer draws its own."""
     room = max(1, max_model_len - prompt_len)
@@ -221,8 +252,9 @@ def speculation(call: GenerationRequest, default: Speculation) -> Speculation | 
         return None
     if isinstance(wanted, str):
         return SPECULATION_OFF
-    return Speculation(wanted.nodes or default.nodes, wanted.depth or default.depth,
-                       wanted.top_k or default.top_k)
+    return Speculation(
+        wanted.nodes or default.nodes, wanted.depth or default.depth, wanted.top_k or default.top_k
+    )
 
 
 def shorten(message: str) -> str:
@@ -248,8 +280,8 @@ def _check(call: GenerationRequest) -> None:
     for name, neutral in _NOT_HONOURED.items():
         value = getattr(call, name)
         if value is not None and not any(  # 0 == False in Python, but not in JSON
-                value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
-                for nothing in neutral):
+            value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in neutral
+        ):
             raise RequestError(f"{name} is not supported yet; leave it out", name, "unsupported_parameter")
     if call.n is not None and call.n != 1:
         raise RequestError(f"n is {call.n}, only 1 is supported", "n", "unsupported_value")
@@ -257,7 +289,8 @@ def _check(call: GenerationRequest) -> None:
         raise RequestError("stream_options needs stream to be true", "stream_options")
     if call.seed is not None and not -(1 << 63) <= call.seed < 1 << 63:
         raise RequestError(
-            f"seed must be a signed 64-bit integer, found one of {call.seed.bit_length()} bits", "seed")
+            f"seed must be a signed 64-bit integer, found one of {call.seed.bit_length()} bits", "seed"
+        )
     stop = [call.stop] if isinstance(call.stop, str) else call.stop or []
     if len(stop) > MAX_STOP_STRINGS:
         raise RequestError(f"found {len(stop)} stop strings, at most {MAX_STOP_STRINGS} are allowed", "stop")

@@ -165,13 +165,28 @@ class Envelope:
         self.id = form.prefix + uuid.uuid4().hex
         self.created = int(time.time())
 
-    def chunk(self, choices: list[Choice], usage: Usage | UnsetType = UNSET,
-              metrics: Metrics | UnsetType = UNSET) -> Reply:
+    def chunk(
+        self, choices: list[Choice], usage: Usage | UnsetType = UNSET, metrics: Metrics | UnsetType = UNSET
+    ) -> Reply:
         """One event of a stream."""
-        return Reply(id=self.id, object=self.form.chunk_object, created=self.created, model=self.model,
-                     choices=choices, usage=usage, metrics=metrics)
+        return Reply(
+            id=self.id,
+            object=self.form.chunk_object,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=usage,
+            metrics=metrics,
+        )
 
     def answer(self, choices: list[Choice], usage: Usage, metrics: Metrics) -> Reply:
         """The whole response."""
-        return Reply(id=self.id, object=self.form.whole_object, created=self.created, model=self.model,
-                     choices=choices, usage=usage, metrics=metrics)
+        return Reply(
+            id=self.id,
+            object=self.form.whole_object,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=usage,
+            metrics=metrics,
+        )

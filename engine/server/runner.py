@@ -180,7 +180,8 @@ class EngineRunner:
         self._check_alive()
         if self.in_flight + count > self.capacity:
             raise CapacityError(
-                f"the queue is full: {self.in_flight} requests in flight, at most {self.capacity} admitted")
+                f"the queue is full: {self.in_flight} requests in flight, at most {self.capacity} admitted"
+            )
         self.in_flight += count
         self._idle.clear()
         try:

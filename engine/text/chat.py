@@ -38,10 +38,20 @@ from engine.errors import RequestError
 from engine.text.tokenizer import BREAK, Tokenizer
 
 # what a template raises on data it was not written for: a list where it adds strings, a role it does not know
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-                  RecursionError)
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
-                add_generation_prompt: bool = True) -> list[int]:
+_RENDER_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True
+) -> list[int]:
     """Token ids of a conversation, ready for the model to answer. BOS is there if the template writes it.
 
     messages: [{"role": ..., "content": ...}, ...], handed to the template as they are; control tokens written
@@ -52,33 +62,41 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
     return tokenizer.encode_marked(text) if BREAK in text else tokenizer.encode(text)
 
 
-def render_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
-                add_generation_prompt: bool = True) -> str:
+def render_text(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True
+) -> str:
     """The text that ``render_chat`` encodes, for logs and tests. Same errors."""
     return _render(tokenizer, messages, add_generation_prompt).replace(BREAK, "")
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]],
-            add_generation_prompt: bool) -> str:
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool
+) -> str:
     """The rendered text, with a mark inside every control token that a message brought along."""
     if tokenizer.chat_template is None:
-        raise RequestError("this model has no chat template; send a prompt to /v1/completions",
-                           param="messages")
+        raise RequestError(
+            "this model has no chat template; send a prompt to /v1/completions", param="messages"
+        )
     guard = _Guard(tokenizer.special_tokens)
     eos_token_id = next(iter(tokenizer.eos_token_ids), None)
     try:
         marked = _compile(tokenizer.chat_template).render(
-            messages=[guard.mark(message) for message in messages], tools=None, documents=None,
+            messages=[guard.mark(message) for message in messages],
+            tools=None,
+            documents=None,
             add_generation_prompt=add_generation_prompt,
             bos_token=_text_of(tokenizer, tokenizer.bos_token_id),
-            eos_token=_text_of(tokenizer, eos_token_id))
+            eos_token=_text_of(tokenizer, eos_token_id),
+        )
     except jinja2.TemplateSyntaxError as error:
-        raise RequestError(f"the model's chat template is broken (line {error.lineno}): {error.message}",
-                           param="messages") from error
+        raise RequestError(
+            f"the model's chat template is broken (line {error.lineno}): {error.message}", param="messages"
+        ) from error
     except _RENDER_ERRORS as error:
         reason = str(error).replace(BREAK, "") or type(error).__name__
-        raise RequestError(f"the model's chat template refused these messages: {reason}",
-                           param="messages") from error
+        raise RequestError(
+            f"the model's chat template refused these messages: {reason}", param="messages"
+        ) from error
     return guard.keep_needed(marked)
 
 
@@ -110,12 +128,18 @@ class _Guard:
         places = set()
         for begin, end in self._spans(text):
             if end - begin == 1:
-                raise RequestError(f"the text contains {text[begin]!r}, a control token of one character, "
-                                   "which cannot be written as text", param="messages")
+                raise RequestError(
+                    f"the text contains {text[begin]!r}, a control token of one character, "
+                    "which cannot be written as text",
+                    param="messages",
+                )
             places.add(begin + 1)
         for end in {len(text), len(text.rstrip())}:  # templates trim, and then the next string is near
-            places |= {begin + 1 for begin in range(max(0, end - self._longest + 1), end)
-                       if text[begin:end] in self._beginnings}
+            places |= {
+                begin + 1
+                for begin in range(max(0, end - self._longest + 1), end)
+                if text[begin:end] in self._beginnings
+            }
         return _insert_breaks(text, places)
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
@@ -161,17 +185,24 @@ def _compile(template: str) -> jinja2.Template:
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as it is; jinja's own filter would escape <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> str:

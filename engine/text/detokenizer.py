@@ -53,7 +53,7 @@ class Detokenizer:
         if found:
             end, _, self.stopped = min(found)
             self._held = ""
-            return text[:end - len(self.stopped)]
+            return text[: end - len(self.stopped)]
         safe = len(text) - self._held_len(text)
         self._held = text[safe:]
         return text[:safe]
@@ -61,5 +61,11 @@ class Detokenizer:
     def _held_len(self, text: str) -> int:
         """Length of the longest suffix that begins a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
-        return next((size for size in range(min(longest, len(text)), 0, -1)
-                     if any(stop.startswith(text[-size:]) for stop in self._stop)), 0)
+        return next(
+            (
+                size
+                for size in range(min(longest, len(text)), 0, -1)
+                if any(stop.startswith(text[-size:]) for stop in self._stop)
+            ),
+            0,
+        )

@@ -34,21 +34,40 @@ from engine.errors import CheckpointError, RequestError
 # Digits only, so that no filter of a template changes it; not to be guessed, so that no client can write it.
 BREAK = f"\ufdd0{secrets.randbits(64)}\ufdd0"
 
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>",
-               "<|end_of_turn|>", "<end_of_turn>", "<|eot|>", "</s>")
+END_OF_TURN = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<|eot|>",
+    "</s>",
+)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
     """The vocabulary of one model. Safe to share between threads: nothing changes after construction."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, eos_token_ids: Iterable[int] = (),
-                 bos_token_id: int | None = None, adds_bos: bool = False, chat_template: str | None = None,
-                 where: str = "tokenizer") -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        bos_token_id: int | None = None,
+        adds_bos: bool = False,
+        chat_template: str | None = None,
+        where: str = "tokenizer",
+    ) -> None:
         """``where`` names the file in errors (CheckpointError). Truncation and padding are switched off."""
         backend.no_truncation()
         backend.no_padding()
@@ -56,11 +75,13 @@ class Tokenizer:
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         added = backend.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {
-            token.content: index for index, token in added.items() if token.special}
+            token.content: index for index, token in added.items() if token.special
+        }
         for token_id in (*eos_token_ids, *(() if bos_token_id is None else (bos_token_id,))):
             if not 0 <= token_id < self.vocab_size:
                 raise CheckpointError(
-                    f"{where}: token id {token_id} (EOS or BOS), expected less than {self.vocab_size}")
+                    f"{where}: token id {token_id} (EOS or BOS), expected less than {self.vocab_size}"
+                )
         ends = (self.special_tokens[text] for text in END_OF_TURN if text in self.special_tokens)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos_token_ids, *ends)))
         self.bos_token_id = bos_token_id
@@ -69,8 +90,14 @@ class Tokenizer:
         self._bytes = _bytes_of_all(backend, self.vocab_size, where)
 
     @classmethod
-    def from_file(cls, tokenizer_json: Path, tokenizer_config: Path | None = None, *,
-                  eos_token_ids: Iterable[int] = (), bos_token_id: int | None = None) -> Tokenizer:
+    def from_file(
+        cls,
+        tokenizer_json: Path,
+        tokenizer_config: Path | None = None,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        bos_token_id: int | None = None,
+    ) -> Tokenizer:
         """Read a Hugging Face tokenizer. The chat template is chat_template.jinja beside it, or the config's
         own.
 
@@ -81,7 +108,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(tokenizer_json))
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception, for a missing file too
             raise CheckpointError(
-                f"{tokenizer_json}: not a tokenizer.json that can be read: {error}") from error
+                f"{tokenizer_json}: not a tokenizer.json that can be read: {error}"
+            ) from error
         config: dict[str, Any] = {}
         if tokenizer_config is not None and tokenizer_config.is_file():
             config = read_json(tokenizer_config)
@@ -90,9 +118,13 @@ class Tokenizer:
         bos = bos_token_id if bos is None else bos
         starts = backend.encode("", add_special_tokens=True).ids[:1]  # a post-processor may put BOS first
         return cls(
-            backend, eos_token_ids=(*eos_token_ids, *(() if eos is None else (eos,))), bos_token_id=bos,
+            backend,
+            eos_token_ids=(*eos_token_ids, *(() if eos is None else (eos,))),
+            bos_token_id=bos,
             adds_bos=bool(config.get("add_bos_token", bos is not None and starts == [bos])),
-            chat_template=_find_template(tokenizer_json.parent, config), where=str(tokenizer_json))
+            chat_template=_find_template(tokenizer_json.parent, config),
+            where=str(tokenizer_json),
+        )
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any], where: str = "gguf") -> Tokenizer:
@@ -104,13 +136,18 @@ class Tokenizer:
         kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
         if kind != "gpt2":
             raise CheckpointError(
-                f"{where}: tokenizer.ggml.model is {kind!r}, supported: 'gpt2' (byte-level BPE)")
-        tokens, merges, types = (_string_list(fields, "tokens", where), _string_list(fields, "merges", where),
-                                 fields.get("tokenizer.ggml.token_type"))
+                f"{where}: tokenizer.ggml.model is {kind!r}, supported: 'gpt2' (byte-level BPE)"
+            )
+        tokens, merges, types = (
+            _string_list(fields, "tokens", where),
+            _string_list(fields, "merges", where),
+            fields.get("tokenizer.ggml.token_type"),
+        )
         if not isinstance(types, list) or len(types) != len(tokens):
             found = len(types) if isinstance(types, list) else types
             raise CheckpointError(
-                f"{where}: tokenizer.ggml.token_type has {found} entries, expected {len(tokens)}")
+                f"{where}: tokenizer.ggml.token_type has {found} entries, expected {len(tokens)}"
+            )
         vocab = {token: index for index, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             raise CheckpointError(f"{where}: tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicates")
@@ -118,7 +155,8 @@ class Tokenizer:
         bad = next((merge for merge in merges if merge.count(" ") != 1), None)
         if bad is not None:
             raise CheckpointError(
-                f"{where}: tokenizer.ggml.merges holds {bad!r}, expected two tokens and a space")
+                f"{where}: tokenizer.ggml.merges holds {bad!r}, expected two tokens and a space"
+            )
         try:
             # llama-3 takes a word that is a token whole, even where no chain of merges leads to it
             model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe")
@@ -127,15 +165,29 @@ class Tokenizer:
             raise CheckpointError(f"{where}: tokens and merges do not fit together: {error}") from error
         backend.pre_tokenizer = _pre_tokenizer(pre, where)
         backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([AddedToken(token, normalized=False, special=True)
-                                    for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
-        backend.add_tokens([AddedToken(token, normalized=False)
-                            for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
+        backend.add_special_tokens(
+            [
+                AddedToken(token, normalized=False, special=True)
+                for token, kind in zip(tokens, types, strict=True)
+                if kind == _CONTROL
+            ]
+        )
+        backend.add_tokens(
+            [
+                AddedToken(token, normalized=False)
+                for token, kind in zip(tokens, types, strict=True)
+                if kind == _USER_DEFINED
+            ]
+        )
         eos = (fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
-        return cls(backend, eos_token_ids=[index for index in eos if index is not None],
-                   bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
-                   adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
-                   chat_template=fields.get("tokenizer.chat_template"), where=where)
+        return cls(
+            backend,
+            eos_token_ids=[index for index in eos if index is not None],
+            bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+            adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
+            chat_template=fields.get("tokenizer.chat_template"),
+            where=where,
+        )
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Token ids of a text; special tokens in it are parsed.
@@ -200,8 +252,9 @@ def byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet, character -> byte: printable bytes are themselves, the others U+0100, U+0101, ..."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
-    return ({chr(byte): byte for byte in printable}
-            | {chr(256 + rank): byte for rank, byte in enumerate(hidden)})
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + rank): byte for rank, byte in enumerate(hidden)
+    }
 
 
 def _pre_tokenizer(pre: Any, where: str) -> pre_tokenizers.PreTokenizer:
@@ -212,10 +265,15 @@ def _pre_tokenizer(pre: Any, where: str) -> pre_tokenizers.PreTokenizer:
     if pre == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
     if pre == "llama-bpe":
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     raise CheckpointError(
-        f"{where}: tokenizer.ggml.pre is {pre!r}, supported: 'smollm', 'llama-bpe', 'gpt-2', 'default'")
+        f"{where}: tokenizer.ggml.pre is {pre!r}, supported: 'smollm', 'llama-bpe', 'gpt-2', 'default'"
+    )
 
 
 def _bytes_of_all(backend: tokenizers.Tokenizer, size: int, where: str) -> list[bytes]:
@@ -229,13 +287,15 @@ def _bytes_of_all(backend: tokenizers.Tokenizer, size: int, where: str) -> list[
             known = all(char in alphabet for char in piece)
             return bytes(alphabet[char] for char in piece) if known else piece.encode()
     elif kinds & {"ByteFallback", "Metaspace", "Replace"}:
+
         def piece_bytes(piece: str) -> bytes:
             byte = _BYTE_PIECE.fullmatch(piece)
             return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
     else:
         raise CheckpointError(
             f"{where}: a decoder of {', '.join(sorted(kinds)) or 'no'} parts, supported: byte-level "
-            "(ByteLevel) and sentencepiece (Metaspace or Replace, ByteFallback)")
+            "(ByteLevel) and sentencepiece (Metaspace or Replace, ByteFallback)"
+        )
     table = [b""] * size
     for piece, index in backend.get_vocab(with_added_tokens=False).items():
         table[index] = piece_bytes(piece)
@@ -272,7 +332,8 @@ def _find_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         if "default" not in named:
             raise CheckpointError(
-                f"{directory}: chat templates {', '.join(map(str, named))}, expected one 'default'")
+                f"{directory}: chat templates {', '.join(map(str, named))}, expected one 'default'"
+            )
         found = named["default"]
     if found is not None and not isinstance(found, str):
         raise CheckpointError(f"{directory}: chat_template is a {type(found).__name__}, expected text")
@@ -283,5 +344,6 @@ def _string_list(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     value = fields.get(f"tokenizer.ggml.{key}")
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise CheckpointError(
-            f"{where}: tokenizer.ggml.{key} is {str(value)[:40]}, expected a list of strings")
+            f"{where}: tokenizer.ggml.{key} is {str(value)[:40]}, expected a list of strings"
+        )
     return value

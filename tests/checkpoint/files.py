@@ -19,17 +19,29 @@ from torch import Tensor
 
 from engine.config import LlamaConfig
 
-GGUF_TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-            "lm_head.weight": "output.weight"}
+GGUF_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 GGUF_LAYER = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
-TEMPLATE = ("{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-            "{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def default_gguf() -> Path:
@@ -72,9 +84,14 @@ def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:
     return tokens + [f"<unused{index}>" for index in padding], types + [5] * len(padding), merges
 
 
-def write_gguf(path: Path, config: LlamaConfig, weights: Mapping[str, Tensor], quant: str = "F32",
-               metadata: Mapping[str, Any] | None = None,
-               change: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+def write_gguf(
+    path: Path,
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    quant: str = "F32",
+    metadata: Mapping[str, Any] | None = None,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> Path:
     """A llama GGUF with float32 norms and every matrix in ``quant`` (a type that gguf can quantise to).
 
     metadata: extra or replaced keys (None drops one); change: called with the writer before it writes.
@@ -82,17 +99,27 @@ def write_gguf(path: Path, config: LlamaConfig, weights: Mapping[str, Tensor], q
     arch = "llama"
     tokens, types, merges = vocabulary(config.vocab_size)
     keys: dict[str, Any] = {
-        "general.architecture": arch, "llama.block_count": config.num_layers,
-        "llama.context_length": config.max_position_embeddings, "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size, "llama.attention.head_count": config.num_heads,
-        "llama.attention.head_count_kv": config.num_kv_heads, "llama.vocab_size": config.vocab_size,
+        "general.architecture": arch,
+        "llama.block_count": config.num_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_heads,
+        "llama.attention.head_count_kv": config.num_kv_heads,
+        "llama.vocab_size": config.vocab_size,
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "llama.rope.freq_base": config.rope_theta,
-        "llama.rope.dimension_count": config.head_dim, "llama.attention.key_length": config.head_dim,
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.chat_template": TEMPLATE} | dict(metadata or {})
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.attention.key_length": config.head_dim,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.chat_template": TEMPLATE,
+    } | dict(metadata or {})
     writer = gguf.GGUFWriter(path, arch)
     for key, value in keys.items():
         if key != "general.architecture":
@@ -132,17 +159,32 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def hf_config(config: LlamaConfig) -> dict[str, Any]:
     """config.json of a Llama model."""
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings, "eos_token_id": 2, "bos_token_id": 1}
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
 
 
-def write_hf(directory: Path, config: LlamaConfig, weights: Mapping[str, Tensor], num_shards: int = 1,
-             **config_keys: Any) -> Path:
+def write_hf(
+    directory: Path,
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    num_shards: int = 1,
+    **config_keys: Any,
+) -> Path:
     """A Hugging Face directory, tensors dealt to the shards in turn. config_keys change config.json."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config(config) | config_keys))
@@ -166,8 +208,13 @@ def byte_level_backend(size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True)
-                                for token, kind in zip(tokens, types, strict=True) if kind == 3])
+    backend.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == 3
+        ]
+    )
     backend.add_tokens([AddedToken("<tool>", normalized=False)])
     return backend
 

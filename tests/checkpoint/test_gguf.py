@@ -22,9 +22,20 @@ from engine.config import LlamaConfig, RopeScaling
 from engine.errors import CheckpointError, EngineError
 from tests.checkpoint.files import default_gguf, gguf_name, interleave, random_weights, write_gguf
 
-CONFIG = LlamaConfig(vocab_size=288, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
-                     num_kv_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-5,
-                     rope_theta=5e5, eos_token_ids=(2,), bos_token_id=1)
+CONFIG = LlamaConfig(
+    vocab_size=288,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+)
 WEIGHTS = random_weights(CONFIG)
 Change = Callable[[gguf.GGUFWriter], None]
 
@@ -85,6 +96,7 @@ def test_names_translate_both_ways() -> None:
 
 # --- K quants: gguf cannot write them, so the blocks are random bytes; the oracle reads value by value ---
 
+
 def q4_k_block(block: bytes) -> list[float]:
     """256 values: half d, half dmin, 12 bytes of 6-bit scales and minima, 128 bytes of nibbles."""
     d, dmin = struct.unpack("<ee", block[:4])
@@ -116,18 +128,20 @@ def q6_k_block(block: bytes) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize(("quant", "size", "halves", "oracle"), [
-    ("Q4_K", 144, (0, 2), q4_k_block), ("Q6_K", 210, (208,), q6_k_block)])
+@pytest.mark.parametrize(
+    ("quant", "size", "halves", "oracle"),
+    [("Q4_K", 144, (0, 2), q4_k_block), ("Q6_K", 210, (208,), q6_k_block)],
+)
 def test_k_quants_equal_a_slow_reading_of_their_blocks(
-        tmp_path: Path, quant: str, size: int, halves: tuple[int, ...],
-        oracle: Callable[[bytes], list[float]]) -> None:
+    tmp_path: Path, quant: str, size: int, halves: tuple[int, ...], oracle: Callable[[bytes], list[float]]
+) -> None:
     config = dataclasses.replace(CONFIG, hidden_size=256, num_layers=1)
     weights = random_weights(config)
     name = "model.layers.0.mlp.gate_proj.weight"
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (64, size), dtype=np.uint8)
     for half in halves:  # random bytes might be NaN
-        blocks[:, half:half + 2] = rng.normal(size=(64, 1)).astype(np.float16).view(np.uint8)
+        blocks[:, half : half + 2] = rng.normal(size=(64, 1)).astype(np.float16).view(np.uint8)
 
     def change(writer: gguf.GGUFWriter) -> None:
         del writer.tensors[0][gguf_name(name)]
@@ -142,7 +156,8 @@ def test_k_quants_equal_a_slow_reading_of_their_blocks(
 # --- rotary scaling ---
 
 ROPE_CONFIG = dataclasses.replace(
-    CONFIG, hidden_size=128, head_dim=64, num_heads=2, num_kv_heads=1, num_layers=1)
+    CONFIG, hidden_size=128, head_dim=64, num_heads=2, num_kv_heads=1, num_layers=1
+)
 
 
 def llama31_factors(config: LlamaConfig, scaling: RopeScaling) -> npt.NDArray[np.float32]:
@@ -151,10 +166,16 @@ def llama31_factors(config: LlamaConfig, scaling: RopeScaling) -> npt.NDArray[np
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     oracle = TransformersConfig(
-        hidden_size=config.hidden_size, num_attention_heads=config.num_heads, head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        head_dim=config.head_dim,
         max_position_embeddings=131072,
         rope_parameters={
-            "rope_type": "llama3", "rope_theta": config.rope_theta, **dataclasses.asdict(scaling)})
+            "rope_type": "llama3",
+            "rope_theta": config.rope_theta,
+            **dataclasses.asdict(scaling),
+        },
+    )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](oracle, torch.device("cpu"))
     plain = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
     factors: npt.NDArray[np.float32] = (plain / scaled).float().numpy()
@@ -167,8 +188,12 @@ def test_llama31_rope_factors_become_the_scaling_that_made_them(tmp_path: Path, 
     scaling = RopeScaling(factor, 1.0, 4.0, 8192)
     factors = llama31_factors(config, scaling)
     assert len(np.unique(factors.round(3))) > 2  # the smooth part is there
-    path = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config),
-                      change=lambda writer: writer.add_tensor("rope_freqs.weight", factors))
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        config,
+        random_weights(config),
+        change=lambda writer: writer.add_tensor("rope_freqs.weight", factors),
+    )
     checkpoint = open_checkpoint(path)
     assert checkpoint.config == dataclasses.replace(config, rope_scaling=scaling)
     assert len(checkpoint.load(torch.float32, "cpu")) == len(expected_tensors(config))
@@ -178,40 +203,58 @@ def test_llama31_rope_factors_become_the_scaling_that_made_them(tmp_path: Path, 
 def test_other_rope_factors_are_refused(tmp_path: Path, scaling: RopeScaling) -> None:
     config = ROPE_CONFIG
     factors = llama31_factors(config, scaling)
-    path = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config),
-                      change=lambda writer: writer.add_tensor("rope_freqs.weight", factors))
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        config,
+        random_weights(config),
+        change=lambda writer: writer.add_tensor("rope_freqs.weight", factors),
+    )
     with pytest.raises(CheckpointError, match=r"tiny\.gguf: tensor rope_freqs\.weight .* Llama-3 scaling"):
         open_checkpoint(path)
 
 
 # --- refusals ---
 
-@pytest.mark.parametrize(("metadata", "message"), [
-    ({"general.architecture": "qwen2"}, r"general\.architecture is 'qwen2', supported: 'llama'"),
-    ({"llama.rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn', supported: 'none'"),
-    ({"llama.rope.scale_linear": 4.0}, r"llama\.rope\.scale_linear is 4\.0"),
-    ({"llama.expert_count": 8}, r"llama\.expert_count is 8, supported: 0"),
-    ({"llama.rope.dimension_count": 4}, r"llama\.rope\.dimension_count is 4, expected the head's width 8"),
-    ({"llama.attention.value_length": 16},
-     r"llama\.attention\.value_length is 16, expected the head's width 8"),
-    ({"llama.attention.head_count": [4, 4]},
-     r"llama\.attention\.head_count is \[4, 4\], expected one number"),
-    ({"llama.block_count": None}, r"metadata llama\.block_count is missing"),
-    ({"llama.block_count": 3},
-     r"9 of 30 expected tensors are missing: blk\.2\.attn_norm\.weight, .*, \.\.\."),
-    ({"llama.block_count": 1}, r"9 unexpected tensors: blk\.1\."),
-    ({"llama.block_count": 1 << 31}, r"found 21 tensors, expected those of 2147483648 layers"),
-    ({"llama.block_count": 0}, r"num_layers is 0, expected a positive number"),
-    ({"llama.attention.head_count": 0}, r"llama\.attention\.head_count is 0"),
-    ({"llama.attention.head_count_kv": 3}, r"4 query heads cannot share 3 key/value heads"),
-    ({"llama.attention.head_count_kv": 4}, r"attn_k\.weight has shape \[16, 32\], expected \[32, 32\]"),
-    ({"llama.feed_forward_length": 65}, r"ffn_gate\.weight has shape \[64, 32\], expected \[65, 32\]"),
-    ({"llama.vocab_size": 300}, r"token_embd\.weight has shape \[288, 32\], expected \[300, 32\]"),
-    ({"llama.rope.freq_base": float("nan")}, r"rope_theta is nan, expected a positive number"),
-    ({"split.count": 2}, r"split\.count is 2"),
-])
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"general.architecture": "qwen2"}, r"general\.architecture is 'qwen2', supported: 'llama'"),
+        ({"llama.rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn', supported: 'none'"),
+        ({"llama.rope.scale_linear": 4.0}, r"llama\.rope\.scale_linear is 4\.0"),
+        ({"llama.expert_count": 8}, r"llama\.expert_count is 8, supported: 0"),
+        (
+            {"llama.rope.dimension_count": 4},
+            r"llama\.rope\.dimension_count is 4, expected the head's width 8",
+        ),
+        (
+            {"llama.attention.value_length": 16},
+            r"llama\.attention\.value_length is 16, expected the head's width 8",
+        ),
+        (
+            {"llama.attention.head_count": [4, 4]},
+            r"llama\.attention\.head_count is \[4, 4\], expected one number",
+        ),
+        ({"llama.block_count": None}, r"metadata llama\.block_count is missing"),
+        (
+            {"llama.block_count": 3},
+            r"9 of 30 expected tensors are missing: blk\.2\.attn_norm\.weight, .*, \.\.\.",
+        ),
+        ({"llama.block_count": 1}, r"9 unexpected tensors: blk\.1\."),
+        ({"llama.block_count": 1 << 31}, r"found 21 tensors, expected those of 2147483648 layers"),
+        ({"llama.block_count": 0}, r"num_layers is 0, expected a positive number"),
+        ({"llama.attention.head_count": 0}, r"llama\.attention\.head_count is 0"),
+        ({"llama.attention.head_count_kv": 3}, r"4 query heads cannot share 3 key/value heads"),
+        ({"llama.attention.head_count_kv": 4}, r"attn_k\.weight has shape \[16, 32\], expected \[32, 32\]"),
+        ({"llama.feed_forward_length": 65}, r"ffn_gate\.weight has shape \[64, 32\], expected \[65, 32\]"),
+        ({"llama.vocab_size": 300}, r"token_embd\.weight has shape \[288, 32\], expected \[300, 32\]"),
+        ({"llama.rope.freq_base": float("nan")}, r"rope_theta is nan, expected a positive number"),
+        ({"split.count": 2}, r"split\.count is 2"),
+    ],
+)
 def test_metadata_that_cannot_be_honoured_is_refused_by_name(
-        tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+    tmp_path: Path, metadata: dict[str, Any], message: str
+) -> None:
     path = write_gguf(tmp_path / "bad.gguf", CONFIG, WEIGHTS, metadata=metadata)
     with pytest.raises(CheckpointError, match=rf"bad\.gguf: .*{message}"):
         open_checkpoint(path)
@@ -223,21 +266,35 @@ def replace_tensor(name: str, rows: npt.NDArray[Any] | None, quant: str = "F32")
         if rows is not None:
             kind = gguf.GGMLQuantizationType[quant]
             writer.add_tensor(name, gguf.quants.quantize(rows, kind), raw_dtype=kind)
+
     return change
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (replace_tensor("blk.1.ffn_up.weight", None),
-     r"1 of 21 expected tensors are missing: blk\.1\.ffn_up\.weight"),
-    (replace_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)),
-     r"1 unexpected tensors: blk\.0\.attn_q\.bias"),
-    (replace_tensor("output_norm.weight", np.ones(31, np.float32)),
-     r"output_norm\.weight has shape \[31\], .*\[32\]"),
-    (replace_tensor("output_norm.weight", np.ones((1, 32), np.float32)),
-     r"has shape \[1, 32\], expected \[32\]"),
-    (replace_tensor("blk.0.ffn_up.weight", np.ones((64, 32), np.float32), "Q5_0"),
-     r"blk\.0\.ffn_up\.weight has type Q5_0, supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            replace_tensor("blk.1.ffn_up.weight", None),
+            r"1 of 21 expected tensors are missing: blk\.1\.ffn_up\.weight",
+        ),
+        (
+            replace_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)),
+            r"1 unexpected tensors: blk\.0\.attn_q\.bias",
+        ),
+        (
+            replace_tensor("output_norm.weight", np.ones(31, np.float32)),
+            r"output_norm\.weight has shape \[31\], .*\[32\]",
+        ),
+        (
+            replace_tensor("output_norm.weight", np.ones((1, 32), np.float32)),
+            r"has shape \[1, 32\], expected \[32\]",
+        ),
+        (
+            replace_tensor("blk.0.ffn_up.weight", np.ones((64, 32), np.float32), "Q5_0"),
+            r"blk\.0\.ffn_up\.weight has type Q5_0, supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K",
+        ),
+    ],
+)
 def test_tensors_that_differ_from_the_table_are_refused(tmp_path: Path, change: Change, message: str) -> None:
     path = write_gguf(tmp_path / "bad.gguf", CONFIG, WEIGHTS, change=change)
     with pytest.raises(CheckpointError, match=rf"bad\.gguf: .*{message}"):
@@ -251,8 +308,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     change = replace_tensor("blk.1.ffn_up.weight", rows)
     path = write_gguf(tmp_path / "nan.gguf", CONFIG, WEIGHTS, change=change)
     with pytest.raises(
-            CheckpointError,
-            match=r"nan\.gguf: tensor blk\.1\.ffn_up\.weight holds NaN or infinity"):
+        CheckpointError, match=r"nan\.gguf: tensor blk\.1\.ffn_up\.weight holds NaN or infinity"
+    ):
         open_checkpoint(path).load(torch.float32, "cpu")
 
 
@@ -262,8 +319,8 @@ def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(tmp_path / "big.gguf", CONFIG, WEIGHTS, change=change))
     assert checkpoint.load(torch.bfloat16, "cpu")
     with pytest.raises(
-            CheckpointError,
-            match=r"blk\.0\.ffn_up\.weight holds NaN or infinity as torch\.float16"):
+        CheckpointError, match=r"blk\.0\.ffn_up\.weight holds NaN or infinity as torch\.float16"
+    ):
         checkpoint.load(torch.float16, "cpu")
     with pytest.raises(CheckpointError, match=r"torch\.int8, supported: torch\.float32"):
         checkpoint.load(torch.int8, "cpu")
@@ -284,17 +341,20 @@ def test_every_truncation_is_an_error_that_names_the_file(tmp_path: Path, whole:
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize(("offset", "patch"), [
-    (0, b"GGML"),                        # another format
-    (4, struct.pack("<I", 99)),          # a version to come
-    (4, struct.pack(">I", 3)),           # the other byte order
-    (8, struct.pack("<Q", 1 << 60)),     # more tensors than bytes
-    (16, struct.pack("<Q", 1 << 60)),    # more metadata than bytes
-    (24, struct.pack("<Q", 1 << 63)),    # a name longer than the file
-])
+@pytest.mark.parametrize(
+    ("offset", "patch"),
+    [
+        (0, b"GGML"),  # another format
+        (4, struct.pack("<I", 99)),  # a version to come
+        (4, struct.pack(">I", 3)),  # the other byte order
+        (8, struct.pack("<Q", 1 << 60)),  # more tensors than bytes
+        (16, struct.pack("<Q", 1 << 60)),  # more metadata than bytes
+        (24, struct.pack("<Q", 1 << 63)),  # a name longer than the file
+    ],
+)
 def test_a_corrupt_header_is_refused(tmp_path: Path, whole: bytes, offset: int, patch: bytes) -> None:
     path = tmp_path / "bad.gguf"
-    path.write_bytes(whole[:offset] + patch + whole[offset + len(patch):])
+    path.write_bytes(whole[:offset] + patch + whole[offset + len(patch) :])
     with pytest.raises(CheckpointError, match=r"bad\.gguf"):
         open_checkpoint(path)
 
@@ -303,7 +363,8 @@ def test_a_corrupt_header_is_refused(tmp_path: Path, whole: bytes, offset: int, 
 @given(st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 255)), min_size=1, max_size=4))
 @example([(31, 255)])
 def test_no_damage_makes_anything_but_an_engine_error(
-        tmp_path: Path, whole: bytes, damage: list[tuple[int, int]]) -> None:
+    tmp_path: Path, whole: bytes, damage: list[tuple[int, int]]
+) -> None:
     broken = bytearray(whole)
     for offset, value in damage:
         broken[offset] = value
@@ -319,12 +380,24 @@ def test_no_damage_makes_anything_but_an_engine_error(
 
 # --- the default model ---
 
+
 def test_the_default_model_is_read_as_what_it_is() -> None:
     checkpoint = open_checkpoint(default_gguf())
     assert checkpoint.config == LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
-        head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
-        tie_word_embeddings=True, eos_token_ids=(2,), bos_token_id=1)
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+        eos_token_ids=(2,),
+        bos_token_id=1,
+    )
 
 
 @pytest.mark.slow

@@ -19,9 +19,20 @@ from engine.config import LlamaConfig, RopeScaling
 from engine.errors import CheckpointError, ConfigError
 from tests.checkpoint.files import random_weights, write_gguf, write_hf, write_tokenizer
 
-CONFIG = LlamaConfig(vocab_size=288, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
-                     num_kv_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-5,
-                     rope_theta=5e5, eos_token_ids=(2,), bos_token_id=1)
+CONFIG = LlamaConfig(
+    vocab_size=288,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 WEIGHTS = random_weights(CONFIG)
 
@@ -64,10 +75,20 @@ def test_a_directory_that_transformers_saved(tmp_path: Path, tied: bool) -> None
     from transformers import LlamaForCausalLM
 
     scaling = RopeScaling(8.0, 1.0, 4.0, 64)
-    oracle = LlamaForCausalLM(TransformersConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=512, eos_token_id=[2, 3],
-        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **dataclasses.asdict(scaling)}))
+    oracle = LlamaForCausalLM(
+        TransformersConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            max_position_embeddings=512,
+            eos_token_id=[2, 3],
+            rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **dataclasses.asdict(scaling)},
+        )
+    )
     oracle.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
     checkpoint = open_checkpoint(tmp_path / "saved")
@@ -81,8 +102,10 @@ def test_a_directory_that_transformers_saved(tmp_path: Path, tied: bool) -> None
 
 
 def test_a_redundant_tied_head_and_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
-    extra = {"lm_head.weight": torch.zeros(288, 32),
-             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    extra = {
+        "lm_head.weight": torch.zeros(288, 32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
     checkpoint = open_checkpoint(write_hf(tmp_path / "tied", TIED, random_weights(TIED) | extra))
     assert list(checkpoint.load(torch.float32, "cpu")) == list(expected_tensors(TIED))
 
@@ -99,49 +122,72 @@ def test_end_tokens_come_from_all_three_files(tmp_path: Path) -> None:
 
 # --- refusals ---
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"architectures": ["Qwen2ForCausalLM"]},
-     r"\['Qwen2ForCausalLM'\], supported: LlamaForCausalLM, Mistral"),
-    ({"architectures": None}, r"architectures is None, supported"),
-    ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, r"architectures is \["),
-    ({"num_hidden_layers": "two"}, r"wrong type"),
-    ({"eos_token_id": {"id": 2}}, r"wrong type"),
-    ({"eos_token_id": ["</s>"]}, r"eos_token_id is '</s>', expected a token id"),
-    ({"num_hidden_layers": 3},
-     r"9 of 30 expected tensors are missing: model\.layers\.2\.input_layernorm\.weight"),
-    ({"num_hidden_layers": 1}, r"9 unexpected tensors: model\.layers\.1\."),
-    ({"num_hidden_layers": 10 ** 9}, r"found 21 tensors, expected those of 1000000000 layers"),
-    ({"intermediate_size": 64},
-     r"gate_proj\.weight has shape \[48, 32\], expected \[64, 32\] from the config"),
-    ({"num_key_value_heads": 3}, r"4 query heads cannot share 3"),
-    ({"head_dim": 7}, r"head_dim is 7, expected an even number"),
-    ({"hidden_size": -32}, r"hidden_size is -32, expected a positive number"),
-    ({"tie_word_embeddings": True, "vocab_size": 289}, r"embed_tokens\.weight has shape \[288, 32\]"),
-])
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"architectures": ["Qwen2ForCausalLM"]},
+            r"\['Qwen2ForCausalLM'\], supported: LlamaForCausalLM, Mistral",
+        ),
+        ({"architectures": None}, r"architectures is None, supported"),
+        ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, r"architectures is \["),
+        ({"num_hidden_layers": "two"}, r"wrong type"),
+        ({"eos_token_id": {"id": 2}}, r"wrong type"),
+        ({"eos_token_id": ["</s>"]}, r"eos_token_id is '</s>', expected a token id"),
+        (
+            {"num_hidden_layers": 3},
+            r"9 of 30 expected tensors are missing: model\.layers\.2\.input_layernorm\.weight",
+        ),
+        ({"num_hidden_layers": 1}, r"9 unexpected tensors: model\.layers\.1\."),
+        ({"num_hidden_layers": 10**9}, r"found 21 tensors, expected those of 1000000000 layers"),
+        (
+            {"intermediate_size": 64},
+            r"gate_proj\.weight has shape \[48, 32\], expected \[64, 32\] from the config",
+        ),
+        ({"num_key_value_heads": 3}, r"4 query heads cannot share 3"),
+        ({"head_dim": 7}, r"head_dim is 7, expected an even number"),
+        ({"hidden_size": -32}, r"hidden_size is -32, expected a positive number"),
+        ({"tie_word_embeddings": True, "vocab_size": 289}, r"embed_tokens\.weight has shape \[288, 32\]"),
+    ],
+)
 def test_configs_that_do_not_fit_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     directory = write_hf(tmp_path / "bad", CONFIG, WEIGHTS, **keys)
     with pytest.raises(CheckpointError, match=rf"bad.*{message}"):
         open_checkpoint(directory)
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"attention_bias": True}, "attention_bias is True"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ],
+)
 def test_config_values_that_we_do_not_implement_are_refused(
-        tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
         open_checkpoint(write_hf(tmp_path / "bad", CONFIG, WEIGHTS, **keys))
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, r"1 unexpected tensors: .*q_proj\.bias"),
-    ({"model.norm.weight": torch.ones(1, 32)}, r"model\.norm\.weight has shape \[1, 32\], expected \[32\]"),
-    ({"model.norm.weight": torch.ones(32, dtype=torch.float64)},
-     r"model\.norm\.weight has type F64, supported: F32"),
-    ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, r"model\.norm\.weight has type I8"),
-])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, r"1 unexpected tensors: .*q_proj\.bias"),
+        (
+            {"model.norm.weight": torch.ones(1, 32)},
+            r"model\.norm\.weight has shape \[1, 32\], expected \[32\]",
+        ),
+        (
+            {"model.norm.weight": torch.ones(32, dtype=torch.float64)},
+            r"model\.norm\.weight has type F64, supported: F32",
+        ),
+        ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, r"model\.norm\.weight has type I8"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, extra: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"bad.*{message}"):
         open_checkpoint(write_hf(tmp_path / "bad", CONFIG, WEIGHTS | extra))
@@ -159,8 +205,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     weights = WEIGHTS | {"model.norm.weight": spoiled}
     checkpoint = open_checkpoint(write_hf(tmp_path / "bad", CONFIG, weights, num_shards=2))
     with pytest.raises(
-            CheckpointError,
-            match=r"safetensors: tensor model\.norm\.weight holds NaN or infinity"):
+        CheckpointError, match=r"safetensors: tensor model\.norm\.weight holds NaN or infinity"
+    ):
         checkpoint.load(torch.float32, "cpu")
 
 
@@ -189,9 +235,20 @@ def edit_index(directory: Path, changes: dict[str, Any]) -> None:
     file.write_text(json.dumps({"weight_map": raw["weight_map"] | changes}))
 
 
-@pytest.mark.parametrize("shard", [
-    "../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "model.bin", "a\\b.safetensors",
-    "x.safetensors\0", "", 5])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../model.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "..",
+        "model.bin",
+        "a\\b.safetensors",
+        "x.safetensors\0",
+        "",
+        5,
+    ],
+)
 def test_an_index_cannot_point_outside_the_directory(tmp_path: Path, shard: object) -> None:
     directory = write_hf(tmp_path / "bad", CONFIG, WEIGHTS, 2)
     save_file(WEIGHTS, tmp_path / "model.safetensors")
@@ -247,8 +304,8 @@ def test_directories_without_what_we_read_say_what_they_hold(tmp_path: Path) -> 
         open_checkpoint(directory)
     (directory / "config.json").unlink()
     with pytest.raises(
-            CheckpointError,
-            match=r"no config\.json in this directory, found pytorch_model\.bin, token"):
+        CheckpointError, match=r"no config\.json in this directory, found pytorch_model\.bin, token"
+    ):
         open_checkpoint(directory)
 
 
@@ -260,11 +317,12 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path: Path)
 
 # --- what open_checkpoint takes ---
 
+
 def test_other_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.pt").touch()
     with pytest.raises(
-            CheckpointError,
-            match=r"found a file named \*\.pt, expected a \.gguf file or a directory"):
+        CheckpointError, match=r"found a file named \*\.pt, expected a \.gguf file or a directory"
+    ):
         open_checkpoint(tmp_path / "weights.pt")
     for missing in (tmp_path / "nothing", "nothing", "a/b/c", "../x/y", "-x/y"):
         with pytest.raises(CheckpointError, match="no such file or directory, and not a hub name"):
@@ -272,7 +330,8 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_is_one_snapshot_of_the_files_we_read(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     directory = write_hf(tmp_path / "snapshot", CONFIG, WEIGHTS)
@@ -293,14 +352,15 @@ def test_a_hub_name_is_one_snapshot_of_the_files_we_read(
 
 
 def test_a_hub_that_does_not_answer_is_a_checkpoint_error(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-            CheckpointError,
-            match=r"^org/name: no such local path, and the hub did not deliver it: \S"):
+        CheckpointError, match=r"^org/name: no such local path, and the hub did not deliver it: \S"
+    ):
         open_checkpoint("org/name")
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)

@@ -20,8 +20,15 @@ def ancestors_of(parents: Sequence[int], node: int) -> list[int]:
     return path
 
 
-def tree_attention(query: Tensor, past_keys: Tensor, past_values: Tensor, keys: Tensor, values: Tensor,
-                   parents: Sequence[int], scale: float | None = None) -> Tensor:
+def tree_attention(
+    query: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    parents: Sequence[int],
+    scale: float | None = None,
+) -> Tensor:
     """Attend from every node of a tree behind L committed rows.
 
     query: [N, H, D]; past_keys, past_values: [L, Hkv, D]; keys, values: [N, Hkv, D]; returns [N, H, D]

@@ -32,12 +32,17 @@ class HeadRows:
 
     logits: Tensor  # [R, draft vocabulary]
     hidden: Tensor  # [R, hidden] before the final norm: the next row's g while drafting
-    keys: Tensor    # [R, Hkv, D] rotated
+    keys: Tensor  # [R, Hkv, D] rotated
     values: Tensor  # [R, Hkv, D]
 
 
-def head_rows(config: LlamaConfig, weights: Mapping[str, Tensor], embedding: Tensor, tokens: Sequence[int],
-              fused: Tensor) -> HeadRows:
+def head_rows(
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    embedding: Tensor,
+    tokens: Sequence[int],
+    fused: Tensor,
+) -> HeadRows:
     """Run the head's layer from scratch.
 
     tokens: the tokens of rows 1..R (token 0 has no row); fused: [R, hidden], row i's g. embedding: [V,
@@ -54,15 +59,23 @@ def head_rows(config: LlamaConfig, weights: Mapping[str, Tensor], embedding: Ten
     freqs = frequencies(config)
     query, keys = rotate(query, range(length), freqs), rotate(keys, range(length), freqs)
     hidden = fused + causal_attention(query, keys, values) @ w[layer + "self_attn.o_proj.weight"].T
-    hidden = hidden + swiglu(rms_norm(hidden, w[layer + "post_attention_layernorm.weight"], eps),
-                             w[layer + "mlp.gate_proj.weight"], w[layer + "mlp.up_proj.weight"],
-                             w[layer + "mlp.down_proj.weight"])
+    hidden = hidden + swiglu(
+        rms_norm(hidden, w[layer + "post_attention_layernorm.weight"], eps),
+        w[layer + "mlp.gate_proj.weight"],
+        w[layer + "mlp.up_proj.weight"],
+        w[layer + "mlp.down_proj.weight"],
+    )
     logits = rms_norm(hidden, w["norm.weight"], eps) @ w["lm_head.weight"].T
     return HeadRows(logits, hidden, keys, values)
 
 
-def true_rows(config: LlamaConfig, weights: Mapping[str, Tensor], embedding: Tensor, tokens: Sequence[int],
-              features: Tensor) -> HeadRows:
+def true_rows(
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    embedding: Tensor,
+    tokens: Sequence[int],
+    features: Tensor,
+) -> HeadRows:
     """All rows that true target features allow: what the head's KV pool must hold after every step.
 
     tokens: the whole committed list from token 0; features: [at least T - 1, 3 * hidden], feature i beside
@@ -72,8 +85,14 @@ def true_rows(config: LlamaConfig, weights: Mapping[str, Tensor], embedding: Ten
     return head_rows(config, weights, embedding, tokens[1:], fused)
 
 
-def path_rows(config: LlamaConfig, weights: Mapping[str, Tensor], embedding: Tensor, tokens: Sequence[int],
-              features: Tensor, drafted: Sequence[int]) -> HeadRows:
+def path_rows(
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    embedding: Tensor,
+    tokens: Sequence[int],
+    features: Tensor,
+    drafted: Sequence[int],
+) -> HeadRows:
     """The rows of ``tokens`` and then of the drafted tokens behind them, whose g is the row before's own
     hidden.
 
@@ -98,9 +117,14 @@ def head_config(raw: Mapping[str, Any]) -> LlamaConfig:
     """The shape of a head from its published config; the vocabulary is the target's."""
     heads = raw["num_attention_heads"]
     return LlamaConfig(
-        vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
-        num_layers=1, num_heads=heads, num_kv_heads=raw["num_key_value_heads"],
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=raw["num_key_value_heads"],
         head_dim=raw.get("head_dim", raw["hidden_size"] // heads),
-        max_position_embeddings=raw["max_position_embeddings"], rms_norm_eps=raw["rms_norm_eps"],
-        rope_theta=raw.get("rope_theta", 10000.0))
+        max_position_embeddings=raw["max_position_embeddings"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        rope_theta=raw.get("rope_theta", 10000.0),
+    )

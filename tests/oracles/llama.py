@@ -21,10 +21,10 @@ from engine.config import LlamaConfig
 class Forward:
     """All that a forward saw. ``inputs[i]`` enters layer i; the last one leaves the last layer, un-normed."""
 
-    logits: Tensor        # [T, V] row t predicts token t + 1
+    logits: Tensor  # [T, V] row t predicts token t + 1
     inputs: list[Tensor]  # num_layers + 1 times [T, hidden]
-    post_norm: Tensor     # [T, hidden]
-    keys: list[Tensor]    # per layer [T, Hkv, D], rotated
+    post_norm: Tensor  # [T, hidden]
+    keys: list[Tensor]  # per layer [T, Hkv, D], rotated
     values: list[Tensor]  # per layer [T, Hkv, D]
 
 
@@ -79,8 +79,12 @@ def swiglu(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (gated * torch.sigmoid(gated) * (rows @ up.T)) @ down.T
 
 
-def forward(config: LlamaConfig, weights: Mapping[str, Tensor], tokens: Sequence[int],
-            dtype: torch.dtype = torch.float32) -> Forward:
+def forward(
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    tokens: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Forward:
     """Run all tokens at positions 0, 1, ... through the model."""
     w = {name: tensor.to(dtype) for name, tensor in weights.items()}
     length, freqs = len(tokens), frequencies(config)
@@ -95,8 +99,12 @@ def forward(config: LlamaConfig, weights: Mapping[str, Tensor], tokens: Sequence
         query, keys = rotate(query, range(length), freqs), rotate(keys, range(length), freqs)
         hidden = hidden + causal_attention(query, keys, values) @ w[name + "self_attn.o_proj.weight"].T
         rows = rms_norm(hidden, w[name + "post_attention_layernorm.weight"], config.rms_norm_eps)
-        hidden = hidden + swiglu(rows, w[name + "mlp.gate_proj.weight"], w[name + "mlp.up_proj.weight"],
-                                 w[name + "mlp.down_proj.weight"])
+        hidden = hidden + swiglu(
+            rows,
+            w[name + "mlp.gate_proj.weight"],
+            w[name + "mlp.up_proj.weight"],
+            w[name + "mlp.down_proj.weight"],
+        )
         inputs.append(hidden)
         all_keys.append(keys)
         all_values.append(values)
@@ -105,10 +113,11 @@ def forward(config: LlamaConfig, weights: Mapping[str, Tensor], tokens: Sequence
     return Forward(post_norm @ out.T, inputs, post_norm, all_keys, all_values)
 
 
-def greedy(config: LlamaConfig, weights: Mapping[str, Tensor], prompt: Sequence[int],
-           num_tokens: int) -> list[int]:
+def greedy(
+    config: LlamaConfig, weights: Mapping[str, Tensor], prompt: Sequence[int], num_tokens: int
+) -> list[int]:
     """The ``num_tokens`` greedy tokens after a prompt, one full forward each."""
     tokens = list(prompt)
     for _ in range(num_tokens):
         tokens.append(int(forward(config, weights, tokens).logits[-1].argmax()))
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]

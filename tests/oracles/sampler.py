@@ -20,8 +20,9 @@ def softmax(row: Row) -> Row:
     return probs
 
 
-def process(logits: ArrayLike, temperature: float, top_k: int = 0, top_p: float = 1.0,
-            min_p: float = 0.0) -> Row:
+def process(
+    logits: ArrayLike, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Row:
     """[V] log-probabilities after all filters, -inf where a token was removed. temperature > 0."""
     assert temperature > 0, "greedy rows are not processed"
     row: Row = np.asarray(logits, dtype=np.float64) / temperature
@@ -47,8 +48,14 @@ def process(logits: ArrayLike, temperature: float, top_k: int = 0, top_p: float 
         return np.log(softmax(row))
 
 
-def choose(logits: ArrayLike, noise: ArrayLike, temperature: float, top_k: int = 0, top_p: float = 1.0,
-           min_p: float = 0.0) -> int:
+def choose(
+    logits: ArrayLike,
+    noise: ArrayLike,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> int:
     """The sampler's token for one row. noise: [V] Gumbel noise, unused at temperature 0."""
     if temperature == 0:
         return int(np.argmax(np.asarray(logits, dtype=np.float64)))

@@ -46,8 +46,8 @@ def rotate(x: Tensor, position: int, theta: float) -> Tensor:
 def add_row(
     weights: Mapping[str, Tensor], shape: HeadShape, embedded: Tensor, g: Tensor, position: int, rows: Rows
 ) -> Tensor:
-    """Append one row's key and value, then run its query over all rows. Returns the row's hidden state [H].
-    """
+    """Append one row's key and value, then run its query over all rows. Returns the row's hidden state
+    [H]."""
     layer = "midlayer"
     mixed = torch.cat(
         [

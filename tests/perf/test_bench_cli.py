@@ -14,9 +14,28 @@ from perf import replay
 from tests.checkpoint.files import write_hf, write_tokenizer
 from tests.conftest import tiny_eagle3, tiny_llama
 
-PROMISED = {"plain_tok_s", "spec_tok_s", "speedup", "acceptance_length", "ttft_ms_p50", "step_ms_p50",
-            "draft_ms_p50", "verify_ms_p50", "texts_equal_share", "device", "commit", "cpu", "cpu_flags",
-            "threads", "torch", "dtype", "command", "prompt_set_sha256", "kinds", "load_before"}
+PROMISED = {
+    "plain_tok_s",
+    "spec_tok_s",
+    "speedup",
+    "acceptance_length",
+    "ttft_ms_p50",
+    "step_ms_p50",
+    "draft_ms_p50",
+    "verify_ms_p50",
+    "texts_equal_share",
+    "device",
+    "commit",
+    "cpu",
+    "cpu_flags",
+    "threads",
+    "torch",
+    "dtype",
+    "command",
+    "prompt_set_sha256",
+    "kinds",
+    "load_before",
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +52,47 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def bench(*words: object) -> int:
-    return main(["bench", "latency", *map(str, words), "--dtype", "float32", "--device", "cpu",
-                 "--max-tokens", "12", "--num-prompts", "2"])
+    return main(
+        [
+            "bench",
+            "latency",
+            *map(str, words),
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--max-tokens",
+            "12",
+            "--num-prompts",
+            "2",
+        ]
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_bench_latency(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                       temperature: float) -> None:
+def test_bench_latency(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], temperature: float
+) -> None:
     target, head = pair
     log, out = tmp_path / "steps.jsonl", tmp_path / "result.json"
-    assert bench(target, "--spec-model", head, "--spec-log", log, "--json", out, "--temperature", temperature,
-                 "--spec-nodes", 16, "--repeats", 2) == 0
+    assert (
+        bench(
+            target,
+            "--spec-model",
+            head,
+            "--spec-log",
+            log,
+            "--json",
+            out,
+            "--temperature",
+            temperature,
+            "--spec-nodes",
+            16,
+            "--repeats",
+            2,
+        )
+        == 0
+    )
     result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result.keys() >= PROMISED
     assert result["texts_equal_share"] == 1.0
@@ -67,13 +116,18 @@ def test_bench_latency_with_a_peer(pair: tuple[Path, Path], capsys: pytest.Captu
     assert result["peer"].startswith("transformers ")
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("--repeats", 0), "--repeats is 0, expected at least 1"),
-    (("--temperature", -1), "--temperature is -1"),
-    (("--json", "/no/such/place/x.json"), "the directory does not exist"),
-    (("--prompts", "/no/such/file"), "cannot be read")])
-def test_mistakes_are_told_before_anything_is_loaded(words: tuple[object, ...], message: str,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--repeats", 0), "--repeats is 0, expected at least 1"),
+        (("--temperature", -1), "--temperature is -1"),
+        (("--json", "/no/such/place/x.json"), "the directory does not exist"),
+        (("--prompts", "/no/such/file"), "cannot be read"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(
+    words: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench("/no/such/model", *words) == 1
     assert message in capsys.readouterr().err
 

@@ -39,9 +39,14 @@ class ScriptedEngine:
 
 
 def test_a_run_is_cut_at_its_first_token() -> None:
-    engine = ScriptedEngine([
-        [Delta(7, (), None, is_decode=False)], [Delta(7, (5,), None, is_decode=False)],
-        [Delta(7, (6, 7, 8), None)], [Delta(7, (9,), "length")]])
+    engine = ScriptedEngine(
+        [
+            [Delta(7, (), None, is_decode=False)],
+            [Delta(7, (5,), None, is_decode=False)],
+            [Delta(7, (6, 7, 8), None)],
+            [Delta(7, (9,), "length")],
+        ]
+    )
     run = latency.run_engine(cast(Engine, engine), Request(7, (1, 2), SamplingParams()), lambda: engine.now)
     assert (run.ttft_s, run.decode_s, run.total_s) == (2.0, 2.0, 4.0)
     assert (run.token_ids, run.decode_tokens) == ([5, 6, 7, 8, 9], 4)
@@ -49,14 +54,24 @@ def test_a_run_is_cut_at_its_first_token() -> None:
 
 
 def run_of(tokens: int, seconds: float, steps: int) -> Run:
-    return Run(list(range(tokens + 1)), tokens, 1.0, seconds, seconds + 1.0, [seconds / steps] * steps,
-               [0.001] * steps, [0.002] * steps)
+    return Run(
+        list(range(tokens + 1)),
+        tokens,
+        1.0,
+        seconds,
+        seconds + 1.0,
+        [seconds / steps] * steps,
+        [0.001] * steps,
+        [0.002] * steps,
+    )
 
 
 def test_rates_are_sums_over_sums() -> None:
     one, two = Prompt("a", "prose", "x"), Prompt("b", "code", "y")
-    rows = [latency.Row(one, 0, {"plain": run_of(10, 10.0, 10), "spec": run_of(10, 2.0, 5)}),
-            latency.Row(two, 0, {"plain": run_of(30, 10.0, 30), "spec": run_of(29, 18.0, 29)})]
+    rows = [
+        latency.Row(one, 0, {"plain": run_of(10, 10.0, 10), "spec": run_of(10, 2.0, 5)}),
+        latency.Row(two, 0, {"plain": run_of(30, 10.0, 30), "spec": run_of(29, 18.0, 29)}),
+    ]
     result = latency.report(rows)
     assert (result["plain_tok_s"], result["spec_tok_s"]) == (2.0, 1.95)
     assert result["speedup"] == 0.975
@@ -68,8 +83,11 @@ def test_rates_are_sums_over_sums() -> None:
 
 
 def test_an_answer_of_one_token_has_no_rate() -> None:
-    row = latency.Row(Prompt("a", "prose", "x"), 0, {"plain": Run([4], 0, 1.0, 0.0, 1.0),
-                                                     "spec": Run([4], 0, 1.0, 0.0, 1.0)})
+    row = latency.Row(
+        Prompt("a", "prose", "x"),
+        0,
+        {"plain": Run([4], 0, 1.0, 0.0, 1.0), "spec": Run([4], 0, 1.0, 0.0, 1.0)},
+    )
     result = latency.report([row])
     assert result["plain_tok_s"] is None
     assert result["speedup"] is None
@@ -99,10 +117,16 @@ def test_our_prompt_set() -> None:
     assert spread(prompts, None) == prompts
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "no prompt found"), ("{", "line 1: not JSON"),
-    ('{"id": "a", "kind": "b"}', "line 1: expected an object"),
-    ('{"id": 1, "kind": "b", "prompt": "c"}', "line 1: expected"), ("[]", "line 1: expected")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no prompt found"),
+        ("{", "line 1: not JSON"),
+        ('{"id": "a", "kind": "b"}', "line 1: expected an object"),
+        ('{"id": 1, "kind": "b", "prompt": "c"}', "line 1: expected"),
+        ("[]", "line 1: expected"),
+    ],
+)
 def test_a_bad_prompt_set_names_its_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):

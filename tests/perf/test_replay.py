@@ -16,9 +16,20 @@ from perf import replay
 #          1     -> 4 [1]
 #     0 -> 2 [1]
 TREE: dict[str, Any] = {
-    "step": 0, "request": 1, "context_len": 9, "batch_size": 1, "temperature": 0.0, "tokens": [9, 8, 7, 6, 5],
-    "parents": [-1, 0, 0, 1, 1], "depth": [0, 1, 1, 2, 2], "rank": [0, 0, 1, 0, 1],
-    "raw": [1.0, 0.6, 0.4, 0.1, 0.5], "value": [1.0, 0.8, 0.2, 0.4, 0.12], "draft_ms": 1.0, "verify_ms": 2.0}
+    "step": 0,
+    "request": 1,
+    "context_len": 9,
+    "batch_size": 1,
+    "temperature": 0.0,
+    "tokens": [9, 8, 7, 6, 5],
+    "parents": [-1, 0, 0, 1, 1],
+    "depth": [0, 1, 1, 2, 2],
+    "rank": [0, 0, 1, 0, 1],
+    "raw": [1.0, 0.6, 0.4, 0.1, 0.5],
+    "value": [1.0, 0.8, 0.2, 0.4, 0.12],
+    "draft_ms": 1.0,
+    "verify_ms": 2.0,
+}
 
 
 def write_log(path: Path, *accepted: list[int], **changes: Any) -> Path:
@@ -59,8 +70,12 @@ def test_reliability_counts_nodes_with_an_accepted_parent_only(tmp_path: Path) -
     steps, _ = replay.read_log(write_log(tmp_path / "log", [1, 4], [2]))
     buckets, error = replay.reliability(steps, calibrated=False)
     # step 1 has nodes 1 2 3 4, step 2 only 1 and 2: scores .6 .4 .1 .5 .6 .4, accepted 1 0 0 1 0 1
-    assert [(b.low, b.count, b.acceptance) for b in buckets] == [(0.1, 1, 0.0), (0.4, 2, 0.5), (0.5, 1, 1.0),
-                                                                (0.6, 2, 0.5)]
+    assert [(b.low, b.count, b.acceptance) for b in buckets] == [
+        (0.1, 1, 0.0),
+        (0.4, 2, 0.5),
+        (0.5, 1, 1.0),
+        (0.6, 2, 0.5),
+    ]
     assert error == pytest.approx((0.1 * 1 + 0.1 * 2 + 0.5 * 1 + 0.1 * 2) / 6, abs=1e-4)
     calibrated, _ = replay.reliability(steps, calibrated=True)
     assert [(b.low, b.count) for b in calibrated] == [(0.1, 1), (0.2, 2), (0.5, 1), (0.8, 2)]
@@ -75,9 +90,14 @@ def test_the_last_line_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "reliability_greedy_raw" not in result
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"parents": [-1, 0, 2, 1, 1]}, "not a tree"), ({"accepted": [4]}, "not a path"),
-    ({"rank": [0]}, "length")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parents": [-1, 0, 2, 1, 1]}, "not a tree"),
+        ({"accepted": [4]}, "not a path"),
+        ({"rank": [0]}, "length"),
+    ],
+)
 def test_a_broken_record_names_its_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     log = write_log(tmp_path / "log", [1])
     with log.open("a") as file:

@@ -53,10 +53,17 @@ def script(*steps: bytes, finish: str = "stop", accepted: int | None = None) -> 
     deltas = []
     for number, text in enumerate(steps):
         is_decode = number > 0
-        deltas.append(Delta(
-            0, tuple(text), None, num_draft_tokens=3 if is_decode else 0, draft_depth=3 if is_decode else 0,
-            num_accepted=(len(text) - 1 if accepted is None else accepted) if is_decode else 0,
-            is_decode=is_decode))
+        deltas.append(
+            Delta(
+                0,
+                tuple(text),
+                None,
+                num_draft_tokens=3 if is_decode else 0,
+                draft_depth=3 if is_decode else 0,
+                num_accepted=(len(text) - 1 if accepted is None else accepted) if is_decode else 0,
+                is_decode=is_decode,
+            )
+        )
     last = deltas[-1]
     tokens = (*last.token_ids, EOS) if finish == "stop" else last.token_ids
     deltas[-1] = replace(last, token_ids=tokens, finish_reason=cast(Any, finish))
@@ -164,8 +171,9 @@ class Server:
 
 
 @asynccontextmanager
-async def server(engine: FakeEngine | None = None, is_loaded: bool = True, draft_name: str = "fake-head",
-                 **options: Any) -> AsyncIterator[Server]:
+async def server(
+    engine: FakeEngine | None = None, is_loaded: bool = True, draft_name: str = "fake-head", **options: Any
+) -> AsyncIterator[Server]:
     """A server on a free port; without is_loaded it stays in its starting state."""
     engine = engine or FakeEngine()
     state = ServerState(ServerOptions(**options))

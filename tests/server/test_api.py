@@ -26,8 +26,14 @@ def test_whole_chat_answer() -> None:
             assert reply["object"] == "chat.completion"
             assert reply["model"] == "fake"
             assert reply["id"].startswith("chatcmpl-")
-            assert reply["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "Hello"},
-                                         "finish_reason": "stop", "logprobs": None}]
+            assert reply["choices"] == [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": "Hello"},
+                    "finish_reason": "stop",
+                    "logprobs": None,
+                }
+            ]
             assert reply["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
             spec = reply["metrics"]["speculative_decoding"]
             assert spec["acceptance_histogram"] == [0, 0, 1, 0, 0]
@@ -48,8 +54,12 @@ def test_stream_has_one_event_per_step() -> None:
             *events, done = await api.stream(BODY)
             assert done == "data: [DONE]"
             assert [event["choices"][0]["delta"] for event in events] == [
-                {"role": "assistant", "content": "He"}, {"content": "llo"}, {"content": " "},
-                {"content": "\u00e9"}, {}]
+                {"role": "assistant", "content": "He"},
+                {"content": "llo"},
+                {"content": " "},
+                {"content": "\u00e9"},
+                {},
+            ]
             assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 4 + ["length"]
             assert len({event["id"] for event in events}) == 1
             assert all(event["object"] == "chat.completion.chunk" for event in events)
@@ -105,13 +115,18 @@ def test_completions_of_text_ids_and_lists() -> None:
             status, reply, _ = await api.post(TEXT, {"prompt": "ab"})
             assert (status, reply["object"]) == (200, "text_completion")
             assert reply["choices"] == [
-                {"index": 0, "text": "Hello", "finish_reason": "stop", "logprobs": None}]
+                {"index": 0, "text": "Hello", "finish_reason": "stop", "logprobs": None}
+            ]
             await api.post(TEXT, {"prompt": [1, 2, 3]})
             status, reply, _ = await api.post(TEXT, {"prompt": ["x", "yz"]})
             assert [choice["index"] for choice in reply["choices"]] == [0, 1]
             assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
             assert [request.prompt for request in api.engine.added] == [
-                (97, 98), (1, 2, 3), (120,), (121, 122)]
+                (97, 98),
+                (1, 2, 3),
+                (120,),
+                (121, 122),
+            ]
             events = await api.stream({"prompt": ["x", "y"]}, TEXT)
             choices = [event["choices"][0] for event in events[:-1]]
             for index in (0, 1):
@@ -125,18 +140,39 @@ def test_completions_of_text_ids_and_lists() -> None:
 def test_parameters_reach_the_engine() -> None:
     async def scenario() -> None:
         async with server() as api:
-            await api.post(CHAT, {**BODY, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1,
-                                  "seed": 3, "stop": ["x"], "stop_token_ids": [9], "ignore_eos": True,
-                                  "max_tokens": 4,
-                                  "speculation": {"nodes": 6, "depth": 2, "top_k": 3}})
+            await api.post(
+                CHAT,
+                {
+                    **BODY,
+                    "temperature": 0.5,
+                    "top_p": 0.9,
+                    "top_k": 7,
+                    "min_p": 0.1,
+                    "seed": 3,
+                    "stop": ["x"],
+                    "stop_token_ids": [9],
+                    "ignore_eos": True,
+                    "max_tokens": 4,
+                    "speculation": {"nodes": 6, "depth": 2, "top_k": 3},
+                },
+            )
             reply = (await api.post(CHAT, {**BODY, "speculation": "off"}))[1]
             assert reply["metrics"]["speculative_decoding"] is None
             first, second = api.engine.added
             params = first.sampling
             assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (
-                0.5, 0.9, 7, 0.1, 3)
+                0.5,
+                0.9,
+                7,
+                0.1,
+                3,
+            )
             assert (params.stop, params.stop_token_ids, params.ignore_eos, params.max_tokens) == (
-                ("x",), (9,), True, 4)
+                ("x",),
+                (9,),
+                True,
+                4,
+            )
             assert first.speculation == Speculation(6, 2, 3)
             assert second.speculation == SPECULATION_OFF
 
@@ -166,29 +202,46 @@ def test_models_health_version() -> None:
                 assert (await api.post(CHAT, {**BODY, "model": model}))[0] == 200
             status, reply, _ = await api.post(CHAT, {**BODY, "model": "gpt-9"})
             assert (status, reply["error"]["code"], reply["error"]["param"]) == (
-                404, "model_not_found", "model")
+                404,
+                "model_not_found",
+                "model",
+            )
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("path", "body", "status", "param", "code"), [
-    (CHAT, b"{", 400, None, "invalid_json"),
-    (CHAT, {**BODY, "temperature": 3}, 400, "temperature", "invalid_value"),
-    (CHAT, {**BODY, "n": 2}, 400, "n", "unsupported_value"),
-    (CHAT, {**BODY, "tools": [{}]}, 400, "tools", "unsupported_parameter"),
-    (CHAT, {**BODY, "stop_token_ids": [257]}, 400, "stop_token_ids[0]", "invalid_value"),
-    (CHAT, {"messages": [{"role": "user", "content": "x" * 61}]}, 400, "messages", "context_length_exceeded"),
-    (CHAT, {"messages": [{"role": "user", "content": "x" * 999_999}]}, 400, "messages",
-     "context_length_exceeded"),
-    (TEXT, {"prompt": ""}, 400, "prompt", "invalid_value"),
-    (TEXT, {"prompt": []}, 400, "prompt", "invalid_value"),
-    (TEXT, {"prompt": [1, 257]}, 400, "prompt[1]", "invalid_value"),
-    (TEXT, {"prompt": [-1]}, 400, "prompt[0]", "invalid_value"),
-    (TEXT, {"prompt": [1] * 64}, 400, "prompt", "context_length_exceeded"),
-    (TEXT, {"prompt": "a", "echo": True}, 400, "echo", "unsupported_parameter"),
-    ("/v1/nothing", BODY, 404, None, "not_found"),
-    ("/v1/models", BODY, 405, None, "method_not_allowed"),
-])
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        (CHAT, b"{", 400, None, "invalid_json"),
+        (CHAT, {**BODY, "temperature": 3}, 400, "temperature", "invalid_value"),
+        (CHAT, {**BODY, "n": 2}, 400, "n", "unsupported_value"),
+        (CHAT, {**BODY, "tools": [{}]}, 400, "tools", "unsupported_parameter"),
+        (CHAT, {**BODY, "stop_token_ids": [257]}, 400, "stop_token_ids[0]", "invalid_value"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x" * 61}]},
+            400,
+            "messages",
+            "context_length_exceeded",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x" * 999_999}]},
+            400,
+            "messages",
+            "context_length_exceeded",
+        ),
+        (TEXT, {"prompt": ""}, 400, "prompt", "invalid_value"),
+        (TEXT, {"prompt": []}, 400, "prompt", "invalid_value"),
+        (TEXT, {"prompt": [1, 257]}, 400, "prompt[1]", "invalid_value"),
+        (TEXT, {"prompt": [-1]}, 400, "prompt[0]", "invalid_value"),
+        (TEXT, {"prompt": [1] * 64}, 400, "prompt", "context_length_exceeded"),
+        (TEXT, {"prompt": "a", "echo": True}, 400, "echo", "unsupported_parameter"),
+        ("/v1/nothing", BODY, 404, None, "not_found"),
+        ("/v1/models", BODY, 405, None, "method_not_allowed"),
+    ],
+)
 def test_errors_have_one_shape(path: str, body: Any, status: int, param: str | None, code: str) -> None:
     async def scenario() -> None:
         async with server() as api:
@@ -261,8 +314,13 @@ def test_keys() -> None:
         async with server(api_keys=("first", "second")) as api:
             for key in ("first", "second"):
                 assert (await api.get("/v1/models", Authorization=f"Bearer {key}"))[0] == 200
-            for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic first"},
-                            {"Authorization": "Bearer "}, {"Authorization": "Bearer f\u00efrst"}):
+            for headers in (
+                {},
+                {"Authorization": "Bearer third"},
+                {"Authorization": "Basic first"},
+                {"Authorization": "Bearer "},
+                {"Authorization": "Bearer f\u00efrst"},
+            ):
                 status, reply, _ = await api.get("/v1/models", **headers)
                 assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
             assert (await api.get("/no/such/route"))[0] == 401
@@ -301,6 +359,7 @@ def test_many_at_once() -> None:
     async def scenario() -> None:
         engine = FakeEngine(config=EngineConfig(max_model_len=64, max_num_seqs=4))
         async with server(engine) as api:
+
             async def one(api: Server) -> str:
                 return str((await api.post(CHAT, BODY))[1]["choices"][0]["message"]["content"])
 

@@ -54,9 +54,26 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_engine_flags() -> None:
     config = options.engine_config(parse(serve))
     assert (config.dtype, config.speculation, config.max_model_len) == (torch.bfloat16, Speculation(), 2048)
-    args = parse(serve, "a.gguf", "--dtype", "float32", "--device", "cpu", "--spec-nodes", "4",
-                 "--spec-depth", "3", "--spec-top-k", "2", "--kv-cache-memory", "1.5GiB", "--page-size", "8",
-                 "--spec-log", "log")
+    args = parse(
+        serve,
+        "a.gguf",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--spec-nodes",
+        "4",
+        "--spec-depth",
+        "3",
+        "--spec-top-k",
+        "2",
+        "--kv-cache-memory",
+        "1.5GiB",
+        "--page-size",
+        "8",
+        "--spec-log",
+        "log",
+    )
     config = options.engine_config(args)
     assert (config.dtype, config.device) == (torch.float32, "cpu")
     assert (config.page_size, config.spec_log) == (8, "log")
@@ -69,8 +86,9 @@ def test_engine_flags() -> None:
         options.engine_config(parse(serve, "--device", "tpu"))
 
 
-@pytest.mark.parametrize(("text", "size"), [
-    ("1024", 1024), ("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1k", 1000)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("1024", 1024), ("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1k", 1000)]
+)
 def test_num_bytes(text: str, size: int) -> None:
     assert options.num_bytes(text) == size
 
@@ -87,8 +105,12 @@ def test_server_options(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(serve, "--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y", "--port", "0")
     found = serve.server_options(args)
     assert (found.api_keys, found.served_names, found.port) == (("a", "b"), ("x", "y"), 0)
-    for words in (("--port", "70000"), ("--shutdown-timeout", "-1"), ("--shutdown-timeout", "nan"),
-                  ("--api-key", "")):
+    for words in (
+        ("--port", "70000"),
+        ("--shutdown-timeout", "-1"),
+        ("--shutdown-timeout", "nan"),
+        ("--api-key", ""),
+    ):
         with pytest.raises(ConfigError, match=words[0]):
             serve.server_options(parse(serve, *words))
 
@@ -105,13 +127,20 @@ def test_loading_bar_without_a_terminal() -> None:
 def test_generate_keeps_the_order_and_reports_refusals() -> None:
     engine = FakeEngine(script(b"He", b"llo"))
     bodies: list[dict[str, Any]] = [
-        {"prompt": "a"}, {"prompt": "x" * 70}, {"messages": [{"role": "user", "content": "b"}]},
-        {"prompt": "c", "n": 2}, {"prompt": ["d", "e"]}, *({"prompt": str(i)} for i in range(20))]
+        {"prompt": "a"},
+        {"prompt": "x" * 70},
+        {"messages": [{"role": "user", "content": "b"}]},
+        {"prompt": "c", "n": 2},
+        {"prompt": ["d", "e"]},
+        *({"prompt": str(i)} for i in range(20)),
+    ]
     found = list(generate.answers(serve_fake(engine), bodies))
     assert [answer.index for answer in found] == list(range(25))
     assert {index for index, answer in enumerate(found) if answer.error} == {1, 3, 4}
     assert [found[1].error.code, found[3].error.param] == [  # type: ignore[union-attr]
-        "context_length_exceeded", "n"]
+        "context_length_exceeded",
+        "n",
+    ]
     assert all(answer.text == "Hello" for answer in found if not answer.error)
     assert [bytes(request.prompt) for request in engine.added[:2]] == [b"a", b"u:b;"]
 
@@ -130,10 +159,14 @@ def test_generate_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(target.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "holds no prompts"), ('{"prompt": "a"}\nplain', "line 2 .* not a JSON object"),
-    ('{"text": "a"}', "line 1 .* needs either 'prompt' or 'messages', found 'text'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompts"),
+        ('{"prompt": "a"}\nplain', "line 2 .* not a JSON object"),
+        ('{"text": "a"}', "line 1 .* needs either 'prompt' or 'messages', found 'text'"),
+    ],
+)
 def test_generate_bad_input(tmp_path: Path, text: str, message: str) -> None:
     source = tmp_path / "in"
     source.write_text(text)
@@ -144,7 +177,8 @@ def test_generate_bad_input(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_chat_question_in_process(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine = FakeEngine(script(b"He", b"llo"))
     monkeypatch.setattr(chat, "open_engine", lambda args: serve_fake(engine))
     assert main.main(["chat", "-q", "Hi", "--system", "S", "--stats", "--temperature", "0"]) == 0
@@ -155,13 +189,17 @@ def test_chat_question_in_process(
 
 
 def test_chat_remembers_resets_and_survives_refusals(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine = FakeEngine(script(b"He", b"llo"))
     monkeypatch.setattr(chat, "open_engine", lambda args: serve_fake(engine))
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n" + "x" * 70 + "\n/reset\nthree\n/quit\nfour\n"))
     assert main.main(["chat"]) == 0
     assert [bytes(request.prompt) for request in engine.added] == [
-        b"u:one;", b"u:one;a:Hello;u:two;", b"u:three;"]
+        b"u:one;",
+        b"u:one;a:Hello;u:two;",
+        b"u:three;",
+    ]
     out, err = capsys.readouterr()
     assert out == "Hello\n" * 3
     assert "error: the prompt has" in err
@@ -194,7 +232,8 @@ def test_client_reports_errors_inside_a_stream() -> None:
         async with server(engine) as api, client.session(api.url) as http:
             with pytest.raises(client.ServerError, match="the server failed: the engine failed"):
                 await client.stream_chat(
-                    http, {"messages": [{"role": "user", "content": "x"}]}, lambda piece: None)
+                    http, {"messages": [{"role": "user", "content": "x"}]}, lambda piece: None
+                )
 
     asyncio.run(scenario())
 
@@ -204,8 +243,9 @@ def answer(text: str, tpot: float) -> client.StreamedAnswer:
 
 
 @pytest.mark.parametrize(("plain_text", "code"), [("same", 0), ("sane", 1)])
-def test_demo_compares(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plain_text: str,
-                       code: int) -> None:
+def test_demo_compares(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plain_text: str, code: int
+) -> None:
     async def measured(http: object, body: object, speculation: str) -> client.StreamedAnswer:
         return answer("same", 0.01) if speculation == "auto" else answer(plain_text, 0.02)
 

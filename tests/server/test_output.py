@@ -25,7 +25,7 @@ def stamped(deltas: list[Delta]) -> list[StampedDelta]:
 
 
 def chunks(text: bytes, size: int) -> list[bytes]:
-    return [text[at:at + size] for at in range(0, len(text), size)]
+    return [text[at : at + size] for at in range(0, len(text), size)]
 
 
 def test_end_of_text_token_has_no_text_but_counts() -> None:
@@ -66,10 +66,10 @@ def test_figures_of_one_answer() -> None:
     for one in stamped([prefill, *script(b"a", b"bcd", b"e", b"fg", finish="length")]):
         out.push(one)
     metrics = summarise([out.stats])
-    assert metrics.queue_time_ms == 1000.0       # arrived at 10, first worked on at 11
+    assert metrics.queue_time_ms == 1000.0  # arrived at 10, first worked on at 11
     assert metrics.time_to_first_token_ms == 3000.0
     assert metrics.generation_time_ms == 3000.0  # tokens came at 13, 14, 15 and 16
-    assert metrics.mean_itl_ms == 500.0          # six tokens after the first
+    assert metrics.mean_itl_ms == 500.0  # six tokens after the first
     assert metrics.tokens_per_second == 2.0
     spec = metrics.speculative_decoding
     assert spec is not None

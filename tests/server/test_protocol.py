@@ -22,55 +22,58 @@ def sampling(**fields: Any) -> Any:
     return protocol.sampling_params(chat(**fields), prompt_len=10, max_model_len=64, vocab_size=100)
 
 
-@pytest.mark.parametrize(("fields", "param"), [
-    ({"temperature": 2.5}, "temperature"),
-    ({"temperature": -0.1}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"temperature": True}, "temperature"),
-    ({"top_p": 0}, "top_p"),
-    ({"top_p": 1.5}, "top_p"),
-    ({"top_k": -2}, "top_k"),
-    ({"min_p": 1.01}, "min_p"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 10**30}, "max_tokens"),
-    ({"max_completion_tokens": -1}, "max_completion_tokens"),
-    ({"n": 2}, "n"),
-    ({"seed": 1 << 63}, "seed"),
-    ({"seed": 1.5}, "seed"),
-    ({"stop": ["x"] * 17}, "stop"),
-    ({"stop": ""}, "stop"),
-    ({"stop": [1]}, "stop[0]"),
-    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
-    ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
-    ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": True, "stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
-    ({"speculation": "on"}, "speculation"),
-    ({"speculation": {"nodes": 65}}, "speculation.nodes"),
-    ({"speculation": {"depth": 17}}, "speculation.depth"),
-    ({"speculation": {"top_k": 0}}, "speculation.top_k"),
-    ({"speculation": {"width": 3}}, "speculation.width"),
-    ({"messages": []}, "messages"),
-    ({"messages": "Hi"}, "messages"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"frequency_penalty": -1}, "frequency_penalty"),
-    ({"repetition_penalty": 1.1}, "repetition_penalty"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"logprobs": True}, "logprobs"),
-    ({"logprobs": 0}, "logprobs"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"min_tokens": 3}, "min_tokens"),
-    ({"bad_words": ["x"]}, "bad_words"),
-    ({"echo": True}, "echo"),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
-])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.01}, "min_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"n": 2}, "n"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [1]}, "stop[0]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
+        ({"speculation": "on"}, "speculation"),
+        ({"speculation": {"nodes": 65}}, "speculation.nodes"),
+        ({"speculation": {"depth": 17}}, "speculation.depth"),
+        ({"speculation": {"top_k": 0}}, "speculation.top_k"),
+        ({"speculation": {"width": 3}}, "speculation.width"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"echo": True}, "echo"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+)
 def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**fields)
@@ -78,23 +81,48 @@ def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
     assert len(str(caught.value)) < 700
 
 
-@pytest.mark.parametrize("fields", [
-    {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {},
-     "tools": []},
-    {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}, "min_tokens": 0, "n": 1},
-    {"temperature": None, "top_p": None, "stop": None, "max_tokens": None, "stream_options": None, "n": None},
-    {"user": "me", "metadata": {"a": [1, {"b": None}]}, "store": True, "unheard_of": 7},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "presence_penalty": 0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "logit_bias": {},
+            "tools": [],
+        },
+        {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}, "min_tokens": 0, "n": 1},
+        {
+            "temperature": None,
+            "top_p": None,
+            "stop": None,
+            "max_tokens": None,
+            "stream_options": None,
+            "n": None,
+        },
+        {"user": "me", "metadata": {"a": [1, {"b": None}]}, "store": True, "unheard_of": 7},
+    ],
+)
 def test_what_asks_for_nothing_is_accepted(fields: dict[str, Any]) -> None:
     chat(**fields)
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b'"text"', b'{"messages": NaN}', b'{"messages": "\xff"}', b'{"messages": "\\ud800"}',
-    b'{"x": ' + b"[" * 100_000, b'{"tools": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-    b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e400}',
-    b'{"messages": [{"role": "user", "content": "x"}], "top_k": ' + b"9" * 5000 + b"}",
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b'{"messages": NaN}',
+        b'{"messages": "\xff"}',
+        b'{"messages": "\\ud800"}',
+        b'{"x": ' + b"[" * 100_000,
+        b'{"tools": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e400}',
+        b'{"messages": [{"role": "user", "content": "x"}], "top_k": ' + b"9" * 5000 + b"}",
+    ],
+)
 def test_broken_bodies_are_refused_shortly(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         protocol.decode_chat(body)
@@ -117,11 +145,16 @@ def test_sampling_defaults_and_limits() -> None:
     assert sampling().seed != sampling().seed
 
 
-@pytest.mark.parametrize(("wanted", "expected"), [
-    (None, None), ("auto", None), ("off", SPECULATION_OFF),
-    ({"nodes": 4, "depth": 2, "top_k": 3}, Speculation(4, 2, 3)),
-    ({"nodes": 16}, Speculation(16, 5, 2)),
-])
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (None, None),
+        ("auto", None),
+        ("off", SPECULATION_OFF),
+        ({"nodes": 4, "depth": 2, "top_k": 3}, Speculation(4, 2, 3)),
+        ({"nodes": 16}, Speculation(16, 5, 2)),
+    ],
+)
 def test_speculation(wanted: Any, expected: Speculation | None) -> None:
     assert protocol.speculation(chat(speculation=wanted), default=Speculation(9, 5, 2)) == expected
 
@@ -130,20 +163,31 @@ def test_conversation_is_flattened() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     call = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
     assert protocol.texts(call) == [
-        {"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a\nb"},
+    ]
 
 
-@pytest.mark.parametrize(("prompt", "expected"), [
-    ("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]),
-])
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
 def test_prompts(prompt: Any, expected: Any) -> None:
     assert protocol.prompts(protocol.decode_completion(msgspec.json.encode({"prompt": prompt}))) == expected
 
 
-@pytest.mark.parametrize(("prompt", "param"), [
-    ([], "prompt"), (["a"] * 17, "prompt"), ([1, "a"], "prompt"), ([[1], 2], "prompt"), (5, "prompt"),
-    ([[1.5]], "prompt[0][0]"), (None, "prompt"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ([], "prompt"),
+        (["a"] * 17, "prompt"),
+        ([1, "a"], "prompt"),
+        ([[1], 2], "prompt"),
+        (5, "prompt"),
+        ([[1.5]], "prompt[0][0]"),
+        (None, "prompt"),
+    ],
+)
 def test_bad_prompts(prompt: Any, param: str) -> None:
     with pytest.raises(RequestError) as caught:
         protocol.decode_completion(msgspec.json.encode({"prompt": prompt}))

@@ -36,6 +36,7 @@ def in_flight(api: Server) -> int:
 @pytest.mark.parametrize("is_held", [False, True])
 def test_leaving_aborts_at_once(stream: bool, is_held: bool) -> None:
     """While decoding, and (held) while queued or in prefill, with nothing sent yet."""
+
     async def scenario() -> None:
         engine = FakeEngine(LONG, step_time=0.01)
         if is_held:
@@ -70,7 +71,7 @@ def test_keep_alive_comments_while_silent() -> None:
             blocks = await asking
             comments = [block for block in blocks if block == ": keep-alive"]
             assert len(comments) >= 2
-            assert blocks[:len(comments)] == comments  # silence was before the first token
+            assert blocks[: len(comments)] == comments  # silence was before the first token
             assert blocks[-1] == "data: [DONE]"
 
     asyncio.run(scenario())
@@ -99,12 +100,18 @@ def test_a_broken_step_fails_everybody_and_the_health() -> None:
             streaming = asyncio.create_task(api.stream(BODY))
             status, reply, _ = await api.post(CHAT, BODY)
             assert (status, reply["error"]["code"], reply["error"]["type"]) == (
-                500, "engine_failed", "server_error")
+                500,
+                "engine_failed",
+                "server_error",
+            )
             *_, error, done = await streaming
             assert error["error"]["code"] == "engine_failed"
             assert done == "data: [DONE]"
-            for status, reply, headers in (await api.get("/health"), await api.get("/ready"),
-                                           await api.post(CHAT, BODY)):
+            for status, reply, headers in (
+                await api.get("/health"),
+                await api.get("/ready"),
+                await api.post(CHAT, BODY),
+            ):
                 assert (status, reply["error"]["code"]) == (503, "engine_dead")
                 assert "Retry-After" not in headers
 
@@ -179,8 +186,10 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch)
             host, port = api.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
             content = msgspec.json.encode({**BODY, "stream": True})
-            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
-                         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content))
+            writer.write(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
+            )
             writer.write(content)
             await until(lambda: engine.added)
             await until(lambda: in_flight(api) == 0, timeout=10)
@@ -194,9 +203,15 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch)
     asyncio.run(scenario())
 
 
-def run_lifecycle(engine: FakeEngine, during: Any, load_error: Exception | None = None,
-                  load_time: float = 0.0, **options: Any) -> int:
+def run_lifecycle(
+    engine: FakeEngine,
+    during: Any,
+    load_error: Exception | None = None,
+    load_time: float = 0.0,
+    **options: Any,
+) -> int:
     """lifecycle.serve with the fake model, while ``during(url)`` acts as a client."""
+
     async def scenario() -> int:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

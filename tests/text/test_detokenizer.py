@@ -33,12 +33,14 @@ def first_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
     for end in range(1, len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
-                return text[:end - len(stop)], stop
+                return text[: end - len(stop)], stop
     return text, None
 
 
-tokens = st.lists(st.one_of(st.sampled_from(list(b"aab\n")), st.integers(0, 256),
-                            st.sampled_from(list("é日🦅".encode()))), max_size=40)
+tokens = st.lists(
+    st.one_of(st.sampled_from(list(b"aab\n")), st.integers(0, 256), st.sampled_from(list("é日🦅".encode()))),
+    max_size=40,
+)
 stops = st.lists(st.text("ab\né日\ufffd", min_size=1, max_size=4), max_size=3).map(tuple)
 
 
@@ -46,13 +48,17 @@ stops = st.lists(st.text("ab\né日\ufffd", min_size=1, max_size=4), max_size=3)
 @given(tokens, stops, st.data())
 @example(list(b"abcd"), ("bc", "abcd"), None)
 def test_any_split_gives_the_same_text(
-        token_ids: list[int], stop: tuple[str, ...], data: st.DataObject) -> None:
+    token_ids: list[int], stop: tuple[str, ...], data: st.DataObject
+) -> None:
     whole = b"".join(map(Bytes().token_bytes, token_ids)).decode("utf-8", errors="replace")
     expected, expected_stop = first_stop(whole, stop)
     cuts = [] if data is None else sorted(data.draw(st.lists(st.integers(0, len(token_ids)), max_size=6)))
     bounds = [0, *cuts, len(token_ids)]
-    splits = [[token_ids], [[token] for token in token_ids],
-              [token_ids[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]]
+    splits = [
+        [token_ids],
+        [[token] for token in token_ids],
+        [token_ids[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)],
+    ]
     for pushes in splits:
         ours = detokenizer(*stop)
         assert run(ours, pushes) == expected
@@ -63,7 +69,7 @@ def test_any_split_gives_the_same_text(
 @given(st.lists(st.integers(0, 49151), max_size=30), st.integers(1, 7))
 def test_the_default_models_tokens_make_the_same_text_as_decode(token_ids: list[int], step: int) -> None:
     ours = Detokenizer(default_tokenizer())
-    pushes = [token_ids[begin:begin + step] for begin in range(0, len(token_ids), step)]
+    pushes = [token_ids[begin : begin + step] for begin in range(0, len(token_ids), step)]
     assert run(ours, pushes) == default_tokenizer().decode(token_ids)
 
 

@@ -16,20 +16,31 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.checkpoint import open_checkpoint
 from engine.errors import CheckpointError, RequestError
 from engine.text.tokenizer import BREAK, Tokenizer, byte_alphabet
-from tests.checkpoint.files import (
-    TEMPLATE,
-    byte_level_backend,
-    default_gguf,
-    vocabulary,
-    write_tokenizer,
-)
+from tests.checkpoint.files import TEMPLATE, byte_level_backend, default_gguf, vocabulary, write_tokenizer
 
 SAMPLES = [
-    "", " ", "\n", "\n\n  \n", "Hello world", "  two  spaces ", "12345 67.89", "٣४5", "don't WE'LL",
-    "wörld naïve", "日本語のテキスト", "🦅 eagle 👩‍👩‍👧‍👦", "def f(x):\n\treturn x ** 2\n",
-    "a\u0301e\u0308", "\u200bzero\ufeff",
-    "<|im_start|>user\nHi<|im_end|>\n", "<|im_end|><|im_end|>", "<|im_end", "x<|endoftext|>y",
-    "\x00\x01\x7f", "A" * 300, "https://example.org/?q=1&b=%20#x",
+    "",
+    " ",
+    "\n",
+    "\n\n  \n",
+    "Hello world",
+    "  two  spaces ",
+    "12345 67.89",
+    "٣४5",
+    "don't WE'LL",
+    "wörld naïve",
+    "日本語のテキスト",
+    "🦅 eagle 👩‍👩‍👧‍👦",
+    "def f(x):\n\treturn x ** 2\n",
+    "a\u0301e\u0308",
+    "\u200bzero\ufeff",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "<|im_end|><|im_end|>",
+    "<|im_end",
+    "x<|endoftext|>y",
+    "\x00\x01\x7f",
+    "A" * 300,
+    "https://example.org/?q=1&b=%20#x",
 ]
 SIZE = 288
 
@@ -42,11 +53,17 @@ def default_tokenizer() -> Tokenizer:
 def fields(**changes: Any) -> dict[str, Any]:
     """Decoded GGUF metadata of the small byte-level vocabulary."""
     tokens, types, merges = vocabulary(SIZE)
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges,
-            "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1,
-            "tokenizer.chat_template": TEMPLATE,
-            **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.chat_template": TEMPLATE,
+        **{f"tokenizer.ggml.{key}": value for key, value in changes.items()},
+    }
 
 
 @lru_cache(maxsize=1)
@@ -76,7 +93,16 @@ def test_the_default_tokenizer_equals_transformers_reading_of_the_same_file() ->
 def test_the_default_tokenizer_cuts_as_its_model_was_trained() -> None:
     ours = default_tokenizer()
     assert [ours.token_text(index) for index in ours.encode("in 1234, don't")] == [
-        "in", "Ġ", "1", "2", "3", "4", ",", "Ġdon", "'t"]
+        "in",
+        "Ġ",
+        "1",
+        "2",
+        "3",
+        "4",
+        ",",
+        "Ġdon",
+        "'t",
+    ]
     assert ours.eos_token_ids == (2, 0)  # <|im_end|> of the metadata, <|endoftext|> of the vocabulary
     assert ours.bos_token_id == 1
     assert not ours.adds_bos
@@ -87,8 +113,9 @@ def test_the_default_tokenizer_cuts_as_its_model_was_trained() -> None:
 def missing_bytes() -> frozenset[int]:
     """Bytes that the default vocabulary cannot write: rare control characters, and bytes outside UTF-8."""
     ours = default_tokenizer()
-    return frozenset(range(256)) - {ours.token_bytes(index)[0] for index in range(ours.vocab_size)
-                              if len(ours.token_bytes(index)) == 1}
+    return frozenset(range(256)) - {
+        ours.token_bytes(index)[0] for index in range(ours.vocab_size) if len(ours.token_bytes(index)) == 1
+    }
 
 
 @settings(max_examples=150, deadline=None)
@@ -104,7 +131,7 @@ def test_bytes_of_tokens_are_the_text(text: str) -> None:
 def test_special_tokens_and_padding_have_no_bytes() -> None:
     ours = default_tokenizer()
     assert ours.decode([1, *ours.encode("Hi"), 2]) == "Hi"
-    assert ours.decode([49152, 10 ** 9]) == ""
+    assert ours.decode([49152, 10**9]) == ""
     half = ours.encode("\u65e5")[:1]
     assert ours.token_bytes(half[0]) == b"\xe6\x97"  # of e6 97 a5
     assert ours.decode(half) == "\ufffd"
@@ -123,12 +150,16 @@ def test_byte_alphabet_is_gpt2s() -> None:
 
 # --- GGUF ---
 
-@pytest.mark.parametrize(("pre", "pieces"), [
-    ("gpt-2", ["hello", "Ġw", "o", "Ġ", "12", "3", "Ċ", "Ċ", "!"]),
-    ("default", ["hello", "Ġw", "o", "Ġ", "12", "3", "Ċ", "Ċ", "!"]),
-    ("smollm", ["hello", "Ġw", "o", "Ġ", "1", "2", "3", "Ċ", "Ċ", "!"]),
-    ("llama-bpe", ["hello", "Ġw", "o", "Ġ", "12", "3", "ĊĊ", "!"]),
-])
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["hello", "Ġw", "o", "Ġ", "12", "3", "Ċ", "Ċ", "!"]),
+        ("default", ["hello", "Ġw", "o", "Ġ", "12", "3", "Ċ", "Ċ", "!"]),
+        ("smollm", ["hello", "Ġw", "o", "Ġ", "1", "2", "3", "Ċ", "Ċ", "!"]),
+        ("llama-bpe", ["hello", "Ġw", "o", "Ġ", "12", "3", "ĊĊ", "!"]),
+    ],
+)
 def test_text_is_cut_into_words_as_the_file_says(pre: str, pieces: list[str]) -> None:
     tokenizer = Tokenizer.from_gguf(fields(pre=pre))
     assert [tokenizer.token_text(index) for index in tokenizer.encode("hello wo 123\n\n!")] == pieces
@@ -156,26 +187,30 @@ def test_gguf_token_types_and_flags() -> None:
     assert Tokenizer.from_gguf(fields(eos_token_id=None, eot_token_id=5)).eos_token_ids == (5, 2, 0)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"model": "llama"}, r"tokenizer\.ggml\.model is 'llama', supported: 'gpt2'"),
-    ({"model": None}, r"tokenizer\.ggml\.model is None"),
-    ({"pre": "qwen2"}, r"tokenizer\.ggml\.pre is 'qwen2', supported: 'smollm', 'llama-bpe'"),
-    ({"pre": None}, r"tokenizer\.ggml\.pre is None"),
-    ({"tokens": None}, r"tokenizer\.ggml\.tokens is None, expected a list of strings"),
-    ({"merges": "a b"}, r"tokenizer\.ggml\.merges is a b"),
-    ({"merges": ["ab"]}, r"tokenizer\.ggml\.merges holds 'ab', expected two tokens and a space"),
-    ({"merges": ["zz z"]}, r"tokens and merges do not fit together"),
-    ({"token_type": [1, 2]}, r"tokenizer\.ggml\.token_type has 2 entries, expected 288"),
-    ({"tokens": ["a"] * SIZE}, r"tokenizer\.ggml\.tokens has 287 duplicates"),
-    ({"eos_token_id": SIZE}, r"token id 288 \(EOS or BOS\), expected less than 288"),
-    ({"bos_token_id": 1 << 31}, r"token id 2147483648"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, r"tokenizer\.ggml\.model is 'llama', supported: 'gpt2'"),
+        ({"model": None}, r"tokenizer\.ggml\.model is None"),
+        ({"pre": "qwen2"}, r"tokenizer\.ggml\.pre is 'qwen2', supported: 'smollm', 'llama-bpe'"),
+        ({"pre": None}, r"tokenizer\.ggml\.pre is None"),
+        ({"tokens": None}, r"tokenizer\.ggml\.tokens is None, expected a list of strings"),
+        ({"merges": "a b"}, r"tokenizer\.ggml\.merges is a b"),
+        ({"merges": ["ab"]}, r"tokenizer\.ggml\.merges holds 'ab', expected two tokens and a space"),
+        ({"merges": ["zz z"]}, r"tokens and merges do not fit together"),
+        ({"token_type": [1, 2]}, r"tokenizer\.ggml\.token_type has 2 entries, expected 288"),
+        ({"tokens": ["a"] * SIZE}, r"tokenizer\.ggml\.tokens has 287 duplicates"),
+        ({"eos_token_id": SIZE}, r"token id 288 \(EOS or BOS\), expected less than 288"),
+        ({"bos_token_id": 1 << 31}, r"token id 2147483648"),
+    ],
+)
 def test_gguf_vocabularies_that_cannot_be_honoured(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^some\.gguf: {message}"):
         Tokenizer.from_gguf(fields(**changes), where="some.gguf")
 
 
 # --- tokenizer.json ---
+
 
 def test_a_directory_tokenizer_equals_the_library(tmp_path: Path) -> None:
     directory = write_tokenizer(tmp_path / "model", SIZE)
@@ -202,7 +237,8 @@ def test_bos_is_added_where_the_file_adds_it(tmp_path: Path) -> None:
     file, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
     backend = byte_level_backend(SIZE)
     backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     backend.save(str(file))
     assert Tokenizer.from_file(file, config).encode("h", add_bos=True)[0] == 1
     assert Tokenizer.from_file(file, config).encode("h")[0] != 1
@@ -237,11 +273,19 @@ def sentencepiece_backend() -> tokenizers.Tokenizer:
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
     for piece in ("▁", "h", "i", "▁h", "▁hi", "é"):
         vocab[piece] = len(vocab)
-    backend = tokenizers.Tokenizer(models.BPE(
-        vocab=vocab, merges=[("▁", "h"), ("▁h", "i")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[("▁", "h"), ("▁h", "i")],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
     return backend
 
@@ -250,7 +294,14 @@ def test_sentencepiece_bytes() -> None:
     tokenizer = Tokenizer(sentencepiece_backend(), bos_token_id=1)
     ids = tokenizer.encode("hi é日\n")
     assert [tokenizer.token_text(index) for index in ids] == [
-        "▁hi", "▁", "é", "<0xE6>", "<0x97>", "<0xA5>", "<0x0A>"]
+        "▁hi",
+        "▁",
+        "é",
+        "<0xE6>",
+        "<0x97>",
+        "<0xA5>",
+        "<0x0A>",
+    ]
     assert tokenizer.decode(ids) == " hi é日\n"  # as the continuation that it is; the space is the file's
     assert tokenizer.token_bytes(ids[3]) == b"\xe6"
     assert tokenizer.decode([1, *ids, 2]) == " hi é日\n"
