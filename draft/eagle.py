@@ -67,7 +67,7 @@ class EagleModel:
     ) -> None:
         self.config, self.embedding, self._target_logits = config, embedding, target_logits
         dtype, device = embedding.dtype, str(embedding.device)
-        self.token_ids = torch.arange(config.vocab_size, device=embedding.device)
+        self.token_ids = torch.arange(len(embedding), device=embedding.device)  # whatever its config says
         self.fc = Linear(weights.pop("fc.weight"))
         self.fc_bias = weights.pop("fc.bias", None)
         self.norm = weights.pop("norm.weight", None)

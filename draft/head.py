@@ -13,7 +13,7 @@ feature 7); extend writes the head's rows 6, 7 and 8, and row 8 is the new root'
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -167,7 +167,9 @@ class FeatureDraft:
             if pending.num_waiting > _LONG:
                 self._extend_alone(batch, row, pending)
         rows = self._rows(batch, active)
-        limits = Limits.of([batch.speculation[row] for row in active], self.device)
+        most = len(self.model.token_ids)  # a node cannot have more children than the head has tokens
+        wanted = [batch.speculation[row] for row in active]
+        limits = Limits.of([replace(s, top_k=min(s.top_k, most)) for s in wanted], self.device)
         tree = self._grow(
             rows,
             roots[rows.index, 0],
@@ -226,31 +228,41 @@ class FeatureDraft:
     def _grow(
         self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits, host_lens: list[int]
     ) -> DraftTree:
-        """Grow trees from the roots' features [b, 1, H]; host_lens: kv_lens on the host."""
+        """Grow trees from the roots' features [b, 1, H]; host_lens: kv_lens on the host.
+
+        Scratch row s of a sequence with k children a level holds node s % k of level s // k.
+        """
         frontier = feature
-        seen: list[
-            Tensor
-        ] = []  # per level [b, F, scratch rows up to this level] bool: own ancestors and self
+        seen: list[Tensor] = []  # per level [b, F, nodes expanded up to this level] bool: ancestors and self
         sampled = rows.sampling.temperature > 0
         kv_lens = rows.kv_lens
         longest = max(host_lens) + 1
 
         def expand(tokens: Tensor, parents: Tensor, depth: int) -> Offers:
             nonlocal frontier
-            width, before = tokens.shape[1], seen[-1].shape[-1] if seen else 0
+            width, level = tokens.shape[1], depth - 1
             own = torch.eye(width, dtype=torch.bool, device=self.device).expand(len(root), -1, -1)
             inherited = own[..., :0]
             if seen:
-                inherited = seen[-1].gather(1, parents[..., None].expand(-1, -1, before))
+                inherited = seen[-1].gather(1, parents[..., None].expand(-1, -1, level * width))
             seen.append(torch.cat((inherited, own), dim=-1))
-            num_scratch = before + width
-            row = torch.arange(1, longest + num_scratch, device=self.device)[None].expand(len(root), -1)
-            scratch = row - kv_lens[:, None] - 1  # which scratch row this is
-            own_path = seen[-1].gather(2, scratch.clamp(0, num_scratch - 1)[:, None].expand(-1, width, -1))
+            # A sequence keeps as many rows a level as it has children: it has reserved no more. What others
+            # of
+            # the batch need beyond that is written to the dummy page, and is no candidate of this one.
+            num_scratch = (limits.depth - 1).clamp(max=depth) * limits.top_k
+            row = torch.arange(1, longest + depth * width, device=self.device)[None].expand(len(root), -1)
+            scratch = row - kv_lens[:, None] - 1
+            column = (scratch // limits.top_k * width + scratch % limits.top_k).clamp(0, depth * width - 1)
+            own_path = seen[-1].gather(2, column[:, None].expand(-1, width, -1))
             visible = (scratch < 0)[:, None] | (own_path & (scratch < num_scratch)[:, None])
-            new = kv_lens[:, None] + 1 + before + torch.arange(width, device=self.device)
+            place = torch.arange(width, device=self.device)
+            kept = (place < limits.top_k) & (limits.depth > depth)
+            slots = rows.slots(kv_lens[:, None] + 1 + level * limits.top_k + place)
             plan = make_plan(
-                rows.slots(new), rows.slots(row), [kv_len + num_scratch for kv_len in host_lens], visible
+                torch.where(kept, slots, place % rows.page_size),
+                rows.slots(row),
+                [kv_len + count for kv_len, count in zip(host_lens, num_scratch[:, 0].tolist(), strict=True)],
+                visible,
             )
             given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
             positions = (kv_lens + depth - 1)[:, None].expand(-1, width)
@@ -266,7 +278,7 @@ class FeatureDraft:
         if self.shared_noise or rows.sampling.all_greedy:
             positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])
             logits = perturb(logits, positions, self.model.token_ids, rows.sampling)
-        best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        best = logits.topk(top_k, dim=-1)
         raw = torch.exp(best.values - logits.logsumexp(dim=-1, keepdim=True))
         return Offers(self.model.token_ids[best.indices], raw)
 

@@ -43,6 +43,9 @@ class HeadCheckpoint:
         """Load the weights and attach the head to its target. Raises CheckpointError naming file and
         tensor."""
         weights = _read_weights(self.path, target.dtype, target.device)
+        # Published heads often say 2048, whatever their target takes.
+        positions = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
+        shape = dataclasses.replace(self.config, max_position_embeddings=positions)
         if self.config.hidden_size != target.config.hidden_size:
             raise CheckpointError(
                 f"{self.path / 'config.json'}: the head's hidden_size is {self.config.hidden_size}, "
@@ -53,18 +56,19 @@ class HeadCheckpoint:
             self.path, "embed_tokens.weight", embedding, (target.config.vocab_size, target.config.hidden_size)
         )
         if self.kind == "eagle3":
-            config, vocab = self._prepare_eagle3(weights, target)
-            _check_all(self.path, weights, eagle3_shapes(config, vocab))
+            self._prepare_eagle3(weights, target)
+            config = dataclasses.replace(shape, vocab_size=self.draft_vocab_size)
+            _check_all(self.path, weights, eagle3_shapes(config, self.draft_vocab_size))
             head: Eagle3Model | EagleModel = Eagle3Model(
                 config, weights, embedding, self.feature_layers, num_slots
             )
         else:
             weights.pop("lm_head.weight", None)  # some exports repeat the target's
             _check_all(self.path, weights, eagle_shapes(self.config, weights))
-            head = EagleModel(self.config, weights, embedding, target.logits, num_slots)
+            head = EagleModel(shape, weights, embedding, target.logits, num_slots)
         return FeatureDraft(head, f"{self.kind} ({self.path.name})", shared_noise=shared_noise)
 
-    def _prepare_eagle3(self, weights: dict[str, Tensor], target: Llama) -> tuple[LlamaConfig, int]:
+    def _prepare_eagle3(self, weights: dict[str, Tensor], target: Llama) -> None:
         """Normalise names and fill in what a checkpoint may leave out."""
         for name in [name for name in weights if name.startswith("layers.0.")]:
             weights["midlayer." + name.removeprefix("layers.0.")] = weights.pop(name)
@@ -91,7 +95,6 @@ class HeadCheckpoint:
                 raise CheckpointError(f"{self.path}: t2d and d2t do not name the same draft vocabulary")
         if "lm_head.weight" not in weights:
             weights["lm_head.weight"] = target.output_rows(token_ids)
-        return dataclasses.replace(self.config, vocab_size=self.draft_vocab_size), self.draft_vocab_size
 
 
 def read_head(path: str | Path) -> HeadCheckpoint:

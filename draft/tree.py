@@ -44,14 +44,9 @@ class Limits:
         def column(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device)[:, None]
 
-        return cls(
-            column([s.nodes for s in speculation]),
-            column([s.depth for s in speculation]),
-            column([s.top_k for s in speculation]),
-            max(s.nodes for s in speculation),
-            max(s.depth for s in speculation),
-            max(s.top_k for s in speculation),
-        )
+        nodes, depth = [s.nodes for s in speculation], [s.depth for s in speculation]
+        top_k = [s.top_k for s in speculation]
+        return cls(column(nodes), column(depth), column(top_k), max(nodes), max(depth), max(top_k))
 
 
 Expand = Callable[[Tensor, Tensor, int], Offers]
@@ -90,7 +85,9 @@ def grow(root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Val
             break
         chosen = best.indices
         offers = expand(tokens[-1].gather(1, chosen), chosen // k, depth)
-        parent_value = best.values
+        # A sequence expands as many nodes a level as it has children, whoever else is in the batch.
+        in_beam = torch.arange(chosen.shape[1], device=device) < limits.top_k
+        parent_value = torch.where(in_beam, best.values, NEVER)
         parent_candidate = chosen + num_candidates
         num_candidates += level.shape[1]
     return _keep_best(

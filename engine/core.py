@@ -158,24 +158,31 @@ class DraftTree:
         return real
 
     def depths(self) -> Tensor:
-        """[B, N] int64: edges from the root; 0 for padding."""
-        depths = torch.zeros_like(self.parents)
-        rows = torch.arange(self.parents.shape[0], device=self.parents.device)
-        for node in range(1, self.parents.shape[1]):
-            parent = self.parents[:, node]
-            depths[:, node] = torch.where(parent >= 0, depths[rows, parent.clamp(min=0)] + 1, 0)
+        """[B, N] int64: edges from the root; 0 for padding.
+
+        Pointer jumping: after round r every node knows its distance to the ancestor 2^r levels up, so a tree of N
+        nodes takes log2(N) rounds, whatever its shape.
+        """
+        depths, up = (self.parents >= 0).long(), self.parents.clamp(min=0)
+        for _ in range((self.parents.shape[1] - 1).bit_length()):
+            depths = depths + depths.gather(1, up)
+            up = up.gather(1, up)
         return depths
 
     def ancestors(self) -> Tensor:
-        """[B, N, N] bool: entry (i, j) says that j is i or one of i's ancestors."""
+        """[B, N, N] bool: entry (i, j) says that j is i or one of i's ancestors.
+
+        The matrix of self and parent, squared log2(N) times. Meant for trees of up to a few dozen nodes.
+        """
         num_seqs, num_nodes = self.parents.shape
-        ancestors = torch.eye(num_nodes, dtype=torch.bool, device=self.parents.device).repeat(num_seqs, 1, 1)
-        rows = torch.arange(num_seqs, device=self.parents.device)
-        for node in range(1, num_nodes):
-            parent = self.parents[:, node]
-            inherited = ancestors[rows, parent.clamp(min=0)] & (parent >= 0)[:, None]
-            ancestors[:, node] |= inherited
-        return ancestors
+        reach = torch.eye(num_nodes, device=self.parents.device).repeat(num_seqs, 1, 1)
+        # Padding has no parent: its entry falls on itself, as the root's does, and says nothing new.
+        node = torch.arange(num_nodes, device=self.parents.device)
+        own_parent = torch.where(self.parents >= 0, self.parents, node)
+        reach.scatter_(2, own_parent[..., None], 1.0)
+        for _ in range((num_nodes - 1).bit_length() - 1):
+            reach = torch.bmm(reach, reach).clamp_(max=1.0)
+        return reach > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,12 +101,13 @@ def plan_rows(batch: Batch, tree: DraftTree) -> RowPlan:
     )  # padding goes to the dummy page
     read_lens = [seq.kv_len + num_nodes for seq in batch.seqs]
     row = torch.arange(max(read_lens), device=device)
-    offset = row[None] - batch.kv_lens[:, None]  # [B, L]: node number of a row
-    is_node = (offset >= 0) & (offset < num_nodes)
-    by_ancestry = tree.ancestors().gather(
-        2, offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1)
-    )
-    visible = (offset < 0)[:, None] | (by_ancestry & is_node[:, None])
+    offset = row[None] - batch.kv_lens[:, None]  # [B, L]: which node a row belongs to
+    if batch.prompt is not None:  # a chain of hundreds of nodes: ancestry is order
+        visible = offset[:, None] <= node[:, None]
+    else:
+        is_node = (offset >= 0) & (offset < num_nodes)
+        of_node = offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1)
+        visible = (offset < 0)[:, None] | (tree.ancestors().gather(2, of_node) & is_node[:, None])
     return make_plan(write, batch.slots(row[None].expand(len(batch.seqs), -1)), read_lens, visible)
 
 

@@ -24,21 +24,17 @@ def accept(tree: DraftTree, choice: Tensor) -> Verdict:
     Example: tokens [the, cat, dog, sat], parents [-1, 0, 0, 1] and choices [cat, sat, ran, down] accept nodes
     0, 1 and 3; the bonus is "down".
     """
-    num_seqs, num_nodes = tree.tokens.shape
-    rows = torch.arange(num_seqs, device=tree.tokens.device)
-    parent = tree.parents.clamp(min=0)
-    agrees = (tree.parents >= 0) & (tree.tokens == choice.gather(1, parent))
-    path = torch.full_like(tree.parents, -1)
-    path[:, 0] = 0
-    length = torch.ones(num_seqs, dtype=torch.int64, device=tree.tokens.device)
-    last = torch.zeros(num_seqs, dtype=torch.int64, device=tree.tokens.device)
-    for node in range(1, num_nodes):  # parents precede children, so one pass in node order follows the path
-        taken = agrees[:, node] & (tree.parents[:, node] == last)
-        place = length.clamp(max=num_nodes - 1)
-        path[rows, place] = torch.where(taken, node, path[rows, place])
-        length = length + taken
-        last = torch.where(taken, node, last)
-    return Verdict(path, length, choice.gather(1, last[:, None])[:, 0])
+    num_nodes = tree.tokens.shape[1]
+    node = torch.arange(num_nodes, device=tree.tokens.device)
+    agrees = tree.tokens == choice.gather(1, tree.parents.clamp(min=0))
+    agrees[:, 0] = True  # the root was chosen a step ago
+    agrees &= tree.real()
+    # A node is on the path if it and all its ancestors agree; in node order, which parents lead, that is the path.
+    on_path = ~(tree.ancestors() & ~agrees[:, None]).any(dim=-1)
+    ordered = torch.where(on_path, node, num_nodes).sort(dim=1).values
+    length = on_path.sum(dim=1)
+    last = ordered.gather(1, (length - 1)[:, None])
+    return Verdict(torch.where(ordered < num_nodes, ordered, -1), length, choice.gather(1, last)[:, 0])
 
 
 def accept_all(chunk: PromptChunk, choice: Tensor) -> Verdict:

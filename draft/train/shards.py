@@ -64,7 +64,7 @@ class Manifest:
 
     @classmethod
     def open(cls, directory: Path, settings: dict[str, Any]) -> Manifest:
-        """Create the directory, or continue one with the same settings. Raises ConfigError where they differ."""
+        """Create the directory, or continue one. Raises ConfigError where the settings differ."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / MANIFEST
         if not path.exists():

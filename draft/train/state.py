@@ -23,7 +23,7 @@ from engine.errors import CheckpointError, ConfigError
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is. Batches are counted over all epochs; seconds are of training, interruptions left out."""
+    """Where a run is. Batches are counted within the epoch; seconds leave interruptions out."""
 
     step: int = 0
     epoch: int = 0

@@ -1,8 +1,9 @@
-"""Engines around tiny models, drafts that are often right, and a recorder of what the KV pools held after each step.
+"""Engines around tiny models, drafts that are often right, and a recorder of what the KV pools held after
+each step.
 
-A random head is hardly ever right, so long paths would never be accepted and compaction would never move a row. Two
-remedies: ``echo`` models, whose target is nearly a function of the last token and whose heads compute just that
-function; and ``Prophet``, a draft that knows the answer and hides it in a random tree.
+A random head is hardly ever right, so long paths would never be accepted and compaction would never move a
+row. Two remedies: ``echo`` models, whose target is nearly a function of the last token and whose heads
+compute just that function; and ``Prophet``, a draft that knows the answer and hides it in a random tree.
 """
 
 from __future__ import annotations
@@ -47,8 +48,16 @@ class Model:
     eagle: dict[str, Tensor]
 
 
-def random_model(seed: int = 0, *, eagle_layers: int = 1, norm: bool = False, bias: bool = False,
-                 input_norm: bool = False, draft_vocab_size: int = 61, **overrides: Any) -> Model:
+def random_model(
+    seed: int = 0,
+    *,
+    eagle_layers: int = 1,
+    norm: bool = False,
+    bias: bool = False,
+    input_norm: bool = False,
+    draft_vocab_size: int = 61,
+    **overrides: Any,
+) -> Model:
     """All weights random; norm, bias and input_norm say which optional tensors the EAGLE-1 head has."""
     config, weights = tiny_llama(seed, **overrides)
     raw, eagle3 = tiny_eagle3(config, seed, draft_vocab_size)
@@ -63,32 +72,48 @@ def random_model(seed: int = 0, *, eagle_layers: int = 1, norm: bool = False, bi
         if input_norm:
             eagle[f"layers.{i}.input_layernorm.weight"] = norm_weight(generator, hidden)
         eagle |= layer_weights(generator, config, f"layers.{i}.", hidden)
-    return Model(config, weights, dataclasses.replace(config, num_layers=1, vocab_size=raw["draft_vocab_size"]),
-                 eagle3, dataclasses.replace(config, num_layers=eagle_layers), eagle)
+    return Model(
+        config,
+        weights,
+        dataclasses.replace(config, num_layers=1, vocab_size=raw["draft_vocab_size"]),
+        eagle3,
+        dataclasses.replace(config, num_layers=eagle_layers),
+        eagle,
+    )
 
 
 def echo_model(seed: int = 0, gain: float = 0.35) -> Model:
     """A target whose layers add ``gain`` to the embedding, and heads that compute the target without them.
 
-    The EAGLE-1 head passes the embedding through and adds little to it. The EAGLE-3 head's residual stream starts at its feature, which
-    does not know the last token yet, so there attention brings the embedding in: sharp queries find their own row.
-    Both still read their features a little, or the state oracle would not see wrong ones.
+    The EAGLE-1 head passes the embedding through and adds little to it. The EAGLE-3 head's residual stream
+    starts at its feature, which does not know the last token yet, so there attention brings the embedding in:
+    sharp queries find their own row. Both still read their features a little, or the state oracle would not
+    see wrong ones.
     """
     model = random_model(seed, norm=True, num_kv_heads=4, draft_vocab_size=90)
     hidden, num_layers = model.config.hidden_size, model.config.num_layers
-    weights = {name: tensor * (gain if "o_proj" in name or "down_proj" in name else 1.0)
-               for name, tensor in model.weights.items()}
+    weights = {
+        name: tensor * (gain if "o_proj" in name or "down_proj" in name else 1.0)
+        for name, tensor in model.weights.items()
+    }
     eye, nothing = torch.eye(hidden), torch.zeros(hidden, hidden)
-    eagle = {name: tensor * (0.15 if "o_proj" in name or "down_proj" in name else 1.0)
-             for name, tensor in model.eagle.items()}
-    eagle |= {"fc.weight": torch.cat((eye, 0.2 * model.eagle["fc.weight"][:, hidden:]), 1), "norm.weight": weights["model.norm.weight"]}
+    eagle = {
+        name: tensor * (0.15 if "o_proj" in name or "down_proj" in name else 1.0)
+        for name, tensor in model.eagle.items()
+    }
+    eagle |= {
+        "fc.weight": torch.cat((eye, 0.2 * model.eagle["fc.weight"][:, hidden:]), 1),
+        "norm.weight": weights["model.norm.weight"],
+    }
     eagle3 = dict(model.eagle3)
     ids = torch.arange(len(eagle3["d2t"])) + eagle3["d2t"]
     sharp = torch.cat((2.5 * eye, nothing), 1)
     eagle3 |= {
         "fc.weight": 0.02 * eagle3["fc.weight"],
-        "midlayer.input_layernorm.weight": torch.ones(hidden), "norm.weight": weights["model.norm.weight"],
-        "midlayer.self_attn.q_proj.weight": sharp, "midlayer.self_attn.k_proj.weight": sharp,
+        "midlayer.input_layernorm.weight": torch.ones(hidden),
+        "norm.weight": weights["model.norm.weight"],
+        "midlayer.self_attn.q_proj.weight": sharp,
+        "midlayer.self_attn.k_proj.weight": sharp,
         "midlayer.self_attn.v_proj.weight": torch.cat((eye, 0.1 * eye), 1),
         "midlayer.self_attn.o_proj.weight": eye,
         "midlayer.mlp.down_proj.weight": 0.05 * eagle3["midlayer.mlp.down_proj.weight"],
@@ -103,24 +128,47 @@ def copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in weights.items()}
 
 
-def make_engine(model: Model, draft: str | Draft = "none", *, speculation: Speculation = TREE, num_pages: int = 120,
-                page_size: int = 4, max_num_batched_tokens: int = 16, max_num_seqs: int = 8,
-                max_model_len: int = 200, eos: tuple[int, ...] = (), shared_noise: bool = True) -> Engine:
+def make_engine(
+    model: Model,
+    draft: str | Draft = "none",
+    *,
+    speculation: Speculation = TREE,
+    num_pages: int = 120,
+    page_size: int = 4,
+    max_num_batched_tokens: int = 16,
+    max_num_seqs: int = 8,
+    max_model_len: int = 200,
+    eos: tuple[int, ...] = (),
+    shared_noise: bool = True,
+) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object."""
-    config = EngineConfig(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens,
-                          page_size=page_size, max_num_seqs=max_num_seqs, speculation=speculation)
-    layers = {"eagle3": FEATURE_LAYERS, "eagle": (POST_NORM,)}.get(draft, ()) if isinstance(draft, str) else ()
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        speculation=speculation,
+    )
+    layers = (
+        {"eagle3": FEATURE_LAYERS, "eagle": (POST_NORM,)}.get(draft, ()) if isinstance(draft, str) else ()
+    )
     num_slots = num_pages * page_size
+    proposer: Draft
     target = Llama(model.config, copies(model.weights), num_slots, layers)
     if draft == "eagle3":
-        head3 = Eagle3Model(model.eagle3_config, {n: t for n, t in copies(model.eagle3).items() if n != "t2d"},
-                            target.embedding, FEATURE_LAYERS, num_slots)
-        proposer: Draft = FeatureDraft(head3, "eagle3", shared_noise=shared_noise)
+        head3 = Eagle3Model(
+            model.eagle3_config,
+            {n: t for n, t in copies(model.eagle3).items() if n != "t2d"},
+            target.embedding,
+            FEATURE_LAYERS,
+            num_slots,
+        )
+        proposer = FeatureDraft(head3, "eagle3", shared_noise=shared_noise)
     elif draft == "eagle":
         head = EagleModel(model.eagle_config, copies(model.eagle), target.embedding, target.logits, num_slots)
         proposer = FeatureDraft(head, "eagle", shared_noise=shared_noise)
     elif isinstance(draft, str):
-        proposer = {"none": NoDraft, "ngram": NgramDraft}[draft]()
+        proposer = NgramDraft() if draft == "ngram" else NoDraft()
     else:
         proposer = draft
     return Engine(config, target, proposer, PagePool(num_pages, page_size), eos)
@@ -140,20 +188,24 @@ def assert_idle(engine: Engine) -> None:
         assert engine.draft._pending == {}
 
 
-def plain_tokens(model: Model, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams],
-                 **kwargs: Any) -> list[tuple[int, ...]]:
+def plain_tokens(
+    model: Model, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], **kwargs: Any
+) -> list[tuple[int, ...]]:
     """Each prompt alone, without speculation."""
-    return [make_engine(model, **kwargs).generate([prompt], param)[0].token_ids
-            for prompt, param in zip(prompts, params, strict=True)]
+    return [
+        make_engine(model, **kwargs).generate([prompt], param)[0].token_ids
+        for prompt, param in zip(prompts, params, strict=True)
+    ]
 
 
 # --- a draft that knows the answer ------------------------------------------------------------------------------------
 
+
 class Prophet:
     """A draft (core.Draft) that hides the true continuation in a random tree.
 
-    answers: by request id, what plain decoding emits. Node order, wrong siblings, wrong descendants and the length of
-    the true path are random; trees of a batch differ in size.
+    answers: by request id, what plain decoding emits. Node order, wrong siblings, wrong descendants and the
+    length of the true path are random; trees of a batch differ in size.
     """
 
     def __init__(self, answers: dict[int, tuple[int, ...]], vocab_size: int, seed: int = 0) -> None:
@@ -165,8 +217,10 @@ class Prophet:
     def propose(self, batch: Batch) -> DraftTree:
         trees = [self._tree(seq, spec) for seq, spec in zip(batch.seqs, batch.speculation, strict=True)]
         width = max(len(tokens) for tokens, _ in trees)
-        return DraftTree(torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in trees]),
-                         torch.tensor([parents + [-1] * (width - len(parents)) for _, parents in trees]))
+        return DraftTree(
+            torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in trees]),
+            torch.tensor([parents + [-1] * (width - len(parents)) for _, parents in trees]),
+        )
 
     def _tree(self, seq: Seq, spec: Speculation) -> tuple[list[int], list[int]]:
         tokens, parents, depths = [seq.tokens[-1]], [-1], [0]
@@ -180,7 +234,9 @@ class Prophet:
                 parent, token = on_path[-1], truth[known]
                 on_path.append(len(tokens))
             else:
-                parent = self._random.choice([node for node, depth in enumerate(depths) if depth < spec.depth])
+                parent = self._random.choice(
+                    [node for node, depth in enumerate(depths) if depth < spec.depth]
+                )
                 token = self._random.randrange(self._vocab_size)
                 taken = {tokens[node] for node in range(len(tokens)) if parents[node] == parent}
                 if parent in on_path and depths[parent] < len(truth):
@@ -201,6 +257,7 @@ class Prophet:
 
 # --- what the pools held ----------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Snapshot:
     """One sequence after one step. Tensors [layers, 2, Hkv, rows, D]; the head's rows start at row 1."""
@@ -219,8 +276,10 @@ class Recording:
 
 def slots_of_pages(pages: Sequence[int], page_size: int, first: int, end: int) -> Tensor:
     """Slots of rows first..end-1, one by one."""
-    return torch.tensor([pages[row // page_size] * page_size + row % page_size for row in range(first, end)],
-                        dtype=torch.int64)
+    return torch.tensor(
+        [pages[row // page_size] * page_size + row % page_size for row in range(first, end)],
+        dtype=torch.int64,
+    )
 
 
 def snapshots(engine: Engine) -> list[Snapshot]:
@@ -232,7 +291,9 @@ def snapshots(engine: Engine) -> list[Snapshot]:
         head_rows = None
         if isinstance(engine.draft, FeatureDraft) and seq.request.id in engine.draft._pending:
             pending = engine.draft._pending[seq.request.id]
-            assert pending.num_rows + pending.num_waiting == len(seq.tokens) - 1, "the head lags by its pending pairs"
+            assert pending.num_rows + pending.num_waiting == len(seq.tokens) - 1, (
+                "the head lags by its pending pairs"
+            )
             waiting = [token for part in pending.tokens for token in part.tolist()]
             assert waiting == seq.tokens[1 + pending.num_rows :], "a pair holds the wrong token"
             slots = slots_of_pages(seq.pages, page_size, 1, pending.num_rows + 1)
@@ -241,14 +302,20 @@ def snapshots(engine: Engine) -> list[Snapshot]:
     return found
 
 
-def record(engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams],
-           speculation: Sequence[Speculation | None] | None = None,
-           after_step: Callable[[Engine], None] | None = None) -> Recording:
+def record(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    speculation: Sequence[Speculation | None] | None = None,
+    after_step: Callable[[Engine], None] | None = None,
+) -> Recording:
     """Generate as one batch and keep what the pools held after every step."""
     kept: list[Snapshot] = []
     specs = speculation or [None] * len(prompts)
-    requests = [Request(i, tuple(prompt), param, spec)
-                for i, (prompt, param, spec) in enumerate(zip(prompts, params, specs, strict=True))]
+    requests = [
+        Request(i, tuple(prompt), param, spec)
+        for i, (prompt, param, spec) in enumerate(zip(prompts, params, specs, strict=True))
+    ]
     for request in requests:
         engine.add(request)
     emitted: dict[int, list[int]] = {request.id: [] for request in requests}
@@ -266,6 +333,17 @@ def record(engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[Sa
         if after_step is not None:
             after_step(engine)
     return Recording(
-        [Completion(request.prompt, tuple(emitted[request.id]), reasons[request.id], steps[request.id],
-                    max(len(emitted[request.id]) - 1, 0), drafted[request.id], accepted[request.id])
-         for request in requests], kept)
+        [
+            Completion(
+                request.prompt,
+                tuple(emitted[request.id]),
+                reasons[request.id],
+                steps[request.id],
+                max(len(emitted[request.id]) - 1, 0),
+                drafted[request.id],
+                accepted[request.id],
+            )
+            for request in requests
+        ],
+        kept,
+    )

@@ -19,8 +19,9 @@ from tests.oracles.llama import Forward, causal_attention, forward, frequencies,
 TOLERANCE = 2e-4
 
 
-def eagle_rows(config: LlamaConfig, weights: Mapping[str, Tensor], model: Model, tokens: Sequence[int],
-               features: Tensor) -> tuple[HeadRows, list[Tensor], list[Tensor]]:
+def eagle_rows(
+    config: LlamaConfig, weights: Mapping[str, Tensor], model: Model, tokens: Sequence[int], features: Tensor
+) -> tuple[HeadRows, list[Tensor], list[Tensor]]:
     """An EAGLE-1 head over a list of rows, no cache: rows 1..R with their tokens and features ([R, H]).
 
     Returns the last layer's rows and per layer the keys and values; ``hidden`` is the next feature.
@@ -39,9 +40,12 @@ def eagle_rows(config: LlamaConfig, weights: Mapping[str, Tensor], model: Model,
         values = (rows @ weights[name + "self_attn.v_proj.weight"].T).view(length, config.num_kv_heads, -1)
         query, keys = rotate(query, range(length), freqs), rotate(keys, range(length), freqs)
         hidden = hidden + causal_attention(query, keys, values) @ weights[name + "self_attn.o_proj.weight"].T
-        hidden = hidden + swiglu(rms_norm(hidden, weights[name + "post_attention_layernorm.weight"], eps),
-                                 weights[name + "mlp.gate_proj.weight"], weights[name + "mlp.up_proj.weight"],
-                                 weights[name + "mlp.down_proj.weight"])
+        hidden = hidden + swiglu(
+            rms_norm(hidden, weights[name + "post_attention_layernorm.weight"], eps),
+            weights[name + "mlp.gate_proj.weight"],
+            weights[name + "mlp.up_proj.weight"],
+            weights[name + "mlp.down_proj.weight"],
+        )
         all_keys.append(keys)
         all_values.append(values)
     last = rms_norm(hidden, weights["norm.weight"], eps) if "norm.weight" in weights else hidden
@@ -52,8 +56,13 @@ def eagle_rows(config: LlamaConfig, weights: Mapping[str, Tensor], model: Model,
 def head_truth(model: Model, draft: str, tokens: Sequence[int], seen: Forward) -> Tensor:
     """[layers, 2, Hkv, T - 1, D]: the head's rows 1..T-1 from true features."""
     if draft == "eagle3":
-        rows = eagle3.true_rows(model.eagle3_config, model.eagle3, model.weights["model.embed_tokens.weight"],
-                                tokens, torch.cat([seen.inputs[layer] for layer in FEATURE_LAYERS], dim=-1))
+        rows = eagle3.true_rows(
+            model.eagle3_config,
+            model.eagle3,
+            model.weights["model.embed_tokens.weight"],
+            tokens,
+            torch.cat([seen.inputs[layer] for layer in FEATURE_LAYERS], dim=-1),
+        )
         keys, values = [rows.keys], [rows.values]
     else:
         _, keys, values = eagle_rows(model.eagle_config, model.eagle, model, tokens[1:], seen.post_norm[:-1])
@@ -68,8 +77,8 @@ def pool_layout(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 def state_error(model: Model, recording: Recording, draft: str) -> float:
     """The largest difference between a pool's rows and the rows computed from the committed tokens.
 
-    Rows depend on earlier tokens alone, so one computation over the longest token list of a request serves all its
-    steps. draft: "eagle3" or "eagle" to look at the head's pool too.
+    Rows depend on earlier tokens alone, so one computation over the longest token list of a request serves
+    all its steps. draft: "eagle3" or "eagle" to look at the head's pool too.
     """
     worst = 0.0
     for request in {snapshot.request_id for snapshot in recording.snapshots}:
@@ -77,7 +86,9 @@ def state_error(model: Model, recording: Recording, draft: str) -> float:
         tokens = max((snapshot.tokens for snapshot in mine), key=len)
         seen = forward(model.config, model.weights, tokens)
         target = pool_layout(seen.keys, seen.values)
-        head = head_truth(model, draft, tokens, seen) if draft.startswith("eagle") and len(tokens) > 1 else None
+        head = (
+            head_truth(model, draft, tokens, seen) if draft.startswith("eagle") and len(tokens) > 1 else None
+        )
         for snapshot in mine:
             assert tokens[: len(snapshot.tokens)] == snapshot.tokens, "a committed token changed"
             pairs = [(snapshot.target_rows, target)]

@@ -1,7 +1,7 @@
 """What a head drafts, node by node, against the head computed from scratch along every node's path.
 
-Tokens cannot show a mistake here: a wrong draft only costs acceptance. So every raw score, rank and value of every
-drafted node is compared.
+Tokens cannot show a mistake here: a wrong draft only costs acceptance. So every raw score, rank and value of
+every drafted node is compared.
 """
 
 from __future__ import annotations
@@ -49,8 +49,17 @@ def watch(draft: FeatureDraft, kept: list[Drafted]) -> None:
             count = int(tree.real()[row].sum())
             parents, raw = tree.parents[row, :count].tolist(), tree.scores.raw[row, :count].tolist()
             rank = tree.scores.rank[row, :count].tolist()
-            kept.append(Drafted(list(seq.tokens), seq.request.sampling, batch.speculation[row],
-                                tree.tokens[row, :count].tolist(), parents, raw, rank))
+            kept.append(
+                Drafted(
+                    list(seq.tokens),
+                    seq.request.sampling,
+                    batch.speculation[row],
+                    tree.tokens[row, :count].tolist(),
+                    parents,
+                    raw,
+                    rank,
+                )
+            )
             depths = tree.depths()[row].tolist()
             sampled = torch.tensor([seq.request.sampling.temperature > 0])
             for node in range(1, count):
@@ -64,15 +73,23 @@ def watch(draft: FeatureDraft, kept: list[Drafted]) -> None:
     draft.propose = watched  # type: ignore[method-assign]
 
 
-def offered(model: Model, draft: str, drafted: Drafted, path: list[int]) -> np.ndarray:
+def offered(model: Model, draft: str, drafted: Drafted, path: list[int]) -> sampler.Row:
     """[V] scores after a path of drafted tokens, 0 where the head cannot name a token. From scratch."""
     seen = forward(model.config, model.weights, drafted.tokens)
     logits = np.full(model.config.vocab_size, -np.inf)
     if draft == "eagle3":
         features = torch.cat([seen.inputs[layer] for layer in FEATURE_LAYERS], dim=-1)
-        rows = eagle3.path_rows(model.eagle3_config, model.eagle3, model.weights["model.embed_tokens.weight"],
-                                drafted.tokens, features, path)
-        logits[eagle3.to_target(range(len(model.eagle3["d2t"])), model.eagle3["d2t"])] = rows.logits[-1].numpy()
+        rows = eagle3.path_rows(
+            model.eagle3_config,
+            model.eagle3,
+            model.weights["model.embed_tokens.weight"],
+            drafted.tokens,
+            features,
+            path,
+        )
+        logits[eagle3.to_target(range(len(model.eagle3["d2t"])), model.eagle3["d2t"])] = rows.logits[
+            -1
+        ].numpy()
     else:
         features = seen.post_norm[:-1]
         tokens = list(drafted.tokens[1:])
@@ -86,7 +103,9 @@ def offered(model: Model, draft: str, drafted: Drafted, path: list[int]) -> np.n
     if params.temperature == 0:
         return sampler.softmax(logits)
     named = np.isfinite(logits)
-    logits[named] = sampler.process(logits[named], params.temperature, params.top_k, params.top_p, params.min_p)
+    logits[named] = sampler.process(
+        logits[named], params.temperature, params.top_k, params.top_p, params.min_p
+    )
     position = len(drafted.tokens) + len(path)
     noise = gumbel_noise(torch.tensor([params.seed]), torch.tensor([[position]]), torch.arange(len(logits)))
     return sampler.softmax(logits + noise[0, 0].double().numpy())
@@ -99,7 +118,7 @@ def check_trees(model: Model, draft: str, kept: list[Drafted]) -> int:
     for drafted in kept:
         assert drafted.nodes[0] == drafted.tokens[-1]
         assert len(drafted.nodes) <= drafted.speculation.nodes
-        scores: dict[int, np.ndarray] = {}
+        scores: dict[int, sampler.Row] = {}
         for node in range(1, len(drafted.nodes)):
             parent = drafted.parents[node]
             if parent not in scores:
@@ -108,12 +127,16 @@ def check_trees(model: Model, draft: str, kept: list[Drafted]) -> int:
                 scores[parent] = offered(model, draft, drafted, path)
             row = scores[parent]
             assert drafted.raw[node] == pytest.approx(row[drafted.nodes[node]], rel=1e-3, abs=1e-6)
-            assert drafted.rank[node] == int((row > row[drafted.nodes[node]]).sum()) < drafted.speculation.top_k
+            assert (
+                drafted.rank[node] == int((row > row[drafted.nodes[node]]).sum()) < drafted.speculation.top_k
+            )
             count += 1
     return count
 
 
-def run(draft: str, params: list[SamplingParams], specs: list[Speculation | None], page_size: int, step: int) -> int:
+def run(
+    draft: str, params: list[SamplingParams], specs: list[Speculation | None], page_size: int, step: int
+) -> int:
     """Generate as one batch and check every step-th tree."""
     model = random_model(6, norm=True, eagle_layers=2)
     prompts = prompts_of([4, 11, 2, 7][: len(params)], seed=5)
@@ -134,8 +157,10 @@ def test_every_node_of_one_request(draft: str, temperature: float) -> None:
 
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
 def test_every_node_of_a_batch(draft: str) -> None:
-    params = [SamplingParams(temperature=t, seed=i, max_tokens=9, top_k=(0, 30, 0, 0)[i])
-              for i, t in enumerate((0.0, 1.0, 0.6, 0.0))]
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=9, top_k=(0, 30, 0, 0)[i])
+        for i, t in enumerate((0.0, 1.0, 0.6, 0.0))
+    ]
     assert run(draft, params, [TREE] * 4, 4, 5) > 15
 
 

@@ -11,11 +11,19 @@ from engine.sampler import sampling_tensors
 
 
 def batch_of(kv_lens: list[int], pages: list[list[int]], page_size: int) -> Batch:
-    seqs = tuple(Sequence(Request(i, (0,), SamplingParams()), [0] * (n + 1), [], p)
-                 for i, (n, p) in enumerate(zip(kv_lens, pages, strict=True)))
+    seqs = tuple(
+        Sequence(Request(i, (0,), SamplingParams()), [0] * (n + 1), [], p)
+        for i, (n, p) in enumerate(zip(kv_lens, pages, strict=True))
+    )
     width = max(map(len, pages))
-    return Batch(seqs, torch.tensor(kv_lens), torch.tensor([p + [0] * (width - len(p)) for p in pages]), page_size,
-                 sampling_tensors([SamplingParams()] * len(seqs), "cpu"), ())
+    return Batch(
+        seqs,
+        torch.tensor(kv_lens),
+        torch.tensor([p + [0] * (width - len(p)) for p in pages]),
+        page_size,
+        sampling_tensors([SamplingParams()] * len(seqs), "cpu"),
+        (),
+    )
 
 
 def as_list(slots: Tensor | slice | tuple[slice, ...]) -> list[list[int]]:
@@ -23,7 +31,8 @@ def as_list(slots: Tensor | slice | tuple[slice, ...]) -> list[list[int]]:
         return [list(range(slots.start, slots.stop))]
     if isinstance(slots, tuple):
         return [list(range(run.start, run.stop)) for run in slots]
-    return torch.atleast_2d(slots).tolist()
+    rows: list[list[int]] = slots.reshape(-1, slots.shape[-1]).tolist()
+    return rows
 
 
 def test_the_example_of_the_docstring() -> None:
@@ -35,7 +44,9 @@ def test_the_example_of_the_docstring() -> None:
     assert plan.bias is not None
     seen = (plan.bias[0] == 0).tolist()
     assert seen == [[True] * 6 + [False, False], [True] * 7 + [False], [True] * 6 + [False, True]]
-    source, destination = accepted_slots(batch, Verdict(torch.tensor([[0, 2, -1]]), torch.tensor([2]), torch.tensor([0])))
+    source, destination = accepted_slots(
+        batch, Verdict(torch.tensor([[0, 2, -1]]), torch.tensor([2]), torch.tensor([0]))
+    )
     assert (source.tolist(), destination.tolist()) == ([11], [10])
 
 
@@ -73,7 +84,9 @@ def test_compact_moves_every_sequence_at_once() -> None:
         for place, node in enumerate(path[row].tolist()):
             if node >= 0:
                 old, new = seq.kv_len + node, seq.kv_len + place
-                expected[:, :, :, seq.pages[new // 4] * 4 + new % 4] = before[:, :, :, seq.pages[old // 4] * 4 + old % 4]
+                expected[:, :, :, seq.pages[new // 4] * 4 + new % 4] = before[
+                    :, :, :, seq.pages[old // 4] * 4 + old % 4
+                ]
     assert torch.equal(pool.rows, expected)
 
 

@@ -19,9 +19,12 @@ from tests.engine.rig import copies, prompts_of, slots_of_pages
 from tests.engine.state import pool_layout
 from tests.oracles.llama import forward
 
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 SHAPES: dict[str, dict[str, Any]] = {
-    "gqa": {}, "mha-tied": {"num_kv_heads": 4, "tie_word_embeddings": True},
+    "gqa": {},
+    "mha-tied": {"num_kv_heads": 4, "tie_word_embeddings": True},
     "mqa-llama3-rope": {"num_kv_heads": 1, "rope_scaling": LLAMA3, "rope_theta": 5e5},
     "wide-heads": {"head_dim": 12, "num_heads": 8, "num_kv_heads": 2, "rms_norm_eps": 1e-3},
     "one-layer-one-head": {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32},
@@ -31,22 +34,39 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Sheet:
     """A target with hand-made pages: page tables are given, so that any order can be tried."""
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], page_size: int = 4, num_pages: int = 64,
-                 feature_layers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: dict[str, Tensor],
+        page_size: int = 4,
+        num_pages: int = 64,
+        feature_layers: tuple[int, ...] = (),
+    ) -> None:
         self.page_size = page_size
         self.target = Llama(config, copies(weights), num_pages * page_size, feature_layers)
 
     def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> Scores:
         """chunks: (tokens, rows already there, pages) of each sequence, as one padded batch."""
         width = max(len(tokens) for tokens, _, _ in chunks)
-        seqs = tuple(Sequence(EngineRequest(i, (0,), SamplingParams()), [0] * (past + 1), [], pages)
-                     for i, (_, past, pages) in enumerate(chunks))
-        chunk = PromptChunk(torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _, _ in chunks]),
-                            torch.tensor([len(tokens) for tokens, _, _ in chunks]), torch.full((len(chunks),), -1))
+        seqs = tuple(
+            Sequence(EngineRequest(i, (0,), SamplingParams()), [0] * (past + 1), [], pages)
+            for i, (_, past, pages) in enumerate(chunks)
+        )
+        chunk = PromptChunk(
+            torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _, _ in chunks]),
+            torch.tensor([len(tokens) for tokens, _, _ in chunks]),
+            torch.full((len(chunks),), -1),
+        )
         most = max(len(pages) for _, _, pages in chunks)
-        batch = Batch(seqs, torch.tensor([past for _, past, _ in chunks]),
-                      torch.tensor([pages + [0] * (most - len(pages)) for _, _, pages in chunks]), self.page_size,
-                      sampling_tensors([SamplingParams()] * len(chunks), "cpu"), (), chunk)
+        batch = Batch(
+            seqs,
+            torch.tensor([past for _, past, _ in chunks]),
+            torch.tensor([pages + [0] * (most - len(pages)) for _, _, pages in chunks]),
+            self.page_size,
+            sampling_tensors([SamplingParams()] * len(chunks), "cpu"),
+            (),
+            chunk,
+        )
         tree = prompt_chain(batch)
         return self.target.score(batch, tree, batch.kv_lens[:, None] + tree.depths())
 
@@ -62,13 +82,28 @@ def test_logits_equal_transformers(shape: str) -> None:
     config, weights = tiny_llama(1, **SHAPES[shape])
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                 "original_max_position_embeddings": 64}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, head_dim=config.head_dim,
-        num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps, rope_parameters=rope, tie_word_embeddings=config.tie_word_embeddings))
+        rope |= {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            head_dim=config.head_dim,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    )
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     tokens = prompts_of([23])[0]
@@ -94,7 +129,9 @@ def test_chunks_and_scattered_pages_equal_one_prefill(shape: str) -> None:
             for cut in cuts:
                 scores = sheet.prefill([(tokens[past : past + cut], past, pages)])
                 assert scores.positions.tolist() == [[past + cut - 1]]
-                torch.testing.assert_close(scores.logits[0, 0], seen.logits[past + cut - 1], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    scores.logits[0, 0], seen.logits[past + cut - 1], atol=1e-4, rtol=1e-4
+                )
                 parts.append(scores.features[0])
                 past += cut
             torch.testing.assert_close(torch.cat(parts), features, atol=1e-4, rtol=1e-4)
@@ -115,7 +152,9 @@ def test_a_ragged_batch_equals_each_alone(scattered: bool) -> None:
     for prompt, past, mine in zip(prompts, pasts, pages, strict=True):
         if past:
             sheet.prefill([(prompt[:past], 0, mine)])
-    scores = sheet.prefill([(prompt[past:], past, mine) for prompt, past, mine in zip(prompts, pasts, pages, strict=True)])
+    scores = sheet.prefill(
+        [(prompt[past:], past, mine) for prompt, past, mine in zip(prompts, pasts, pages, strict=True)]
+    )
     assert scores.positions[:, 0].tolist() == [len(prompt) - 1 for prompt in prompts]
     for row, prompt in enumerate(prompts):
         seen = forward(config, weights, prompt)

@@ -1,7 +1,7 @@
 """Deliberate mistakes, and which of the two oracles sees each of them (ARCHITECTURE.md section 6).
 
-An oracle that has never failed proves nothing. ``tokens`` is speculative == plain, ``state`` is pools == from scratch.
-The mistake in the head's features is why both are needed: it costs acceptance and changes no token.
+An oracle that has never failed proves nothing. ``tokens`` is speculative == plain, ``state`` is pools == from
+scratch. The mistake in the head's features is why both are needed: it costs acceptance and changes no token.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import engine.models.llama
 import engine.step
 import verify.accept
 from draft.head import FeatureDraft
 from engine.core import Batch, DraftTree, SamplingParams, Speculation, Verdict
-from engine.kvcache import KVPool
+from engine.kvcache import KVPool, RowPlan
 from tests.engine.rig import Model, Prophet, echo_model, make_engine, plain_tokens, prompts_of, record
 from tests.engine.state import state_matches
 
@@ -36,11 +37,19 @@ def compaction_skipped(patch: pytest.MonkeyPatch) -> None:
 
 
 def causal_mask(patch: pytest.MonkeyPatch) -> None:
+    """Only the target's mask is wrong; acceptance walks the true tree."""
+    plan_rows = engine.models.llama.plan_rows
+
     def ancestors(tree: DraftTree) -> Tensor:
         num_seqs, num_nodes = tree.parents.shape
         return torch.ones(num_seqs, num_nodes, num_nodes, dtype=torch.bool).tril()
 
-    patch.setattr(DraftTree, "ancestors", ancestors)
+    def wrong(batch: Batch, tree: DraftTree) -> RowPlan:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(DraftTree, "ancestors", ancestors)
+            return plan_rows(batch, tree)
+
+    patch.setattr(engine.models.llama, "plan_rows", wrong)
 
 
 def first_rows_to_the_head(patch: pytest.MonkeyPatch) -> None:
@@ -65,6 +74,7 @@ def bonus_at_the_root(patch: pytest.MonkeyPatch) -> None:
 
 def ancestors_not_checked(patch: pytest.MonkeyPatch) -> None:
     """Every node that agrees with its own parent's choice is taken, whether the parent was or not."""
+
     def wrong(tree: DraftTree, choice: Tensor) -> Verdict:
         agrees = (tree.parents >= 0) & (tree.tokens == choice.gather(1, tree.parents.clamp(min=0)))
         path = torch.full_like(tree.parents, -1)
@@ -113,15 +123,23 @@ def oracles(model: Model, draft: str, temperature: float, mutate: Mutate) -> tup
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("mutate", "tokens", "state"), TABLE, ids=[entry[0].__name__ for entry in TABLE])
-def test_which_oracle_sees_it(model: Model, mutate: Mutate, tokens: bool, state: bool, temperature: float) -> None:
+def test_which_oracle_sees_it(
+    model: Model, mutate: Mutate, tokens: bool, state: bool, temperature: float
+) -> None:
     assert oracles(model, "eagle", temperature, mutate) == (tokens, state)
 
 
-WITHOUT_A_HEAD = [entry for entry in TABLE if entry[0] in (no_mistake, compaction_skipped, causal_mask, bonus_at_the_root)]
+WITHOUT_A_HEAD = [
+    entry for entry in TABLE if entry[0] in (no_mistake, compaction_skipped, causal_mask, bonus_at_the_root)
+]
 
 
-@pytest.mark.parametrize(("mutate", "tokens", "state"), WITHOUT_A_HEAD, ids=[e[0].__name__ for e in WITHOUT_A_HEAD])
-def test_which_oracle_sees_it_in_random_trees(model: Model, mutate: Mutate, tokens: bool, state: bool) -> None:
+@pytest.mark.parametrize(
+    ("mutate", "tokens", "state"), WITHOUT_A_HEAD, ids=[e[0].__name__ for e in WITHOUT_A_HEAD]
+)
+def test_which_oracle_sees_it_in_random_trees(
+    model: Model, mutate: Mutate, tokens: bool, state: bool
+) -> None:
     assert oracles(model, "prophet", 0.0, mutate) == (tokens, state)
 
 

@@ -21,15 +21,21 @@ from tests.oracles.noise import frequency_score
 VOCAB = 30
 
 
-def oracle_kept(logits: Tensor, params: SamplingParams) -> np.ndarray:
-    return sampler.process(logits.double().numpy(), params.temperature, params.top_k, params.top_p, params.min_p)
+def oracle_kept(logits: Tensor, params: SamplingParams) -> sampler.Row:
+    return sampler.process(
+        logits.double().numpy(), params.temperature, params.top_k, params.top_p, params.min_p
+    )
 
 
 def params_strategy() -> st.SearchStrategy[SamplingParams]:
     return st.builds(
-        SamplingParams, temperature=st.sampled_from([0.0, 0.2, 0.7, 1.0, 2.5]), seed=st.integers(-(2**63), 2**63 - 1),
-        top_k=st.sampled_from([0, 1, 2, 7, VOCAB - 1, VOCAB, VOCAB + 5]), top_p=st.sampled_from([0.001, 0.3, 0.77, 0.95, 1.0]),
-        min_p=st.sampled_from([0.0, 0.01, 0.2, 1.0]))
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 0.2, 0.7, 1.0, 2.5]),
+        seed=st.integers(-(2**63), 2**63 - 1),
+        top_k=st.sampled_from([0, 1, 2, 7, VOCAB - 1, VOCAB, VOCAB + 5]),
+        top_p=st.sampled_from([0.001, 0.3, 0.77, 0.95, 1.0]),
+        min_p=st.sampled_from([0.0, 0.01, 0.2, 1.0]),
+    )
 
 
 def batch_of(params: list[SamplingParams]) -> Batch:
@@ -40,7 +46,11 @@ def batch_of(params: list[SamplingParams]) -> Batch:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(params_strategy(), min_size=1, max_size=4), st.integers(0, 10_000), st.sampled_from([0.5, 3.0, 12.0]))
+@given(
+    st.lists(params_strategy(), min_size=1, max_size=4),
+    st.integers(0, 10_000),
+    st.sampled_from([0.5, 3.0, 12.0]),
+)
 def test_rows_of_a_batch(params: list[SamplingParams], seed: int, spread: float) -> None:
     """Any mix of parameters in one batch: what is kept, its probabilities, and the token that is chosen."""
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +68,9 @@ def test_rows_of_a_batch(params: list[SamplingParams], seed: int, spread: float)
             assert (np.isfinite(got) == np.isfinite(expected)).all()
             kept = np.isfinite(expected)
             np.testing.assert_allclose(got[kept], expected[kept], atol=1e-4)
-            noise = gumbel_noise(torch.tensor([param.seed]), positions[row : row + 1, node : node + 1] + 1, torch.arange(VOCAB))
+            noise = gumbel_noise(
+                torch.tensor([param.seed]), positions[row : row + 1, node : node + 1] + 1, torch.arange(VOCAB)
+            )
             with_noise = expected + noise[0, 0].double().numpy()
             best, second = np.sort(with_noise)[::-1][:2]
             if best - second > 1e-4:
@@ -66,8 +78,8 @@ def test_rows_of_a_batch(params: list[SamplingParams], seed: int, spread: float)
 
 
 def test_ties_at_the_edge_of_a_filter() -> None:
-    """Tokens tied with the last that top-k keeps stay, as in the numpy version. At top-p's edge all tied ones stay too,
-    where that version takes the lower ids: what is kept in addition is tied with what it keeps."""
+    """Tokens tied with the last that top-k keeps stay, as in the numpy version. At top-p's edge all tied ones
+    stay too, where that version takes the lower ids: what is kept in addition is tied with what it keeps."""
     logits = torch.log(torch.tensor([0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]))
     for top_k in range(1, 9):
         param = SamplingParams(top_k=top_k)
@@ -90,7 +102,10 @@ def test_extreme_logits(scale: float, temperature: float) -> None:
     logits[:, :, ::3] = -math.inf
     logits[0, 1, :] = -math.inf
     logits[0, 1, 17] = scale
-    for param in (SamplingParams(temperature=temperature), SamplingParams(temperature=temperature, top_p=0.9, min_p=0.1, top_k=5)):
+    for param in (
+        SamplingParams(temperature=temperature),
+        SamplingParams(temperature=temperature, top_p=0.9, min_p=0.1, top_k=5),
+    ):
         sampling = sampling_tensors([param], "cpu")
         noisy = perturb(logits, torch.arange(50)[None], torch.arange(VOCAB), sampling)
         assert not torch.isnan(noisy).any()
@@ -104,13 +119,21 @@ def test_extreme_logits(scale: float, temperature: float) -> None:
 def test_all_tokens_equal() -> None:
     logits = torch.zeros(1, 4000, VOCAB)
     for param in (SamplingParams(), SamplingParams(top_p=0.5, top_k=3, min_p=1.0)):
-        picked = perturb(logits, torch.arange(4000)[None], torch.arange(VOCAB), sampling_tensors([param], "cpu")).argmax(-1)
+        picked = perturb(
+            logits, torch.arange(4000)[None], torch.arange(VOCAB), sampling_tensors([param], "cpu")
+        ).argmax(-1)
         assert frequency_score(picked[0].numpy(), np.full(VOCAB, 1 / VOCAB)) < 5
 
 
-@pytest.mark.parametrize("param", [
-    SamplingParams(temperature=0.7, seed=1), SamplingParams(temperature=1.0, seed=2, top_k=6),
-    SamplingParams(temperature=1.3, seed=3, top_p=0.8), SamplingParams(temperature=1.0, seed=4, min_p=0.1, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize(
+    "param",
+    [
+        SamplingParams(temperature=0.7, seed=1),
+        SamplingParams(temperature=1.0, seed=2, top_k=6),
+        SamplingParams(temperature=1.3, seed=3, top_p=0.8),
+        SamplingParams(temperature=1.0, seed=4, min_p=0.1, top_k=20, top_p=0.9),
+    ],
+)
 def test_choices_follow_their_probabilities(param: SamplingParams) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 1.5
     probs = np.exp(oracle_kept(logits, param))
@@ -131,7 +154,10 @@ def test_a_subset_of_tokens_gets_the_noise_of_its_ids() -> None:
 
 
 def test_select_keeps_the_parameters_of_a_sequence() -> None:
-    params = [SamplingParams(temperature=0.1 * i, top_k=i, top_p=1 - 0.1 * i, min_p=0.01 * i, seed=i) for i in range(4)]
+    params = [
+        SamplingParams(temperature=0.1 * i, top_k=i, top_p=1 - 0.1 * i, min_p=0.01 * i, seed=i)
+        for i in range(4)
+    ]
     chosen = sampling_tensors(params, "cpu").select(torch.tensor([3, 1]))
     assert chosen.seed.tolist() == [3, 1]
     assert chosen.top_k.tolist() == [3, 1]

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.core import Batch, Delta, DraftTree, Request, SamplingParams, Scores, Speculation
+from engine.core import Batch, Delta, DraftTree, Request, SamplingParams, Scores, Sequence, Speculation
 from engine.errors import ContextLengthError, RequestError
 from engine.pages import PagePool
 from engine.step import Engine
@@ -39,20 +39,46 @@ def check_pages(engine: Engine) -> None:
         assert engine.scheduler.pages.pages_for(seq.kv_len + 1) >= len(seq.pages)
 
 
-add_op = st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 16), st.sampled_from([0.0, 1.0]), st.integers(0, 3))
+add_op = st.tuples(
+    st.just("add"), st.integers(1, 30), st.integers(1, 16), st.sampled_from([0.0, 1.0]), st.integers(0, 3)
+)
 abort_op = st.tuples(st.just("abort"), st.integers(0, 8), st.just(0), st.just(0.0), st.just(0))
 step_op = st.tuples(st.just("step"), st.integers(1, 6), st.just(0), st.just(0.0), st.just(0))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(st.sampled_from(["eagle3", "eagle", "ngram", "none"]), st.integers(1, 5), st.integers(30, 90),
-       st.integers(2, 20), st.integers(1, 5), st.lists(st.one_of(add_op, add_op, step_op, abort_op), min_size=3, max_size=12))
-def test_streams_survive_a_crowd(draft: str, page_size: int, num_rows: int, max_tokens_per_step: int, max_seqs: int,
-                                 ops: list[tuple[str, int, int, float, int]]) -> None:
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(
+    st.sampled_from(["eagle3", "eagle", "ngram", "none"]),
+    st.integers(1, 5),
+    st.integers(30, 90),
+    st.integers(2, 20),
+    st.integers(1, 5),
+    st.lists(st.one_of(add_op, add_op, step_op, abort_op), min_size=3, max_size=12),
+)
+def test_streams_survive_a_crowd(
+    draft: str,
+    page_size: int,
+    num_rows: int,
+    max_tokens_per_step: int,
+    max_seqs: int,
+    ops: list[tuple[str, int, int, float, int]],
+) -> None:
     """Adds, aborts and steps at random on a cache that is too small for all: preemption is the rule here."""
-    engine = make_engine(MODEL, draft, num_pages=1 + max(2, num_rows // page_size), page_size=page_size, eos=EOS,
-                         max_num_batched_tokens=max_tokens_per_step, max_num_seqs=max_seqs, max_model_len=100)
+    engine = make_engine(
+        MODEL,
+        draft,
+        num_pages=1 + max(2, num_rows // page_size),
+        page_size=page_size,
+        eos=EOS,
+        max_num_batched_tokens=max_tokens_per_step,
+        max_num_seqs=max_seqs,
+        max_model_len=100,
+    )
     requests: dict[int, Request] = {}
     emitted: dict[int, list[int]] = {}
     reasons: dict[int, str] = {}
@@ -105,7 +131,12 @@ def test_preemption_really_happens_and_changes_nothing(draft: str, monkeypatch: 
     engine = make_engine(MODEL, draft, num_pages=14, page_size=4, eos=EOS, speculation=Speculation(5, 3, 2))
     preempted: list[int] = []
     preempt = engine.scheduler._preempt
-    monkeypatch.setattr(engine.scheduler, "_preempt", lambda seq: (preempted.append(seq.request.id), preempt(seq)))
+
+    def watched(seq: Sequence) -> None:
+        preempted.append(seq.request.id)
+        preempt(seq)
+
+    monkeypatch.setattr(engine.scheduler, "_preempt", watched)
     lengths = [7, 3, 12, 5]
     params = [SamplingParams(temperature=0.8, seed=n, max_tokens=16, ignore_eos=True) for n in lengths]
     got = engine.generate([prompts_of([n])[0] for n in lengths], params)
@@ -179,7 +210,11 @@ def test_aborts_in_every_state() -> None:
     assert engine.kv_usage() == 0
 
 
-@given(st.integers(1, 6), st.integers(2, 30), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=30))
+@given(
+    st.integers(1, 6),
+    st.integers(2, 30),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=30),
+)
 @settings(max_examples=50, deadline=None)
 def test_page_pool(page_size: int, num_pages: int, ops: list[tuple[int, int]]) -> None:
     """Four owners grow and shrink: all or nothing, no page twice, never the dummy, on into the next page if it is free."""

@@ -30,15 +30,27 @@ from tests.engine.state import TOLERANCE, state_error
 from tests.oracles.llama import forward, greedy
 
 PROMPTS = prompts_of([1, 9, 2, 21])
-SPECULATIONS = {"chain": CHAIN, "tree": TREE, "pair": Speculation(2, 1, 1), "wide": Speculation(20, 3, 6),
-                "deep": Speculation(6, 9, 2)}
+SPECULATIONS = {
+    "chain": CHAIN,
+    "tree": TREE,
+    "pair": Speculation(2, 1, 1),
+    "wide": Speculation(20, 3, 6),
+    "deep": Speculation(6, 9, 2),
+}
 FILTERS = [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02, "top_k": 40, "top_p": 0.95}]
 
 
 def params_of(temperature: float, *, filters: bool = False) -> list[SamplingParams]:
     """Four requests of different length and seed."""
-    return [SamplingParams(temperature=temperature, seed=10 + i, max_tokens=(14, 11, 20, 1)[i],
-                           **(FILTERS[i] if filters else {})) for i in range(4)]  # type: ignore[arg-type]
+    return [
+        SamplingParams(
+            temperature=temperature,
+            seed=10 + i,
+            max_tokens=(14, 11, 20, 1)[i],
+            **(FILTERS[i] if filters else {}),
+        )
+        for i in range(4)
+    ]  # type: ignore[arg-type]
 
 
 PLAIN_TOKENS: dict[tuple[int, tuple[SamplingParams, ...]], tuple[Model, list[tuple[int, ...]]]] = {}
@@ -52,11 +64,19 @@ def cached_plain_tokens(model: Model, params: list[SamplingParams]) -> list[tupl
     return PLAIN_TOKENS[key][1]
 
 
-def check(model: Model, draft: str, params: list[SamplingParams], speculation: Speculation,
-          per_request: list[Speculation | None] | None = None, page_size: int = 4) -> Recording:
+def check(
+    model: Model,
+    draft: str,
+    params: list[SamplingParams],
+    speculation: Speculation,
+    per_request: list[Speculation | None] | None = None,
+    page_size: int = 4,
+) -> Recording:
     """Both oracles for one batch with a named draft."""
     expected = cached_plain_tokens(model, params)
-    engine = make_engine(model, draft, speculation=speculation, page_size=page_size, num_pages=480 // page_size)
+    engine = make_engine(
+        model, draft, speculation=speculation, page_size=page_size, num_pages=480 // page_size
+    )
     recording = record(engine, PROMPTS, params, per_request)
     assert [c.token_ids for c in recording.completions] == expected
     assert state_error(model, recording, draft) < TOLERANCE
@@ -99,18 +119,24 @@ def test_other_shapes_and_every_filter(echo: Model, draft: str, shape: str) -> N
 @pytest.mark.parametrize("draft", ["ngram", "eagle3", "eagle"])
 def test_requests_speculate_differently_in_one_batch(echo: Model, draft: str) -> None:
     per_request = [PLAIN, Speculation(4, 3, 1), None, TREE]
-    recording = check(echo, draft, params_of(0.7, filters=True), SPECULATIONS["wide"], per_request, page_size=2)
+    recording = check(
+        echo, draft, params_of(0.7, filters=True), SPECULATIONS["wide"], per_request, page_size=2
+    )
     assert recording.completions[0].num_draft_tokens == 0
 
 
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
 def test_greedy_and_sampled_in_one_batch(echo: Model, draft: str) -> None:
-    params = [SamplingParams(temperature=t, seed=i, max_tokens=16) for i, t in enumerate((0.0, 1.0, 0.0, 0.5))]
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=16) for i, t in enumerate((0.0, 1.0, 0.0, 0.5))
+    ]
     check(echo, draft, params, TREE)
 
 
-@pytest.mark.parametrize(("norm", "bias", "input_norm", "layers"),
-                         [(a, b, c, 1 + (a == c)) for a, b, c in itertools.product([False, True], repeat=3)])
+@pytest.mark.parametrize(
+    ("norm", "bias", "input_norm", "layers"),
+    [(a, b, c, 1 + (a == c)) for a, b, c in itertools.product([False, True], repeat=3)],
+)
 def test_every_kind_of_eagle_1_head(norm: bool, bias: bool, input_norm: bool, layers: int) -> None:
     model = random_model(5, norm=norm, bias=bias, input_norm=input_norm, eagle_layers=layers)
     check(model, "eagle", params_of(0.7), TREE)
@@ -176,8 +202,12 @@ def test_stop_tokens_end_at_the_same_place(echo: Model, draft: str, temperature:
     free = cached_plain_tokens(echo, params)
     eos = free[0][11]
     stop = free[1][7]
-    stopping = [params[0], SamplingParams(temperature=temperature, seed=1, max_tokens=20, stop_token_ids=(stop,)),
-                params[2], SamplingParams(temperature=temperature, seed=3, max_tokens=20, ignore_eos=True)]
+    stopping = [
+        params[0],
+        SamplingParams(temperature=temperature, seed=1, max_tokens=20, stop_token_ids=(stop,)),
+        params[2],
+        SamplingParams(temperature=temperature, seed=3, max_tokens=20, ignore_eos=True),
+    ]
 
     def cut(tokens: tuple[int, ...], ends: set[int]) -> tuple[int, ...]:
         ending = [i for i, token in enumerate(tokens) if token in ends]
@@ -187,8 +217,9 @@ def test_stop_tokens_end_at_the_same_place(echo: Model, draft: str, temperature:
     got = engine.generate(PROMPTS, stopping)
     expected = [cut(free[0], {eos}), cut(free[1], {eos, stop}), cut(free[2], {eos}), free[3]]
     assert [c.token_ids for c in got] == expected
-    assert [c.finish_reason for c in got] == ["stop" if len(e) < 20 or e[-1] == eos else "length"
-                                              for e in expected[:3]] + ["length"]
+    assert [c.finish_reason for c in got] == [
+        "stop" if len(e) < 20 or e[-1] == eos else "length" for e in expected[:3]
+    ] + ["length"]
     assert_idle(engine)
 
 

@@ -17,7 +17,9 @@ from tests.oracles.attention import ancestors_of, tree_attention
 
 
 def random_tree(num_nodes: int, generator: torch.Generator, padding: int = 0) -> list[int]:
-    parents = [-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, num_nodes - padding)]
+    parents = [-1] + [
+        int(torch.randint(0, i, (), generator=generator)) for i in range(1, num_nodes - padding)
+    ]
     return parents + [-1] * (num_nodes - len(parents))
 
 
@@ -55,8 +57,9 @@ def test_tree_attention(num_nodes: int, heads: int, kv_heads: int, in_place: boo
     for seq, past in enumerate(pasts):
         keys, values = k_pool[:, rows[seq]].transpose(0, 1), v_pool[:, rows[seq]].transpose(0, 1)
         nodes = slice(past, past + num_nodes)
-        expected = tree_attention(q[seq], keys[:past], values[:past], keys[nodes], values[nodes], parents[seq],
-                                  1.3 / math.sqrt(dim))
+        expected = tree_attention(
+            q[seq], keys[:past], values[:past], keys[nodes], values[nodes], parents[seq], 1.3 / math.sqrt(dim)
+        )
         torch.testing.assert_close(got[seq].double(), expected, atol=2e-5, rtol=1e-5)
 
 
@@ -69,9 +72,15 @@ def test_no_bias_means_all_is_visible(num_nodes: int) -> None:
     got = ref.tree_attention(q, k_pool, v_pool, (slice(5, 80),), None, 0.3)
     zeros = ref.tree_attention(q, k_pool, v_pool, rows, torch.zeros(1, num_nodes, 75), 0.3)
     torch.testing.assert_close(got, zeros, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(ref.tree_attention(q, k_pool, v_pool, rows, None, 0.3), zeros, atol=1e-6, rtol=1e-5)
-    expected = F.scaled_dot_product_attention(q[0].transpose(0, 1), k_pool[:, 5:80].repeat_interleave(2, 0),
-                                              v_pool[:, 5:80].repeat_interleave(2, 0), scale=0.3)
+    torch.testing.assert_close(
+        ref.tree_attention(q, k_pool, v_pool, rows, None, 0.3), zeros, atol=1e-6, rtol=1e-5
+    )
+    expected = F.scaled_dot_product_attention(
+        q[0].transpose(0, 1),
+        k_pool[:, 5:80].repeat_interleave(2, 0),
+        v_pool[:, 5:80].repeat_interleave(2, 0),
+        scale=0.3,
+    )
     torch.testing.assert_close(got[0].transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
 
 

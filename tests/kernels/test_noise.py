@@ -15,11 +15,15 @@ from tests.oracles.noise import correlation_score, frequency_score, ks_score, ne
 def grid(seeds: list[int], positions: int, tokens: int) -> NDArray[np.float64]:
     """[seeds, positions, tokens]"""
     place = torch.arange(positions).expand(len(seeds), -1)
-    noise: NDArray[np.float64] = gumbel_noise(torch.tensor(seeds), place, torch.arange(tokens)).double().numpy()
+    noise: NDArray[np.float64] = (
+        gumbel_noise(torch.tensor(seeds), place, torch.arange(tokens)).double().numpy()
+    )
     return noise
 
 
-@pytest.mark.parametrize("seeds", [[0], [2**40 + 1], [-1], list(range(4))], ids=["zero", "large", "negative", "several"])
+@pytest.mark.parametrize(
+    "seeds", [[0], [2**40 + 1], [-1], list(range(4))], ids=["zero", "large", "negative", "several"]
+)
 def test_it_is_gumbel_and_independent(seeds: list[int]) -> None:
     noise = grid(seeds, 60, 1500)
     assert ks_score(noise) < 2.2
@@ -40,7 +44,9 @@ def test_far_apart_positions_and_tokens_are_strangers() -> None:
     for shift in (2, 3, 64, 128, 256):
         assert correlation_score(noise[:-shift], noise[shift:]) < 5
         assert correlation_score(noise[:, :-shift], noise[:, shift:]) < 5
-    assert correlation_score(noise[:, :300], noise[:, :300].T) < 5  # (position, token) against (token, position)
+    assert (
+        correlation_score(noise[:, :300], noise[:, :300].T) < 5
+    )  # (position, token) against (token, position)
 
 
 def test_the_shape_of_the_call_does_not_matter() -> None:
@@ -52,14 +58,16 @@ def test_the_shape_of_the_call_does_not_matter() -> None:
     assert torch.equal(gumbel_noise(seeds, positions, subset.expand(3, 2, -1)), whole[..., subset])
     for row in range(3):
         for column in range(2):
-            alone = gumbel_noise(seeds[row : row + 1], positions[row : row + 1, column : column + 1], torch.arange(500))
+            alone = gumbel_noise(
+                seeds[row : row + 1], positions[row : row + 1, column : column + 1], torch.arange(500)
+            )
             assert torch.equal(alone[0, 0], whole[row, column])
     assert torch.equal(gumbel_noise(seeds, positions.clone(), torch.arange(500)), whole)
 
 
 def test_it_is_finite_everywhere() -> None:
-    """With 24 random bits the largest uniform rounds to 1 and its noise to infinity: this token would have been chosen
-    whatever the model thought of it, once in 16 million draws."""
+    """With 24 random bits the largest uniform rounds to 1 and its noise to infinity: this token would have
+    been chosen whatever the model thought of it, once in 16 million draws."""
     assert torch.isfinite(gumbel_noise(torch.tensor([76]), torch.tensor([[7]]), torch.tensor([28265]))).all()
     noise = gumbel_noise(torch.arange(8), torch.arange(8).expand(8, -1), torch.arange(50_000))
     assert torch.isfinite(noise).all()

@@ -24,16 +24,21 @@ def siblings_distinct(tokens: tuple[int, ...], parents: list[int]) -> bool:
 
 def trees(num_nodes: int, alphabet: int) -> list[Tree]:
     """Every tree of a size over an alphabet; the root's token never matters."""
-    return [([0, *tokens], parents) for parents in all_parents(num_nodes)
-            for tokens in itertools.product(range(alphabet), repeat=num_nodes - 1)
-            if siblings_distinct(tokens, parents)]
+    return [
+        ([0, *tokens], parents)
+        for parents in all_parents(num_nodes)
+        for tokens in itertools.product(range(alphabet), repeat=num_nodes - 1)
+        if siblings_distinct(tokens, parents)
+    ]
 
 
 def compare(cases: list[tuple[Tree, list[int]]]) -> None:
     """One batch, padded to the largest tree, against the walk of each."""
     width = max(len(tokens) for (tokens, _), _ in cases)
-    tree = DraftTree(torch.tensor([tokens + [0] * (width - len(tokens)) for (tokens, _), _ in cases]),
-                     torch.tensor([parents + [-1] * (width - len(parents)) for (_, parents), _ in cases]))
+    tree = DraftTree(
+        torch.tensor([tokens + [0] * (width - len(tokens)) for (tokens, _), _ in cases]),
+        torch.tensor([parents + [-1] * (width - len(parents)) for (_, parents), _ in cases]),
+    )
     choice = torch.tensor([chosen + [0] * (width - len(chosen)) for _, chosen in cases])
     verdict = accept(tree, choice)
     assert verdict.path.shape == tree.tokens.shape
@@ -47,8 +52,13 @@ def compare(cases: list[tuple[Tree, list[int]]]) -> None:
 
 @pytest.mark.parametrize(("num_nodes", "alphabet"), [(1, 3), (2, 3), (3, 3), (4, 3), (5, 2)])
 def test_all_small_trees(num_nodes: int, alphabet: int) -> None:
-    compare([(tree, list(choice)) for tree in trees(num_nodes, alphabet)
-             for choice in itertools.product(range(alphabet), repeat=num_nodes)])
+    compare(
+        [
+            (tree, list(choice))
+            for tree in trees(num_nodes, alphabet)
+            for choice in itertools.product(range(alphabet), repeat=num_nodes)
+        ]
+    )
 
 
 def test_all_shapes_of_five_nodes_over_three_tokens() -> None:
@@ -69,7 +79,9 @@ def test_ragged_batches() -> None:
 def large_tree(draw: st.DrawFn) -> tuple[Tree, list[int]]:
     """A tree of up to 40 nodes; choices mostly name a child, so that paths get long."""
     size = draw(st.integers(1, 40))
-    parents = [-1] + [draw(st.integers(max(0, node - draw(st.integers(1, node))), node - 1)) for node in range(1, size)]
+    parents = [-1] + [
+        draw(st.integers(max(0, node - draw(st.integers(1, node))), node - 1)) for node in range(1, size)
+    ]
     rank = [sum(parents[other] == parents[node] for other in range(node)) for node in range(size)]
     base = draw(st.integers(0, 1000))
     choice = [base + draw(st.integers(-1, 3)) for _ in range(size)]
@@ -92,7 +104,9 @@ def test_the_example_of_the_docstring() -> None:
 
 
 def test_accept_all() -> None:
-    chunk = PromptChunk(torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0]]), torch.tensor([3, 1, 2]), torch.tensor([-1, -1, 9]))
+    chunk = PromptChunk(
+        torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0]]), torch.tensor([3, 1, 2]), torch.tensor([-1, -1, 9])
+    )
     verdict = accept_all(chunk, torch.tensor([[70], [71], [72]]))
     assert verdict.path.tolist() == [[0, 1, 2], [0, -1, -1], [0, 1, -1]]
     assert verdict.length.tolist() == [3, 1, 2]

@@ -31,7 +31,9 @@ def test_the_log_retells_the_run(tmp_path: Path, draft: str) -> None:
     prompts = prompts_of([4, 9, 3])
     specs: list[Speculation | None] = [None, PLAIN, Speculation(4, 3, 1)]
     for i, (prompt, spec) in enumerate(zip(prompts, specs, strict=True)):
-        engine.add(Request(i, tuple(prompt), SamplingParams(temperature=0.5 * i, seed=i, max_tokens=12), spec))
+        engine.add(
+            Request(i, tuple(prompt), SamplingParams(temperature=0.5 * i, seed=i, max_tokens=12), spec)
+        )
     emitted: dict[int, list[int]] = {0: [], 1: [], 2: []}
     while engine.has_work:
         for delta in engine.step():

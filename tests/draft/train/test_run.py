@@ -1,4 +1,4 @@
-"""A whole run on a tiny target: it learns, it resumes exactly, and what it exports is the published layout."""
+"""A whole run on a tiny target: it learns, it resumes exactly, its export has the published layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny target world for the training tests: documents whose features are a fixed function of their tokens."""
+"""A tiny target world for the training tests: features are a fixed function of the tokens."""
 
 from __future__ import annotations
 
