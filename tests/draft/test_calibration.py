@@ -1,4 +1,4 @@
-"""What a score is worth is learned from what was accepted, and makes trees that are never worse than chains."""
+"""What a score is worth is learned from what was accepted, and trees are never worse than chains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Truth = Callable[
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 5)), min_size=1, max_size=6))
 def test_isotonic_against_brute_force(points: list[tuple[int, int]]) -> None:
-    """The best non-decreasing sequence is constant on blocks, each at its weighted mean: try all partitions."""
+    """The best non-decreasing sequence is constant on blocks, each at its weighted mean: try them all."""
     values, weights = (np.asarray(x, dtype=np.float64) for x in zip(*points, strict=True))
     got = isotonic(values, weights)
     assert (np.diff(got) >= -1e-12).all()

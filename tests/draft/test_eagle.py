@@ -1,4 +1,4 @@
-"""The networks of the heads, run without an engine: rows of a page against the list of rows computed at once."""
+"""The networks of the heads, run without an engine: rows of a pool against rows computed at once."""
 
 from __future__ import annotations
 

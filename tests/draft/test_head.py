@@ -43,7 +43,7 @@ def features(count: int) -> Tensor:
 
 
 def test_the_example_of_the_module(draft: FeatureDraft) -> None:
-    """Token 5 is the root; nodes 1 and 3 are accepted behind it: three pairs wait, each feature with the next token."""
+    """Token 5 is the root, nodes 1 and 3 are accepted: three pairs wait, each feature with the next token."""
     batch = batch_of([[10, 11, 12, 13, 14, 15]], [TREE])
     tree = DraftTree(torch.tensor([[15, 16, 99, 17]]), torch.tensor([[-1, 0, 0, 1]]))
     draft.observe(

@@ -80,7 +80,7 @@ def expected(draft: str) -> tuple[list[tuple[int, ...]], int]:
     return tokens, sum(c.num_accepted for c in got)
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 def renamed(weights: Weights, old: str, new: str) -> Weights:
@@ -177,7 +177,7 @@ def test_feature_layers_from_the_config(tmp_path: Path) -> None:
     assert read_head(save(tmp_path, raw, weights)).feature_layers == (0, 1, 3)
 
 
-# --- what is wrong, and what the message says ---------------------------------------------------------------------------
+# --- what is wrong, and what the message says -----------------------------------------------------
 
 
 def without(name: str) -> Callable[[Weights], Weights]:

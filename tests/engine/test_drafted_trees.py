@@ -38,7 +38,7 @@ class Drafted:
 
 
 def watch(draft: FeatureDraft, kept: list[Drafted]) -> None:
-    """Keep every tree that ``propose`` returns from now on; checks values on the spot, as the calibration moves on."""
+    """Keep every tree that ``propose`` returns; values are checked at once, as the calibration moves on."""
     propose: Callable[[Batch], DraftTree] = draft.propose
 
     def watched(batch: Batch) -> DraftTree:
@@ -166,7 +166,7 @@ def test_every_node_of_a_batch(draft: str) -> None:
 
 @pytest.mark.parametrize("page_size", [1, 2, 5])
 def test_a_small_tree_beside_a_large_one(page_size: int) -> None:
-    """The rows of a small tree must not leave its own pages because a neighbour drafts more at every level."""
+    """The rows of a small tree must not leave its own pages because a neighbour drafts more at each level."""
     params = [SamplingParams(temperature=0, max_tokens=9) for _ in range(4)]
     specs = [Speculation(4, 3, 1), Speculation(12, 4, 6), PLAIN, Speculation(5, 4, 2)]
     assert run("eagle", params, list(specs), page_size, 2) > 15

@@ -141,7 +141,7 @@ def test_chunks_and_scattered_pages_equal_one_prefill(shape: str) -> None:
 
 @pytest.mark.parametrize("scattered", [False, True])
 def test_a_ragged_batch_equals_each_alone(scattered: bool) -> None:
-    """Different prompt lengths and different rows already there; more than 64 nodes take the other attention path."""
+    """Different prompt lengths and rows already there; more than 64 nodes take the other attention path."""
     config, weights = tiny_llama(3)
     prompts = prompts_of([70, 5, 33, 12])
     pasts = [0, 4, 20, 11]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import engine.kvcache
 import engine.models.llama
 import engine.step
 import verify.accept
@@ -38,7 +39,7 @@ def compaction_skipped(patch: pytest.MonkeyPatch) -> None:
 
 def causal_mask(patch: pytest.MonkeyPatch) -> None:
     """Only the target's mask is wrong; acceptance walks the true tree."""
-    plan_rows = engine.models.llama.plan_rows
+    plan_rows = engine.kvcache.plan_rows
 
     def ancestors(tree: DraftTree) -> Tensor:
         num_seqs, num_nodes = tree.parents.shape

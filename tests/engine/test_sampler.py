@@ -87,16 +87,16 @@ def test_ties_at_the_edge_of_a_filter() -> None:
         assert (torch.isfinite(got).numpy() == np.isfinite(oracle_kept(logits, param))).all()
     for top_p in (0.1, 0.35, 0.55, 0.99):
         param = SamplingParams(top_p=top_p)
-        got = torch.isfinite(process(logits[None, None], sampling_tensors([param], "cpu"))[0, 0]).numpy()
+        stays = torch.isfinite(process(logits[None, None], sampling_tensors([param], "cpu"))[0, 0]).numpy()
         kept = np.isfinite(oracle_kept(logits, param))
-        assert got[kept].all()
-        assert set(logits.numpy()[got]) == set(logits.numpy()[kept])
+        assert stays[kept].all()
+        assert set(logits.numpy()[stays]) == set(logits.numpy()[kept])
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 @pytest.mark.parametrize("temperature", [1e-4, 1.0, 100.0])
 def test_extreme_logits(scale: float, temperature: float) -> None:
-    """Huge spreads, tokens that are impossible, and a single possible one: never NaN, never an impossible token."""
+    """Huge spreads, impossible tokens, a single possible one: never NaN, never an impossible token."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 50, VOCAB, generator=generator) * scale
     logits[:, :, ::3] = -math.inf

@@ -217,7 +217,7 @@ def test_aborts_in_every_state() -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_page_pool(page_size: int, num_pages: int, ops: list[tuple[int, int]]) -> None:
-    """Four owners grow and shrink: all or nothing, no page twice, never the dummy, on into the next page if it is free."""
+    """Four owners grow and shrink: all or nothing, no page twice, on into the next page if it is free."""
     pool = PagePool(num_pages, page_size)
     owners: list[list[int]] = [[], [], [], []]
     for owner, rows in ops:

@@ -6,6 +6,7 @@ float32, so that equality is exact. Both oracles are seen to fail in test_mutant
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,12 @@ SPECULATIONS = {
     "wide": Speculation(20, 3, 6),
     "deep": Speculation(6, 9, 2),
 }
-FILTERS = [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02, "top_k": 40, "top_p": 0.95}]
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 20},
+    {"top_p": 0.9},
+    {"min_p": 0.02, "top_k": 40, "top_p": 0.95},
+]
 
 
 def params_of(temperature: float, *, filters: bool = False) -> list[SamplingParams]:
@@ -50,7 +56,7 @@ def params_of(temperature: float, *, filters: bool = False) -> list[SamplingPara
             **(FILTERS[i] if filters else {}),
         )
         for i in range(4)
-    ]  # type: ignore[arg-type]
+    ]
 
 
 PLAIN_TOKENS: dict[tuple[int, tuple[SamplingParams, ...]], tuple[Model, list[tuple[int, ...]]]] = {}
@@ -151,7 +157,7 @@ def test_random_heads(rand: Model, draft: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_prophet_in_random_trees(rand: Model, seed: int, temperature: float) -> None:
-    """Long accepted paths through ragged trees whose nodes lie anywhere: compaction moves rows in almost every step."""
+    """Long accepted paths through ragged trees whose nodes lie anywhere: almost every step moves rows."""
     params = params_of(temperature, filters=True)
     expected = cached_plain_tokens(rand, params)
     prophet = Prophet(dict(enumerate(expected)), rand.config.vocab_size, seed)

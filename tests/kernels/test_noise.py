@@ -1,4 +1,4 @@
-"""The noise behind every sampled token: a pure function of (seed, position, token id) that looks like Gumbel noise."""
+"""The noise behind every sampled token: a function of (seed, position, token id) that looks like Gumbel noise."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_far_apart_positions_and_tokens_are_strangers() -> None:
 
 
 def test_the_shape_of_the_call_does_not_matter() -> None:
-    """Batches, rows and subsets of tokens in any order see the same numbers; so do one token list and one per row."""
+    """Batches, rows and subsets of tokens in any order see the same numbers."""
     seeds, positions = torch.tensor([5, 6, 7]), torch.tensor([[3, 4], [9, 1], [1000, 0]])
     whole = gumbel_noise(seeds, positions, torch.arange(500))
     subset = torch.tensor([499, 0, 77, 3])
