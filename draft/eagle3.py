@@ -28,7 +28,9 @@ class Eagle3Model:
     """The network (draft.head.HeadModel).
 
     config: shape of the head's layer, ``vocab_size`` being the draft vocabulary's; weights: published names,
-    consumed; embedding: [V, H]; feature_layers: as in engine.models.llama.
+    consumed; embedding: [V, H]; feature_layers: as in engine.models.llama; approximate: products may be
+    rounded
+    for speed (see engine.nn.linear).
     """
 
     def __init__(
@@ -38,7 +40,12 @@ class Eagle3Model:
         embedding: Tensor,
         feature_layers: tuple[int, ...],
         num_slots: int,
+        *,
+        approximate: bool = False,
     ) -> None:
+        def linear(*names: str) -> Linear:
+            return fuse(*(take(name) for name in names), approximate=approximate)
+
         def take(name: str) -> Tensor:
             return weights.pop(f"{name}.weight")
 
@@ -47,21 +54,22 @@ class Eagle3Model:
         dtype, device = embedding.dtype, str(embedding.device)
         d2t = weights.pop("d2t")
         self.token_ids = torch.arange(len(d2t), device=d2t.device) + d2t
-        self.fc = Linear(take("fc"))
+        self.fc = Linear(
+            take("fc")
+        )  # never approximate: raw hidden states have outliers that eat the precision
         self.input_norm, self.hidden_norm = take("midlayer.input_layernorm"), take("midlayer.hidden_norm")
         self.attention = Attention(
-            fuse(*(take(f"midlayer.self_attn.{part}_proj") for part in "qkv")),
-            Linear(take("midlayer.self_attn.o_proj")),
+            linear(*(f"midlayer.self_attn.{part}_proj" for part in "qkv")),
+            linear("midlayer.self_attn.o_proj"),
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
         )
         self.post_norm = take("midlayer.post_attention_layernorm")
         self.mlp = SwiGLU(
-            fuse(take("midlayer.mlp.gate_proj"), take("midlayer.mlp.up_proj")),
-            Linear(take("midlayer.mlp.down_proj")),
+            linear("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), linear("midlayer.mlp.down_proj")
         )
-        self.norm, self.lm_head = take("norm"), Linear(take("lm_head"))
+        self.norm, self.lm_head = take("norm"), linear("lm_head")
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
         self.rope = RopeTable(
             config.head_dim,

@@ -39,9 +39,13 @@ class HeadCheckpoint:
     feature_layers: tuple[int, ...]
     draft_vocab_size: int
 
-    def build(self, target: Llama, num_slots: int, *, shared_noise: bool = True) -> FeatureDraft:
-        """Load the weights and attach the head to its target. Raises CheckpointError naming file and
-        tensor."""
+    def build(
+        self, target: Llama, num_slots: int, *, shared_noise: bool = True, approximate: bool = True
+    ) -> FeatureDraft:
+        """Load the weights and attach the head to its target. Raises CheckpointError naming file and tensor.
+
+        approximate: let products of the head be rounded where that is faster (int8 on a CPU in float32).
+        """
         weights = _read_weights(self.path, target.dtype, target.device)
         # Published heads often say 2048, whatever their target takes.
         positions = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
@@ -60,7 +64,7 @@ class HeadCheckpoint:
             config = dataclasses.replace(shape, vocab_size=self.draft_vocab_size)
             _check_all(self.path, weights, eagle3_shapes(config, self.draft_vocab_size))
             head: Eagle3Model | EagleModel = Eagle3Model(
-                config, weights, embedding, self.feature_layers, num_slots
+                config, weights, embedding, self.feature_layers, num_slots, approximate=approximate
             )
         else:
             weights.pop("lm_head.weight", None)  # some exports repeat the target's

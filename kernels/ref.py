@@ -9,6 +9,8 @@ in place.
 from __future__ import annotations
 
 import functools
+import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,32 @@ def has_fast_bfloat16() -> bool:
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     """x [.., in] times a weight from ``pack_linear`` -> [.., out]."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out
+
+
+def pack_int8(weight: Tensor) -> Any | None:
+    """Quantise a [out, in] float32 CPU weight to int8 per output row and pack it, or None where torch cannot.
+
+    Products with it read a quarter of the bytes and lose about 2% (activations are quantised to seven bits on
+    the
+    fly, one scale for all rows of a call). Good enough to guess with, never to decide with.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch announces that quantised tensors will go one day
+        try:
+            quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            return torch.ops.quantized.linear_prepack(quantised, None)
+        except (RuntimeError, AttributeError):  # a torch without them, or a CPU without the library behind
+            return None
+
+
+def int8_linear(x: Tensor, packed: Any) -> Tensor:
+    """x [.., in] float32 times a weight from ``pack_int8`` -> [.., out]."""
+    out: Tensor = torch.ops.quantized.linear_dynamic(x.contiguous(), packed, True)
     return out
 
 

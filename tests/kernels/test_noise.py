@@ -1,4 +1,4 @@
-"""The noise behind every sampled token: a function of (seed, position, token id) that looks like Gumbel noise."""
+"""The noise behind every sampled token: a function of (seed, position, token id), Gumbel distributed."""
 
 from __future__ import annotations
 

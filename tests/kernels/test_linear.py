@@ -1,0 +1,41 @@
+"""Linear layers and their schemes: exact for targets, cheap for drafts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+from engine.nn.linear import Linear, fuse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_is_a_product_whatever_its_scheme(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    first, second, x = torch.randn(40, 64), torch.randn(24, 64), torch.randn(3, 5, 64)
+    layer = fuse(first.to(dtype), second.to(dtype))
+    assert (layer.out_features, layer.in_features) == (64, 64)
+    assert layer.scheme in ("dense", "packed")
+    got = layer(x.to(dtype))
+    assert got.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(got.float(), x @ torch.cat((first, second)).T, atol=tolerance, rtol=0.02)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 70])
+def test_an_approximate_linear_is_off_by_little(num_rows: int) -> None:
+    torch.manual_seed(1)
+    weight, x = torch.randn(96, 128), torch.randn(num_rows, 128)
+    weight[3] *= 100  # rows have scales of their own
+    weight[5] = 0
+    layer = Linear(weight, approximate=True)
+    expected = x @ weight.T
+    error = (layer(x) - expected).norm(dim=0) / expected.norm(dim=0).clamp(min=1e-6)
+    assert float(error.max()) < (0.05 if layer.scheme == "int8" else 1e-4)
+    assert not bool(layer(x)[:, 5].any())
+
+
+def test_only_float32_on_the_host_is_made_int8() -> None:
+    assert kernels.pack_int8(torch.zeros(8, 8, dtype=torch.bfloat16)) is None
+    assert kernels.pack_int8(torch.zeros(8, 8, device="meta")) is None
+    assert Linear(torch.zeros(8, 8)).scheme != "int8", "a target is never approximate"
