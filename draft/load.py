@@ -127,14 +127,17 @@ def read_head(path: str | Path) -> HeadCheckpoint:
     layers = (
         extra.get("eagle_aux_hidden_state_layer_ids") or raw.get("eagle_aux_hidden_state_layer_ids") or ()
     )
+    if layers and (len(layers) != 3 or not all(isinstance(layer, int) for layer in layers)):
+        raise CheckpointError(
+            f"{file}: eagle_aux_hidden_state_layer_ids is {layers!r}, expected three layer numbers"
+        )
     return HeadCheckpoint(
         path, "eagle3", config, tuple(layers), int(raw.get("draft_vocab_size") or config.vocab_size)
     )
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """The layers that published EAGLE-3 heads read when their config does not say: inputs of 2, n // 2 and n
-    - 3."""
+    """What published EAGLE-3 heads read when their config does not say: inputs of layers 2, n // 2, n - 3."""
     return (2, num_layers // 2, num_layers - 3)
 
 

@@ -58,6 +58,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ContextLengthError or RequestError for one that could never run."""
+        assert all(request.id != seq.request.id for seq in (*self.waiting, *self.running)), "ids are unique"
         prompt_len, limit = len(request.prompt), self.config.max_model_len
         if prompt_len < 1:
             raise RequestError("the prompt is empty; at least one token is needed", "prompt")

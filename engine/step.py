@@ -132,8 +132,10 @@ class Engine:
         sampling: SamplingParams | Items[SamplingParams],
         speculation: Speculation | None = None,
     ) -> list[Completion]:
-        """Answer token-id prompts as one batch, in order. Stop strings need a tokenizer and are not looked at
-        here."""
+        """Answer token-id prompts as one batch, in order, on an idle engine. Stop strings need a tokenizer and
+        are not looked at here.
+        """
+        assert not self.has_work, "generate drives the engine alone"
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         first_id = self._next_id
         self._next_id += len(prompts)

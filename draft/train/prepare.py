@@ -30,8 +30,8 @@ def prepare(
     layers = tuple(dataset.settings["feature_layers"])
     vocab = choose_draft_vocab(dataset.answer_counts(target.vocab_size, training), draft_vocab, eos_token_ids)
     head = Eagle3Module(HeadConfig.for_target(target, layers, draft_vocab), vocab)
-    last = f"model.layers.{target.num_layers - 1}."
-    needed = [key for key in weights if key.startswith(last) or not key.startswith("model.layers.")]
+    read = ("model.layers.0.", f"model.layers.{target.num_layers - 1}.")
+    needed = [key for key in weights if key.startswith(read) or not key.startswith("model.layers.")]
     initialise(head, {key: weights[key].cpu() for key in needed}, target.num_layers, generator_for(seed, 3))
     side = TargetSide(
         weights["model.embed_tokens.weight"],

@@ -264,6 +264,8 @@ def test_wrong_configs(tmp_path: Path) -> None:
     raw, weights = eagle3_files()
     with pytest.raises(CheckpointError, match=r"config.json: num_hidden_layers is 2, EAGLE-3 heads have 1"):
         read_head(save(tmp_path, raw | {"num_hidden_layers": 2}, weights))
+    with pytest.raises(CheckpointError, match=r"layer_ids is \[1, 2\], expected three layer numbers"):
+        read_head(save(tmp_path, raw | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, weights))
     with pytest.raises(ConfigError, match=r"config.json: hidden_act is 'gelu', supported: 'silu'"):
         read_head(save(tmp_path, raw | {"hidden_act": "gelu"}, weights))
     with pytest.raises(ConfigError, match=r"config.json: required key 'hidden_size' is missing"):
