@@ -146,7 +146,8 @@ def test_initialisation_comes_from_the_target() -> None:
         "post_attention_layernorm": (16,),
     }
     target = {
-        f"model.layers.3.{name}.weight": torch.randn(shape, generator=generator)
+        f"model.layers.{number}.{name}.weight": torch.randn(shape, generator=generator)
+        for number in (0, 3)
         for name, shape in shapes.items()
     }
     target |= {
@@ -163,6 +164,9 @@ def test_initialisation_comes_from_the_target() -> None:
     assert all(torch.equal(state[name], again[name]) for name in state)
     assert torch.equal(state["lm_head.weight"], target["model.embed_tokens.weight"][vocab])
     assert torch.equal(state["norm.weight"], target["model.norm.weight"])
+    keys = state["midlayer.self_attn.k_proj.weight"]
+    assert torch.equal(keys[:, :HIDDEN], target["model.layers.0.self_attn.k_proj.weight"])
+    assert torch.equal(keys[:, HIDDEN:], target["model.layers.3.self_attn.k_proj.weight"])
 
 
 def test_draft_vocabulary_holds_the_frequent_and_the_required_tokens() -> None:
