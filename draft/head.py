@@ -33,8 +33,10 @@ from engine.core import (
     slots_of,
 )
 from engine.kvcache import KVPool, RowPlan, make_plan
-from engine.sampler import perturb
+from engine.sampler import candidates
+from kernels import gumbel_noise
 
+_NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
 _LONG = 64  # pending pairs past which a sequence is extended on its own, so that others are not padded to it
 
 
@@ -114,7 +116,6 @@ class FeatureDraft:
         self._pending.pop(seq.request.id, None)
 
     # --- learning
-    # ---------------------------------------------------------------------------------------------------
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Pair the features of the accepted nodes with the tokens that followed them."""
@@ -150,7 +151,6 @@ class FeatureDraft:
         )
 
     # --- proposing
-    # --------------------------------------------------------------------------------------------------
 
     def propose(self, batch: Batch) -> DraftTree:
         """Trees for the sequences that speculate, the root alone for the others."""
@@ -275,12 +275,23 @@ class FeatureDraft:
     def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int) -> Offers:
         """The best children of nodes at one depth: feature [b, F, H] -> offers [b, F, k]."""
         logits = self.model.logits(feature)
-        if self.shared_noise or rows.sampling.all_greedy:
-            positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])
-            logits = perturb(logits, positions, self.model.token_ids, rows.sampling)
-        best = logits.topk(top_k, dim=-1)
-        raw = torch.exp(best.values - logits.logsumexp(dim=-1, keepdim=True))
-        return Offers(self.model.token_ids[best.indices], raw)
+        sampling = rows.sampling
+        if sampling.all_greedy or not self.shared_noise:
+            best = logits.topk(top_k, dim=-1)
+            raw = torch.exp(best.values - logits.logsumexp(dim=-1, keepdim=True))
+            return Offers(self.model.token_ids[best.indices], raw.nan_to_num(0.0))
+        few = candidates(logits, sampling, max(_NUM_CANDIDATES, top_k))
+        tokens = self.model.token_ids[few.columns]
+        positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])
+        greedy = (sampling.temperature == 0)[:, None, None]
+        noise = gumbel_noise(sampling.seed, positions, tokens).masked_fill(greedy, 0.0)
+        scores = few.scaled + noise
+        best = scores.topk(top_k, dim=-1)
+        # Greedy scores are shares of the whole vocabulary, sampled ones of the candidates: noise drowns the
+        # rest.
+        mass = torch.where(greedy[..., 0], logits.logsumexp(dim=-1), scores.logsumexp(dim=-1))
+        raw = torch.exp(best.values - mass[..., None])
+        return Offers(tokens.gather(-1, best.indices), raw.nan_to_num(0.0))
 
 
 def _spread(tree: DraftTree, rows: Tensor, roots: Tensor) -> DraftTree:

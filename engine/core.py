@@ -160,7 +160,8 @@ class DraftTree:
     def depths(self) -> Tensor:
         """[B, N] int64: edges from the root; 0 for padding.
 
-        Pointer jumping: after round r every node knows its distance to the ancestor 2^r levels up, so a tree of N
+        Pointer jumping: after round r every node knows its distance to the ancestor 2^r levels up, so a tree
+        of N
         nodes takes log2(N) rounds, whatever its shape.
         """
         depths, up = (self.parents >= 0).long(), self.parents.clamp(min=0)

@@ -15,6 +15,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import (
+    SPECULATION_OFF,
     Batch,
     Delta,
     DraftTree,
@@ -44,33 +45,26 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         scratch_rows: Callable[[Speculation], int],
         forget: Callable[[Sequence], None],
+        vocab_size: int,
     ) -> None:
         self.config, self.pages = config, pages
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._eos = frozenset(eos_token_ids)
+        self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._scratch_rows, self._forget = scratch_rows, forget
         self._prefilled_last = False
         self._aborted: list[Delta] = []
 
     # --- requests
-    # -------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ContextLengthError or RequestError for one that could never run."""
         assert all(request.id != seq.request.id for seq in (*self.waiting, *self.running)), "ids are unique"
+        check_request(request, self._vocab_size)
         prompt_len, limit = len(request.prompt), self.config.max_model_len
-        if prompt_len < 1:
-            raise RequestError("the prompt is empty; at least one token is needed", "prompt")
         if prompt_len >= limit:
             raise ContextLengthError(prompt_len, limit)
-        if request.sampling.max_tokens < 1:
-            raise RequestError(
-                f"max_tokens must be at least 1, found {request.sampling.max_tokens}", "max_tokens"
-            )
-        rows = min(prompt_len + request.sampling.max_tokens, limit) + self._scratch_rows(
-            self._speculation(request)
-        )
+        rows = min(prompt_len + request.sampling.max_tokens, limit)
         if self.pages.pages_for(rows) > self.pages.num_usable:
             raise RequestError(
                 f"the request needs up to {rows} KV rows, but the cache holds "
@@ -99,7 +93,6 @@ class Scheduler:
         return bool(self.waiting or self.running or self._aborted)
 
     # --- building a batch
-    # -------------------------------------------------------------------------------------------
 
     def next_batch(self) -> Batch | None:
         """The sequences of the next step with pages reserved for all their nodes; None when there is nothing
@@ -150,17 +143,22 @@ class Scheduler:
         device = self.config.device
         counts = torch.tensor([num_nodes for _, num_nodes in chosen])
         chunk = PromptChunk(tokens.to(device), counts.to(device), next_token.to(device))
-        return self._batch([seq for seq, _ in chosen], chunk)
+        seqs = [seq for seq, _ in chosen]
+        return self._batch(seqs, [self._step_speculation(seq) for seq in seqs], chunk)
 
     def _decode_batch(self, candidates: list[Sequence]) -> Batch | None:
+        """Every sequence for which there is room; where there is none for a tree, the root alone is
+        decoded."""
         chosen: list[Sequence] = []
+        wanted: list[Speculation] = []
         for seq in candidates:
-            if seq in self.running and self._reserve(seq, seq.kv_len + self._step_rows(seq)):
-                chosen.append(seq)
-        return self._batch(chosen, None) if chosen else None
-
-    def _step_rows(self, seq: Sequence) -> int:
-        return 1 + self._scratch_rows(self._step_speculation(seq))
+            for speculation in (self._step_speculation(seq), SPECULATION_OFF):
+                num_rows = seq.kv_len + 1 + self._scratch_rows(speculation)
+                if seq in self.running and self._reserve(seq, num_rows):
+                    chosen.append(seq)
+                    wanted.append(speculation)
+                    break
+        return self._batch(chosen, wanted, None) if chosen else None
 
     def _reserve(self, seq: Sequence, num_rows: int) -> bool:
         """Pages for num_rows rows. Younger sequences make room if they must; the oldest therefore always gets
@@ -189,9 +187,7 @@ class Scheduler:
         remaining = self._remaining(seq)
         if remaining > wanted.depth or wanted.is_off:
             return wanted
-        return (
-            Speculation(wanted.nodes, remaining - 1, wanted.top_k) if remaining > 1 else Speculation(1, 0, 1)
-        )
+        return Speculation(wanted.nodes, remaining - 1, wanted.top_k) if remaining > 1 else SPECULATION_OFF
 
     def _remaining(self, seq: Sequence) -> int:
         return min(
@@ -199,7 +195,9 @@ class Scheduler:
             self.config.max_model_len - len(seq.tokens) - len(seq.forced),
         )
 
-    def _batch(self, seqs: list[Sequence], chunk: PromptChunk | None) -> Batch:
+    def _batch(
+        self, seqs: list[Sequence], speculation: list[Speculation], chunk: PromptChunk | None
+    ) -> Batch:
         device = self.config.device
         width = max(len(seq.pages) for seq in seqs)
         table = torch.tensor([seq.pages + [0] * (width - len(seq.pages)) for seq in seqs], dtype=torch.int64)
@@ -209,12 +207,11 @@ class Scheduler:
             page_table=table.to(device),
             page_size=self.pages.page_size,
             sampling=sampling_tensors([seq.request.sampling for seq in seqs], device),
-            speculation=tuple(self._step_speculation(seq) for seq in seqs),
+            speculation=tuple(speculation),
             prompt=chunk,
         )
 
     # --- committing
-    # -------------------------------------------------------------------------------------------------
 
     def commit(self, batch: Batch, tree: DraftTree, verdict: Verdict) -> list[Delta]:
         """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the
@@ -270,3 +267,32 @@ class Scheduler:
             self.waiting.remove(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
+
+
+def check_request(request: Request, vocab_size: int) -> None:
+    """Refuse what no step could run, whoever asks (RequestError names the field, found and expected)."""
+
+    def refuse(param: str, found: object, expected: str) -> None:
+        raise RequestError(f"{param} is {found}, expected {expected}", param)
+
+    if not request.prompt:
+        raise RequestError("the prompt is empty; at least one token is needed", "prompt")
+    wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
+    if wrong:
+        refuse("prompt", f"a list with token {wrong[0]}", f"tokens of 0 to {vocab_size - 1}")
+    sampling = request.sampling
+    if not (sampling.temperature == 0 or 1e-5 <= sampling.temperature <= 100):
+        refuse("temperature", sampling.temperature, "0 (greedy) or 1e-5 to 100")
+    if not 0 < sampling.top_p <= 1:
+        refuse("top_p", sampling.top_p, "more than 0 and at most 1")
+    if not 0 <= sampling.min_p <= 1:
+        refuse("min_p", sampling.min_p, "0 to 1")
+    if not 0 <= sampling.top_k < 2**31:
+        refuse("top_k", sampling.top_k, "0 (off) or more")
+    if not -(2**63) <= sampling.seed < 2**63:
+        refuse("seed", sampling.seed, "an integer of 64 bits")
+    if sampling.max_tokens < 1:
+        refuse("max_tokens", sampling.max_tokens, "at least 1")
+    spec = request.speculation
+    if spec is not None and not (1 <= spec.nodes <= 64 and 0 <= spec.depth <= 16 and 1 <= spec.top_k <= 16):
+        refuse("speculation", spec, "nodes of 1 to 64, depth of 0 to 16, top_k of 1 to 16")

@@ -15,6 +15,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import Batch, Delta, Draft, DraftTree, FinishReason, Request, SamplingParams, Speculation
+from engine.errors import EngineError
 from engine.kvcache import compact
 from engine.models.llama import Llama
 from engine.pages import PagePool
@@ -63,7 +64,9 @@ class Engine:
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
         self.sampler = Sampler(target.config.vocab_size, config.device)
-        self.scheduler = Scheduler(config, pages, eos_token_ids, draft.scratch_rows, draft.forget)
+        self.scheduler = Scheduler(
+            config, pages, eos_token_ids, draft.scratch_rows, draft.forget, target.config.vocab_size
+        )
         self.step_log = step_log
         self.last_times = StepTimes()
         self._next_id = 0
@@ -99,7 +102,6 @@ class Engine:
         return time.perf_counter()
 
     # --- requests
-    # -------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError (ContextLengthError among them) if it could never run."""
@@ -132,7 +134,8 @@ class Engine:
         sampling: SamplingParams | Items[SamplingParams],
         speculation: Speculation | None = None,
     ) -> list[Completion]:
-        """Answer token-id prompts as one batch, in order, on an idle engine. Stop strings need a tokenizer and
+        """Answer token-id prompts as one batch, in order, on an idle engine. Stop strings need a tokenizer
+        and
         are not looked at here.
         """
         assert not self.has_work, "generate drives the engine alone"
@@ -143,10 +146,16 @@ class Engine:
             Request(first_id + i, tuple(prompt), param, speculation)
             for i, (prompt, param) in enumerate(zip(prompts, params, strict=True))
         ]
-        for request in requests:
-            self.add(request)
+        try:
+            for request in requests:
+                self.add(request)
+        except EngineError:  # all or nothing: what was queued before the one refused goes
+            for request in requests:
+                self.abort(request.id)
+            self.scheduler.take_aborted()
+            raise
         deltas: dict[int, list[Delta]] = {request.id: [] for request in requests}
-        while self.has_work:
+        while self.scheduler.has_work:
             for delta in self.step():
                 deltas[delta.request_id].append(delta)
         return [_completion(request, deltas[request.id]) for request in requests]

@@ -6,6 +6,7 @@ implementations are tested against.
 """
 
 from kernels.ref import (
+    MAX_NOISE,
     choose,
     compact_rows,
     gumbel_noise,
@@ -22,6 +23,7 @@ from kernels.ref import (
 )
 
 __all__ = [
+    "MAX_NOISE",
     "choose",
     "compact_rows",
     "gumbel_noise",

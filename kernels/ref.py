@@ -139,7 +139,6 @@ def tree_attention(
 
 
 # --- linear layers packed once for oneDNN
-# ---------------------------------------------------------------------------
 
 
 def pack_linear(weight: Tensor, num_rows: int) -> Tensor | None:
@@ -197,7 +196,6 @@ def int8_linear(x: Tensor, packed: Any) -> Tensor:
 
 
 # --- choosing a token
-# -----------------------------------------------------------------------------------------------
 
 _GOLDEN = -1640531527  # 0x9E3779B9 as int32
 # multipliers and shifts of the low-bias 32-bit mixer published by C. Wellons (hash-prospector)
@@ -212,6 +210,9 @@ def _finalise(x: Tensor, key: Tensor) -> Tensor:
     x = x ^ key ^ ((x >> 15) & 0x1FFFF)
     x = x * _ODD_2
     return x ^ ((x >> 16) & 0xFFFF)
+
+
+MAX_NOISE = 16.64  # no value of gumbel_noise is larger: -log(-log(1 - 2^-24)) = 16.6355
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:

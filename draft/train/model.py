@@ -195,8 +195,8 @@ def initialise(
     ``fc`` passes the last feature through. Query, key and value matrices read embeddings as the target's
     first layer does (with that layer's norm) and hidden states as its last layer does; the rest of the layer
     is a copy of the last, norm and lm_head are the target's. Alternatives tried on SmolLM2-135M, one short
-    run each: an embedding half of noise started at 12.4 nats instead of 10.6; with it, 24 steps led to 6.7 nats,
-    with the residual branches also scaled by 0.1 or 0 to 7.2 and 7.9, and with the whole layer noise to 7.8.
+    run each: an embedding half of noise started at 12.4 nats instead of 10.6; with it, 24 steps led to 6.7
+    nats, with the residual branches also scaled by 0.1 or 0 to 7.2 and 7.9, and with only noise to 7.8.
 
     target: weights of the first and last layer and outside the layers, under their Hugging Face names.
     """
