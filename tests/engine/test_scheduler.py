@@ -183,7 +183,7 @@ def test_a_request_that_can_never_run_is_refused() -> None:
         engine.add(Request(0, (), SamplingParams()))
     with pytest.raises(ContextLengthError, match="50 tokens, but at most 49 fit"):
         engine.add(Request(0, (1,) * 50, SamplingParams()))
-    with pytest.raises(RequestError, match="max_tokens must be at least 1, found 0") as caught:
+    with pytest.raises(RequestError, match="max_tokens is 0, expected at least 1") as caught:
         engine.add(Request(0, (1,), SamplingParams(max_tokens=0)))
     assert caught.value.param == "max_tokens"
     with pytest.raises(RequestError, match="needs up to 21 KV rows, but the cache holds 20"):
