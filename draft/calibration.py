@@ -44,11 +44,11 @@ class Calibration:
         shape = (2, _MAX_DEPTH, _MAX_RANK, NUM_BUCKETS)
         self.trials, self.hits = np.zeros(shape), np.zeros(shape)
         self._centres = (np.arange(NUM_BUCKETS) + 0.5) / NUM_BUCKETS
-        self._map = torch.empty(shape, dtype=torch.float32)
+        self._rates = np.broadcast_to(self._centres, shape).copy()
+        self._touched: set[tuple[int, int, int]] = set()
+        self._map = torch.from_numpy(self._rates).float().to(device)
         self._device = device
         self._observed = 0
-        self._map[:] = torch.from_numpy(self._centres).float()
-        self._map = self._map.to(device)
 
     def __call__(self, raw: Tensor, depth: int, sampled: Tensor) -> Tensor:
         """Calibrated conditional acceptance of children at one depth.
@@ -86,14 +86,18 @@ class Calibration:
                     )
                     self.trials[key] += 1
                     self.hits[key] += node in accepted
+                    self._touched.add(key[:3])
         self._observed += 1
         if self._observed % _REFRESH == 0:
             self._rebuild()
 
     def _rebuild(self) -> None:
-        weights = self.trials + _PRIOR_TRIALS
-        rates = (self.hits + _PRIOR_TRIALS * self._centres) / weights
-        violating = np.argwhere((np.diff(rates, axis=-1) < 0).any(axis=-1))
-        for mode, depth, rank in violating:
-            rates[mode, depth, rank] = isotonic(rates[mode, depth, rank], weights[mode, depth, rank])
-        self._map = torch.from_numpy(rates).float().to(self._device)
+        """Make the curves anew that were observed since the last time."""
+        for curve in self._touched:
+            weights = self.trials[curve] + _PRIOR_TRIALS
+            rates = (self.hits[curve] + _PRIOR_TRIALS * self._centres) / weights
+            if (np.diff(rates) < 0).any():
+                rates = isotonic(rates, weights)
+            self._rates[curve] = rates
+        self._touched.clear()
+        self._map = torch.from_numpy(self._rates).float().to(self._device)

@@ -24,9 +24,12 @@ from torch import Tensor
 from draft.eagle import EagleModel
 from draft.eagle3 import Eagle3Model
 from draft.head import FeatureDraft
-from engine.config import POST_NORM, LlamaConfig
+from engine.config import POST_NORM, Fields, LlamaConfig
 from engine.errors import CheckpointError
 from engine.models.llama import Llama
+
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_THREE_LAYERS = "three layer numbers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class HeadCheckpoint:
 
 
 def read_head(path: str | Path) -> HeadCheckpoint:
-    """Read and check a head's config.json."""
+    """Read and check a head's config.json. Raises CheckpointError for files, ConfigError for values."""
     path = Path(path)
     file = path / "config.json"
     if not file.is_file():
@@ -112,10 +115,13 @@ def read_head(path: str | Path) -> HeadCheckpoint:
         )
     try:
         raw: dict[str, Any] = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{file}: not a JSON object ({error})") from error
-    architecture = str((raw.get("architectures") or ["?"])[0])
-    eagle3 = "draft_vocab_size" in raw or "eagle3" in architecture.lower()
+    fields = Fields(raw, str(file))
+    architectures = [] if fields.absent("architectures") else raw["architectures"]
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise fields.error("architectures", "a list of names")
+    eagle3 = "draft_vocab_size" in raw or "eagle3" in "".join(architectures[:1]).lower()
     raw.setdefault("num_hidden_layers", 1)
     raw.setdefault("max_position_embeddings", 2048)
     config = LlamaConfig.from_hf(raw, str(file))
@@ -123,20 +129,16 @@ def read_head(path: str | Path) -> HeadCheckpoint:
         return HeadCheckpoint(path, "eagle", config, (POST_NORM,), config.vocab_size)
     if config.num_layers != 1:
         raise CheckpointError(f"{file}: num_hidden_layers is {config.num_layers}, EAGLE-3 heads have 1")
-    extra = raw.get("eagle_config") or {}
-    layers = (
-        extra.get("eagle_aux_hidden_state_layer_ids") or raw.get("eagle_aux_hidden_state_layer_ids") or ()
-    )
-    if layers and (len(layers) != 3 or not all(isinstance(layer, int) for layer in layers)):
-        raise CheckpointError(
-            f"{file}: eagle_aux_hidden_state_layer_ids is {layers!r}, expected three layer numbers"
-        )
-    return HeadCheckpoint(
-        path, "eagle3", config, tuple(layers), int(raw.get("draft_vocab_size") or config.vocab_size)
-    )
+    extra = fields.inner("eagle_config")
+    source = fields if extra.absent(_LAYER_IDS) else extra
+    layers = source.wholes(_LAYER_IDS, _THREE_LAYERS, least=POST_NORM)
+    if len(layers) != 3 and not source.absent(_LAYER_IDS):
+        raise source.error(_LAYER_IDS, _THREE_LAYERS)
+    draft_vocab_size = fields.whole("draft_vocab_size", config.vocab_size, most=config.vocab_size)
+    return HeadCheckpoint(path, "eagle3", config, layers, draft_vocab_size)
 
 
-def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
+def published_feature_layers(num_layers: int) -> tuple[int, int, int]:
     """What published EAGLE-3 heads read when their config does not say: inputs of layers 2, n // 2, n - 3."""
     return (2, num_layers // 2, num_layers - 3)
 

@@ -13,29 +13,43 @@ from torch import Tensor
 from draft.none import root_tokens
 from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
 
-_LONGEST, _SHORTEST = 4, 2  # lengths of the n-gram to look for, longest first
-_WINDOW = 4096  # how far back to look: bounds the host time of a step
+_SIZES = (4, 3, 2)  # lengths of the n-gram to look for, longest first
 
 
-def lookup(tokens: list[int], num_tokens: int) -> list[int]:
-    """Up to num_tokens tokens that followed the most recent earlier occurrence of the longest matching
-    suffix.
+class NgramIndex:
+    """Where each n-gram of a growing token list last ended. Only new tokens cost anything."""
 
-    Example: [5, 6, 7, 8, 5, 6] continues after the earlier (5, 6) with [7, 8, 5, 6].
-    """
-    recent = tokens[-_WINDOW:]
-    for size in range(_LONGEST, _SHORTEST - 1, -1):
-        if len(recent) <= size:
-            continue
-        suffix = recent[-size:]
-        for start in range(len(recent) - size - 1, -1, -1):
-            if recent[start + size - 1] == suffix[-1] and recent[start : start + size] == suffix:
-                return recent[start + size : start + size + num_tokens]
-    return []
+    def __init__(self) -> None:
+        self._last_end: dict[tuple[int, ...], int] = {}
+        self._num_indexed = 0  # ends up to here are known
+
+    def continuation(self, tokens: list[int], num_tokens: int) -> list[int]:
+        """Up to num_tokens tokens that followed the most recent earlier occurrence of the longest known
+        suffix.
+
+        tokens: the list of the last call with more at its end. Example: [5, 6, 7, 8, 5, 6] continues after
+        the
+        earlier (5, 6) with [7, 8, 5, 6].
+        """
+        for end in range(
+            self._num_indexed + 1, len(tokens)
+        ):  # the suffix itself is not an earlier occurrence
+            for size in _SIZES:
+                if size <= end:
+                    self._last_end[tuple(tokens[end - size : end])] = end
+        self._num_indexed = max(len(tokens) - 1, 0)
+        for size in _SIZES:
+            found = self._last_end.get(tuple(tokens[-size:])) if size < len(tokens) else None
+            if found is not None:
+                return tokens[found : found + num_tokens]
+        return []
 
 
 class NgramDraft:
     """A draft (core.Draft) that proposes one chain from the sequence's own tokens."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[int, NgramIndex] = {}
 
     name = "ngram"
 
@@ -44,7 +58,11 @@ class NgramDraft:
 
     def propose(self, batch: Batch) -> DraftTree:
         chains = [
-            [] if spec.is_off else lookup(seq.tokens, min(spec.nodes - 1, spec.depth))
+            []
+            if spec.is_off
+            else self._indexes.setdefault(seq.request.id, NgramIndex()).continuation(
+                seq.tokens, min(spec.nodes - 1, spec.depth)
+            )
             for seq, spec in zip(batch.seqs, batch.speculation, strict=True)
         ]
         longest = max(map(len, chains))
@@ -62,4 +80,4 @@ class NgramDraft:
         pass
 
     def forget(self, seq: Sequence) -> None:
-        pass
+        self._indexes.pop(seq.request.id, None)

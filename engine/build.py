@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from draft.load import HeadCheckpoint, default_feature_layers, read_head
+from draft.load import HeadCheckpoint, published_feature_layers, read_head
 from draft.ngram import NgramDraft
 from draft.none import NoDraft
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -94,7 +94,7 @@ def build_engine(
             f"{model.max_position_embeddings} positions"
         )
     if isinstance(draft, HeadCheckpoint):
-        feature_layers = draft.feature_layers or default_feature_layers(model.num_layers)
+        feature_layers = draft.feature_layers or published_feature_layers(model.num_layers)
         if any(not -1 <= layer <= model.num_layers for layer in feature_layers):
             raise CheckpointError(
                 f"head {draft.path}: wants features of layers {feature_layers}, but the target has "

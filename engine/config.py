@@ -1,10 +1,17 @@
 """Frozen configurations: of the engine (ours, strict) and of a Llama-style model (somebody's file, tolerant
-of unknown keys)."""
+of unknown keys).
+
+A model's config.json comes from anywhere. ``Fields`` reads one key at a time and refuses what has the wrong
+type or cannot be a size; ``HARMLESS`` lists the keys that turn a Llama into another model, with the values
+that do not. Everything refused is a ConfigError that names file, key, found and expected.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -12,6 +19,49 @@ from engine.core import Speculation
 from engine.errors import ConfigError
 
 POST_NORM = -1  # feature layer number of the hidden state after the final norm (EAGLE-1 heads)
+
+# Keys that change what a model computes, in ways that we do not implement, and the values that change nothing.
+# A key that is absent or null is harmless too; a list is when each of its elements is.
+HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
+    # MLP and projections
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "attention_bias": (False,),
+    "qkv_bias": (False,),
+    "pretraining_tp": (1,),
+    "num_local_experts": (0,),
+    "num_experts": (0,),
+    "quantization_config": (),
+    # which positions attention sees and how they are told apart
+    "layer_types": ("full_attention",),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "full_attention": (),  # inside rope_parameters: one rope for each kind of layer
+    "sliding_attention": (),
+    "no_rope_layers": (1,),  # despite the name, 1 marks a layer that rotates
+    "alibi": (False,),
+    # inside a layer
+    "use_qk_norm": (False,),
+    "qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "clip_qkv": (),
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    "norm_before_residual": (False,),  # a variant of EAGLE-3 heads
+    # constants multiplied in (Granite, Cohere, MiniCPM) and soft caps (Gemma 2)
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+}
+
+_LARGEST: Final = 2**31 - 1  # of sizes and token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,58 +123,164 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-        """Read a Hugging Face config. Keys we do not know are ignored; known keys with values we do not
-        implement are refused by name (ConfigError)."""
+        """Read a Hugging Face config, a parsed JSON object. Keys we do not know are ignored; known keys with
+        values of the wrong type, or that we do not implement, are refused by name (ConfigError).
 
-        def need(key: str) -> Any:
-            if raw.get(key) is None:
-                raise ConfigError(f"{where}: required key {key!r} is missing")
-            return raw[key]
+        where: the file, for messages.
+        """
+        fields = Fields(raw, where)
+        fields.refuse_all_but(HARMLESS)
+        heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
+        head_dim = fields.whole("head_dim", hidden // heads)
+        if fields.absent("head_dim") and hidden % heads:
+            raise ConfigError(
+                f"{where}: hidden_size is {hidden}, expected a multiple of num_attention_heads {heads}"
+            )
+        context = fields.whole("max_position_embeddings")
+        if fields.flag("use_sliding_window", True):
+            # Mistral 7B v0.1: inside the window, windowed and full attention are the same
+            context = min(context, fields.whole("sliding_window", context))
+        theta, scaling = _read_rope(fields)
+        config = cls(
+            vocab_size=fields.whole("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.whole("intermediate_size"),
+            num_layers=fields.whole("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.whole("num_key_value_heads", heads),
+            head_dim=head_dim,
+            max_position_embeddings=context,
+            rms_norm_eps=fields.real("rms_norm_eps") if "rms_norm_eps" in raw else 1e-6,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            eos_token_ids=fields.wholes("eos_token_id", "a token id or a list of them"),
+            bos_token_id=None if fields.absent("bos_token_id") else fields.whole("bos_token_id", least=0),
+        )
+        problem = config.mismatch()
+        if problem is not None:
+            raise ConfigError(f"{where}: {problem}")
+        return config
 
-        def refuse(key: str, allowed: tuple[Any, ...]) -> None:
-            if key in raw and raw[key] not in allowed:
+    def mismatch(self) -> str | None:
+        """What about the heads does not fit together, None if all does; found and expected, for a message."""
+        if self.num_heads % self.num_kv_heads:
+            return (
+                f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads, "
+                "expected a multiple"
+            )
+        if self.head_dim % 2:
+            return f"head_dim is {self.head_dim}, expected an even number (rotary pairs)"
+        return None
+
+
+class Fields:
+    """A JSON object that is read key by key. Every method raises ConfigError naming file, key, found and
+    expected; null counts as absent.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        """where: the file; prefix: what stands before a key of this object in messages, as in ``outer.``."""
+        self.raw, self.where, self._prefix = raw, where, prefix
+
+    def absent(self, key: str) -> bool:
+        return self.raw.get(key) is None
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        """To be raised. The value found is cut after 80 characters."""
+        if key not in self.raw:
+            return ConfigError(f"{self.where}: required key {self._prefix + key!r} is missing")
+        return ConfigError(f"{self.where}: {self._prefix}{key} is {self.raw[key]!r:.80}, expected {expected}")
+
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = _LARGEST) -> int:
+        """A whole number in [least, most]; required if there is no default."""
+        if default is not None and self.absent(key):
+            return default
+        value = self.raw.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(key, f"a whole number from {least} to {most}")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number greater than 0; required if there is no default."""
+        if default is not None and self.absent(key):
+            return default
+        value = self.raw.get(key)
+        in_range = isinstance(value, int | float) and 0 < value <= sys.float_info.max  # false for NaN
+        if isinstance(value, bool) or not in_range:
+            raise self.error(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = default if self.absent(key) else self.raw[key]
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def inner(self, key: str) -> Fields:
+        """An object inside this one; an empty one if absent."""
+        value = {} if self.absent(key) else self.raw[key]
+        if not isinstance(value, dict):
+            raise self.error(key, "a JSON object")
+        return Fields(value, self.where, f"{self._prefix}{key}.")
+
+    def wholes(self, key: str, expected: str, least: int = 0) -> tuple[int, ...]:
+        """A whole number of at least ``least`` or a list of them; () if absent. expected: for the message."""
+        value = [] if self.absent(key) else self.raw[key]
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= _LARGEST:
+                raise self.error(key, expected)
+        return tuple(numbers)
+
+    def refuse_all_but(self, harmless: Mapping[str, tuple[Any, ...]]) -> None:
+        """harmless: the values of a key that we may go on with; see HARMLESS."""
+        for key, allowed in harmless.items():
+            if self.absent(key):
+                continue
+            value = self.raw[key]
+            if not all(item in allowed for item in (value if isinstance(value, list) else [value])):
+                supported = ", ".join(map(repr, allowed)) or "only without it"
                 raise ConfigError(
-                    f"{where}: {key} is {raw[key]!r}, supported: {', '.join(map(repr, allowed))}"
+                    f"{self.where}: {self._prefix}{key} is {value!r:.80}, supported: {supported}"
                 )
 
-        refuse("hidden_act", ("silu",))
-        refuse("attention_bias", (False, None))
-        refuse("mlp_bias", (False, None))
-        refuse("pretraining_tp", (1, None))
-        refuse("quantization_config", (None,))
-        window, context = raw.get("sliding_window"), need("max_position_embeddings")
-        if window is not None and raw.get("use_sliding_window", True) and window < context:
-            context = window  # Mistral 7B v0.1: inside the window, windowed and full attention are the same
-        rope = dict(raw.get("rope_parameters") or {})  # transformers 5 keeps theta and scaling in one place
-        scaling_raw = raw.get("rope_scaling") or rope
-        scaling: RopeScaling | None = None
-        kind = scaling_raw.get("rope_type", scaling_raw.get("type", "default")) if scaling_raw else "default"
-        if kind == "llama3":
-            scaling = RopeScaling(
-                float(scaling_raw["factor"]),
-                float(scaling_raw["low_freq_factor"]),
-                float(scaling_raw["high_freq_factor"]),
-                int(scaling_raw["original_max_position_embeddings"]),
-            )
-        elif kind != "default":
-            raise ConfigError(
-                f"{where}: rope scaling {kind!r} is not supported, supported: 'default', 'llama3'"
-            )
-        heads, hidden = int(need("num_attention_heads")), int(need("hidden_size"))
-        eos = raw.get("eos_token_id")
-        return cls(
-            vocab_size=int(need("vocab_size")),
-            hidden_size=hidden,
-            intermediate_size=int(need("intermediate_size")),
-            num_layers=int(need("num_hidden_layers")),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            max_position_embeddings=int(context),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            rope_scaling=scaling,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            eos_token_ids=() if eos is None else (tuple(eos) if isinstance(eos, list) else (int(eos),)),
-            bos_token_id=raw.get("bos_token_id") if isinstance(raw.get("bos_token_id"), int) else None,
-        )
+    def text(self, key: str, default: str) -> str:
+        value = default if self.absent(key) else self.raw[key]
+        if not isinstance(value, str):
+            raise self.error(key, "a string")
+        return value
+
+
+def _read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling). Theta stands beside ``rope_scaling`` or, since transformers 5, both are in
+    ``rope_parameters``. Readers disagree on which one wins, so what is said twice must be the same.
+    """
+    parts = [part for part in map(fields.inner, ("rope_scaling", "rope_parameters")) if part.raw]
+    for part in parts:
+        part.refuse_all_but(HARMLESS)
+    thetas = {part.real("rope_theta") for part in (fields, *parts) if not part.absent("rope_theta")}
+    if len(thetas) > 1:
+        raise ConfigError(f"{fields.where}: rope_theta is given as {sorted(thetas)}, expected one value")
+    scalings = {_read_scaling(part) for part in parts}
+    if len(scalings) > 1:
+        raise fields.error("rope_scaling", "the same scaling as in rope_parameters")
+    return next(iter(thetas), 10000.0), next(iter(scalings), None)
+
+
+def _read_scaling(part: Fields) -> RopeScaling | None:
+    key = "type" if part.absent("rope_type") else "rope_type"
+    kind = part.text(key, "default")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise part.error(key, "'default' or 'llama3'")
+    scaling = RopeScaling(
+        part.real("factor"),
+        part.real("low_freq_factor"),
+        part.real("high_freq_factor"),
+        part.whole("original_max_position_embeddings"),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise part.error("high_freq_factor", f"more than low_freq_factor {scaling.low_freq_factor}")
+    return scaling

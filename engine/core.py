@@ -258,10 +258,33 @@ class Delta:
 
 
 class Target(Protocol):
-    """The model served."""
+    """The model served: what the step asks of it, and what a head may share with it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H]; its dtype and device are the model's."""
+        ...
 
     def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
         """Run the tree behind the committed rows. positions: [B, N]; writes KV rows ``kv_len + i``."""
+        ...
+
+    def compact(self, batch: Batch, verdict: Verdict) -> None:
+        """Move the accepted KV rows to the front of the scratch rows."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., H] after the final norm -> [.., V] float32."""
+        ...
+
+    def output_rows(self, token_ids: Tensor) -> Tensor:
+        """Rows of the output matrix, [n, H]."""
         ...
 
 

@@ -14,10 +14,18 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import EngineConfig
-from engine.core import Batch, Delta, Draft, DraftTree, FinishReason, Request, SamplingParams, Speculation
+from engine.core import (
+    Batch,
+    Delta,
+    Draft,
+    DraftTree,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Speculation,
+    Target,
+)
 from engine.errors import EngineError
-from engine.kvcache import compact
-from engine.models.llama import Llama
 from engine.pages import PagePool
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -56,18 +64,20 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        target: Llama,
+        target: Target,
         draft: Draft,
         pages: PagePool,
         eos_token_ids: tuple[int, ...],
         step_log: StepLog | None = None,
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
-        self.sampler = Sampler(target.config.vocab_size, config.device)
+        self.sampler = Sampler(target.vocab_size, config.device)
         self.scheduler = Scheduler(
-            config, pages, eos_token_ids, draft.scratch_rows, draft.forget, target.config.vocab_size
+            config, pages, eos_token_ids, draft.scratch_rows, draft.forget, target.vocab_size
         )
         self.step_log = step_log
+        # Charge each phase of ``last_times`` with its own work by waiting for the device: for measurements only.
+        self.waits_for_device = step_log is not None
         self.last_times = StepTimes()
         self._next_id = 0
 
@@ -86,7 +96,7 @@ class Engine:
         scored = self._now()
         choice = self.sampler(scores, batch)  # the target's own token after every scored node
         verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
-        compact(self.target.pool, batch, verdict)  # accepted rows first; rows past them are scratch
+        self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
         self.draft.observe(batch, tree, verdict, scores.features)
         deltas = self.scheduler.commit(batch, tree, verdict)
         self.last_times = StepTimes(drafted - started, scored - drafted, self._now() - scored)
@@ -95,10 +105,8 @@ class Engine:
         return aborted + deltas
 
     def _now(self) -> float:
-        """Seconds; with a step log on, a device is waited for, so that each phase is charged with its own
-        work."""
-        if self.step_log is not None and self.config.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        if self.waits_for_device and self.config.device.startswith("cuda"):
+            torch.cuda.synchronize(self.config.device)
         return time.perf_counter()
 
     # --- requests

@@ -29,6 +29,18 @@ class StepTimes:
         return self.draft_s + self.verify_s + self.other_s
 
 
+def _state(batch: Batch, row: int, num_nodes: int) -> dict[str, Any]:
+    """Whether a sequence speculated in this step, and if not, why."""
+    asked = batch.seqs[row].request.speculation
+    if num_nodes > 1:
+        return {"speculation": "on", "reason": None}
+    if not batch.speculation[row].is_off:
+        return {"speculation": "off", "reason": "the draft proposed nothing"}
+    if asked is not None and asked.is_off:
+        return {"speculation": "off", "reason": "the request turned it off"}
+    return {"speculation": "off", "reason": "off by default, or no tokens or memory left for a tree"}
+
+
 def step_records(
     step: int, batch: Batch, tree: DraftTree, verdict: Verdict, times: StepTimes
 ) -> list[dict[str, Any]]:
@@ -49,7 +61,7 @@ def step_records(
             "parents": parents[row][nodes],
             "depth": depths[row][nodes],
             "accepted": paths[row][1 : lengths[row]],
-            "speculation": "off" if batch.speculation[row].is_off else "on",
+            **_state(batch, row, counts[row]),
             "draft_ms": round(times.draft_s * 1e3, 4),
             "verify_ms": round(times.verify_s * 1e3, 4),
         }

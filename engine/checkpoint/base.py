@@ -79,7 +79,10 @@ def expected_tensors(config: LlamaConfig) -> dict[str, Shape]:
 
 
 def check_config(config: LlamaConfig, where: str) -> None:
-    """Refuse numbers no model can have (CheckpointError), before shapes are derived from them."""
+    """Refuse numbers no model can have (CheckpointError), before shapes are derived from them.
+
+    For formats with metadata of their own; ``LlamaConfig.from_hf`` has done the same.
+    """
     for key in (
         "vocab_size",
         "hidden_size",
@@ -94,15 +97,9 @@ def check_config(config: LlamaConfig, where: str) -> None:
     ):
         if not getattr(config, key) > 0:
             raise CheckpointError(f"{where}: {key} is {getattr(config, key)}, expected a positive number")
-    if config.num_heads % config.num_kv_heads:
-        raise CheckpointError(
-            f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key/value "
-            "heads, expected a multiple"
-        )
-    if config.head_dim % 2:
-        raise CheckpointError(
-            f"{where}: head_dim is {config.head_dim}, expected an even number (rotary pairs)"
-        )
+    problem = config.mismatch()
+    if problem is not None:
+        raise CheckpointError(f"{where}: {problem}")
 
 
 def check_headers(

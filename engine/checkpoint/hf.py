@@ -23,14 +23,13 @@ from torch import Tensor
 from engine.checkpoint.base import (
     Progress,
     Shape,
-    check_config,
     check_dtype,
     check_finite,
     check_headers,
     check_vocabulary,
     expected_tensors,
 )
-from engine.config import LlamaConfig
+from engine.config import Fields, LlamaConfig
 from engine.errors import CheckpointError
 from engine.text.tokenizer import Tokenizer, read_json
 
@@ -100,32 +99,23 @@ class HfCheckpoint:
 
 
 def read_config(raw: dict[str, Any], where: str) -> LlamaConfig:
-    """LlamaConfig from a parsed config.json. Raises CheckpointError; ConfigError for unsupported values."""
+    """LlamaConfig from a parsed config.json. Raises CheckpointError for another architecture, ConfigError for
+    values that are malformed or unsupported."""
     architectures = raw.get("architectures")
     if architectures not in [[name] for name in ARCHITECTURES]:
         raise CheckpointError(
             f"{where}: architectures is {architectures!r}, supported: {', '.join(ARCHITECTURES)}"
         )
-    try:
-        config = LlamaConfig.from_hf(raw, where)
-        check_config(config, where)
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(f"{where}: a value has the wrong type: {error}") from error
-    return config
+    return LlamaConfig.from_hf(raw, where)
 
 
 def _token_ids(path: Path, config: LlamaConfig) -> tuple[int | None, tuple[int, ...]]:
-    """(BOS, EOS ids) of config.json and, where there is one, generation_config.json."""
+    """(BOS, EOS ids) of config.json and, where there is one, generation_config.json. Raises ConfigError."""
     file = path / "generation_config.json"
-    extra = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = [*config.eos_token_ids, *(extra if isinstance(extra, list) else [] if extra is None else [extra])]
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise CheckpointError(
-                f"{file if extra is not None else path}: eos_token_id is {token_id!r}, "
-                "expected a token id or a list of them"
-            )
-    return config.bos_token_id, tuple(dict.fromkeys(ids))
+    extra = Fields(read_json(file) if file.is_file() else {}, str(file)).wholes(
+        "eos_token_id", "a token id or a list of them"
+    )
+    return config.bos_token_id, tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
 
 
 def _read_headers(directory: Path) -> dict[str, _Stored]:

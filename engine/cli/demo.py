@@ -119,7 +119,7 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
         "serve",
         *_serve_flags(args),
         stderr=asyncio.subprocess.PIPE,
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=asyncio.subprocess.PIPE,  # closes when we end, even if we are killed
         env={**os.environ, "HAAST_API_KEY": ""},
         start_new_session=True,
     )
@@ -183,7 +183,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def _serve_flags(args: argparse.Namespace) -> list[str]:
-    flags = ["--port", "0", "--shutdown-timeout", "1"]
+    flags = ["--port", "0", "--shutdown-timeout", "1", "--exit-with-parent"]
     model = model_name(args)
     if model is not None:
         flags += ["--model", model]

@@ -73,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("debug", "info", "warning", "error"),
         help="what to log",
     )
+    # For a process that starts a server for itself: give it a pipe as stdin and hold the other end.
+    group.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
         _describe(served, time.perf_counter() - started)
         return served
 
-    return uvloop.run(serve(options, load))
+    parent = sys.stdin.fileno() if args.exit_with_parent else None
+    return uvloop.run(serve(options, load, parent))
 
 
 def server_options(args: argparse.Namespace) -> ServerOptions:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.config import POST_NORM, LlamaConfig
-from engine.core import Batch, DraftTree, Scores
-from engine.kvcache import KVPool, RowPlan, plan_rows
+from engine.core import Batch, DraftTree, Scores, Verdict
+from engine.kvcache import KVPool, RowPlan, compact, plan_rows
 from engine.nn.attention import Attention
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
@@ -81,17 +81,31 @@ class Llama:
             config.num_layers, config.num_kv_heads, config.head_dim, num_slots, self.dtype, self.device
         )
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    def compact(self, batch: Batch, verdict: Verdict) -> None:
+        """Move the accepted KV rows of every layer to the front of the scratch rows."""
+        compact(self.pool, batch, verdict)
+
     def output_rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the output matrix, [n, H]: a head may share them."""
         if self.config.tie_word_embeddings:
             return self.embedding[token_ids]
-        if (
-            self.lm_head.weight is None
-        ):  # packed: the product with the identity gives the matrix back, exactly
-            return self.lm_head(torch.eye(self.config.hidden_size, dtype=self.dtype))[
-                :, token_ids
-            ].T.contiguous()
-        return self.lm_head.weight[token_ids]
+        if self.lm_head.weight is not None:
+            return self.lm_head.weight[token_ids]
+        # Packed: the product with the identity gives the matrix back, exactly.
+        columns = self.lm_head(torch.eye(self.config.hidden_size, dtype=self.dtype))
+        return columns[:, token_ids].T.contiguous()
 
     def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
         """Logits of every node, or of the last real node of each prompt chunk; KV rows are written."""

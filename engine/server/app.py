@@ -151,7 +151,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     arrival = time.perf_counter()
     serving = request.app[STATE].ready()
-    call = protocol.decode_chat(await _json_body(request))
+    body = await _json_body(request)
+    call = protocol.decode_chat(body)
+    _note_unknown_fields(request, serving, protocol.unknown_fields(body, call))
     name = serving.check_model(call.model)
     with serving.runner.admit():
         requests = await _in_thread(serving, lambda: serving.preparer.chat(call))
@@ -162,7 +164,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     arrival = time.perf_counter()
     serving = request.app[STATE].ready()
-    call = protocol.decode_completion(await _json_body(request))
+    body = await _json_body(request)
+    call = protocol.decode_completion(body)
+    _note_unknown_fields(request, serving, protocol.unknown_fields(body, call))
     name = serving.check_model(call.model)
     with serving.runner.admit(len(protocol.prompts(call))):
         requests = await _in_thread(serving, lambda: serving.preparer.completion(call))
@@ -209,6 +213,20 @@ async def _json_body(request: web.Request) -> bytes:
             "unsupported_media_type",
         )
     return await request.read()
+
+
+def _note_unknown_fields(request: web.Request, serving: Serving, names: list[str]) -> None:
+    """Count fields that are ignored and name them in the log. Only their sum is kept: the names are the
+    clients' to choose, and there is no end to them."""
+    if names:
+        totals = serving.runner.totals
+        totals.num_unknown_fields += len(names)
+        log.debug(
+            "%s ignores unknown fields: %s (%d since the start)",
+            request[_ID],
+            protocol.shorten(", ".join(map(repr, names))),
+            totals.num_unknown_fields,
+        )
 
 
 async def _in_thread(serving: Serving, work: Callable[[], list[Request]]) -> list[Request]:

@@ -3,6 +3,7 @@
 The port is bound before the model is loaded, so that a second server fails at once; until then every request
 gets 503 ``starting``. The first SIGTERM or SIGINT drains: new requests get 503 ``draining``, running ones
 have the shutdown timeout to finish, what is left ends with an error. A second signal ends everything at once.
+A server that another process started for itself also takes that process's end for the first signal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -29,15 +31,18 @@ REPORT_INTERVAL = 10.0  # seconds between lines about throughput, while there is
 _CLOSE_TIMEOUT = 5.0  # seconds that handlers get to send their error event after an abort
 
 
-async def serve(options: ServerOptions, load: Callable[[], Served]) -> int:
-    """Run the server until a signal ends it; returns the exit code.
+async def serve(options: ServerOptions, load: Callable[[], Served], parent: int | None = None) -> int:
+    """Run the server until a signal ends it; returns the exit code, 1 if the engine died meanwhile.
 
-    load is called once, on a thread of its own, and returns the model. Raises ConfigError if the port cannot
+    load is called once, on a thread of its own, and returns the model. parent is the descriptor of a pipe
+    that the parent process holds open; its closing counts as a signal. Raises ConfigError if the port cannot
     be bound, and whatever load raises.
     """
     started = time.perf_counter()
     state = ServerState(options)
     signals = _Signals()
+    if parent is not None:
+        signals.watch(parent)
     runner = app_runner(state)
     await runner.setup()
     try:
@@ -130,6 +135,19 @@ class _Signals:
 
     def _arrived(self) -> None:
         (self.again if self.stop.is_set() else self.stop).set()
+
+    def watch(self, parent: int) -> None:
+        """Take the closing of a pipe for a signal; however the process at its other end ends, it closes."""
+        loop = asyncio.get_running_loop()
+
+        def readable() -> None:
+            with contextlib.suppress(ConnectionError):
+                if os.read(parent, 4096):
+                    return
+            loop.remove_reader(parent)
+            self._arrived()
+
+        loop.add_reader(parent, readable)
 
     async def unless_stopped(self, work: asyncio.Future[Served]) -> Served | None:
         """The result of ``work``, or None if a signal came first."""

@@ -4,7 +4,8 @@ The names are vLLM's, so that tools which read ``metrics`` from a response work.
 monotonic clock (``time.perf_counter``), so stamps of the engine thread and of the event loop can be
 subtracted. Speculation is counted over the steps that drafted something; a drafted tree counts all its nodes,
 and the position of the histogram is the depth reached: entry i is the number of steps in which i draft tokens
-were accepted.
+were accepted. Where an answer ends inside a step, only what it took of the step counts, its last token as the
+target's own, so that the tokens of speculative steps are always steps + accepted.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ class RequestStats:
             self.num_tokens += num_tokens
         delta = stamped.delta
         if delta.num_draft_tokens:
+            accepted = min(delta.num_accepted, max(num_tokens - 1, 0))
             self.num_draft_tokens += delta.num_draft_tokens
-            missing = delta.num_accepted + 1 - len(self.histogram)
-            self.histogram.extend([0] * missing)
-            self.histogram[delta.num_accepted] += 1
+            self.histogram.extend([0] * (accepted + 1 - len(self.histogram)))
+            self.histogram[accepted] += 1
 
     @property
     def num_spec_steps(self) -> int:

@@ -1,8 +1,9 @@
 """What clients may ask: typed requests, decoded and checked in one go.
 
 A field that we know is checked for type and range while it is decoded; a field that we do not know is
-ignored, as OpenAI's clients expect; a field that we know but do not honour is refused when its value would
-change the answer. Every refusal is a RequestError that names the field by its path in the client's JSON.
+ignored, as OpenAI's clients expect (``unknown_fields`` says which, for the log); a field that we know but do
+not honour is refused when its value would change the answer. Every refusal is a RequestError that names the
+field by its path in the client's JSON.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class GenerationRequest(Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
@@ -141,19 +143,15 @@ class GenerationRequest(Struct, kw_only=True):
     chat_template: Any = None
 
     def token_limit(self) -> int | None:
-        """The most tokens the client wants, None for as many as fit."""
-        return self.max_tokens
+        """The most tokens the client wants, None for as many as fit; ``max_completion_tokens`` wins over the
+        older ``max_tokens``."""
+        return self.max_completion_tokens or self.max_tokens
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: PositiveInt | None = None
-
-    def token_limit(self) -> int | None:
-        """``max_completion_tokens`` wins over the older ``max_tokens``."""
-        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -190,6 +188,18 @@ def decode_completion(body: bytes) -> CompletionRequest:
     call = _decode(body, CompletionRequest)
     prompts(call)
     return call
+
+
+def unknown_fields(body: bytes, call: GenerationRequest) -> list[str]:
+    """The top-level fields of a body that its decoded ``call`` ignored, in the client's order.
+
+    Raises RequestError for a name that is not UTF-8: decoding compares unknown names only as bytes.
+    """
+    try:
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])  # skips over the values
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    return [name for name in given if name not in call.__struct_fields__]
 
 
 def prompts(call: CompletionRequest) -> list[str | list[int]]:

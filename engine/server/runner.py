@@ -23,7 +23,7 @@ from typing import Protocol
 
 from engine.config import EngineConfig
 from engine.core import Delta, Request
-from engine.errors import CapacityError, EngineError
+from engine.errors import CapacityError, EngineError, RequestError
 from engine.server.metrics import StampedDelta
 
 log = logging.getLogger(__name__)
@@ -98,12 +98,12 @@ class Ticket:
         self._news.set()
 
     async def _wait(self, timeout: float | None) -> None:
-        try:
+        """Wait for something new. Callers have just looked and found nothing, so what the event still says is
+        old: news that were read without waiting."""
+        self._news.clear()
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._news.wait()
-        except TimeoutError:
-            return
-        self._news.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,7 @@ class Totals:
     num_generated_tokens: int = 0
     num_spec_steps: int = 0
     num_accepted: int = 0
+    num_unknown_fields: int = 0  # of request bodies
 
 
 class EngineRunner:
@@ -175,9 +176,17 @@ class EngineRunner:
 
     @contextmanager
     def admit(self, count: int = 1) -> Iterator[None]:
-        """Hold ``count`` places from before tokenising until the answer is out. Raises CapacityError if none
-        is left or the engine is dead."""
+        """Hold ``count`` places, one per prompt, from before tokenising until the answer is out.
+
+        Raises CapacityError if they are taken or the engine is dead, RequestError if there never are as many.
+        """
         self._check_alive()
+        if count > self.capacity:
+            raise RequestError(
+                f"found {count} prompts, but this server admits at most {self.capacity} at once "
+                "(--max-num-seqs plus --max-num-queued-reqs); send fewer per request",
+                "prompt",
+            )
         if self.in_flight + count > self.capacity:
             raise CapacityError(
                 f"the queue is full: {self.in_flight} requests in flight, at most {self.capacity} admitted"
@@ -260,7 +269,10 @@ class EngineRunner:
                 if self.engine.has_work:
                     self._step()
         except Exception as error:
-            log.exception("the engine failed; all requests in flight end with an error")
+            log.exception(
+                "the engine failed: all requests in flight end with an error, new ones get 503 until the "
+                "server is restarted"
+            )
             self._post(self._fail_all, type(error).__name__)
         finally:
             self._step_started = None

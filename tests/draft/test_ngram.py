@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft.ngram import NgramDraft, lookup
+from draft.ngram import NgramDraft, NgramIndex
 from draft.none import NoDraft
 from engine.core import Batch, Request, SamplingParams, Sequence, Speculation
 from engine.sampler import sampling_tensors
@@ -25,10 +25,18 @@ def slow_lookup(tokens: list[int], num_tokens: int) -> list[int]:
     return []
 
 
+def lookup(tokens: list[int], num_tokens: int) -> list[int]:
+    return NgramIndex().continuation(tokens, num_tokens)
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 2), max_size=25), st.integers(1, 6))
-def test_lookup(tokens: list[int], num_tokens: int) -> None:
+@given(st.lists(st.integers(0, 2), max_size=25), st.integers(1, 6), st.lists(st.integers(1, 5), max_size=8))
+def test_lookup(tokens: list[int], num_tokens: int, growth: list[int]) -> None:
     assert lookup(tokens, num_tokens) == slow_lookup(tokens, num_tokens)
+    index, end = NgramIndex(), 0
+    for step in growth:  # the same from an index that has grown along
+        end += step
+        assert index.continuation(tokens[:end], num_tokens) == slow_lookup(tokens[:end], num_tokens)
 
 
 def test_examples() -> None:
@@ -36,8 +44,17 @@ def test_examples() -> None:
     assert lookup([1, 2, 9, 1, 2, 8, 1, 2], 1) == [8]  # the most recent one
     assert lookup([3, 3, 3], 4) == [3]
     assert lookup([1, 2, 3], 4) == lookup([], 4) == lookup([7], 4) == []
-    assert lookup([1, 2] + [0] * 5000 + [1, 2], 2) == []  # too far back
     assert lookup([1, 2] + list(range(10, 4000)) + [1, 2], 2) == [10, 11]
+
+
+def test_nothing_is_kept_of_a_sequence_that_ended() -> None:
+    draft = NgramDraft()
+    batch = batch_of([[1, 2, 3, 1, 2]], [Speculation(4, 3, 1)])
+    assert draft.propose(batch).tokens.tolist() == [[2, 3, 1, 2]]
+    draft.forget(batch.seqs[0])
+    assert draft.propose(batch_of([[7, 8, 9, 7, 8]], [Speculation(4, 3, 1)])).tokens.tolist() == [
+        [8, 9, 7, 8]
+    ]
 
 
 def batch_of(tokens: list[list[int]], specs: list[Speculation]) -> Batch:

@@ -282,12 +282,18 @@ def slots_of_pages(pages: Sequence[int], page_size: int, first: int, end: int) -
     )
 
 
+def pool_rows(engine: Engine) -> Tensor:
+    """The KV rows of an engine's target."""
+    assert isinstance(engine.target, Llama)
+    return engine.target.pool.rows
+
+
 def snapshots(engine: Engine) -> list[Snapshot]:
     """What the pools hold now for every running sequence."""
     found = []
     page_size = engine.scheduler.pages.page_size
     for seq in engine.scheduler.running:
-        rows = engine.target.pool.rows[:, :, :, slots_of_pages(seq.pages, page_size, 0, seq.kv_len)].clone()
+        rows = pool_rows(engine)[:, :, :, slots_of_pages(seq.pages, page_size, 0, seq.kv_len)].clone()
         head_rows = None
         if isinstance(engine.draft, FeatureDraft) and seq.request.id in engine.draft._pending:
             pending = engine.draft._pending[seq.request.id]

@@ -34,7 +34,7 @@ def compaction_skipped(patch: pytest.MonkeyPatch) -> None:
     def nothing(pool: KVPool, batch: Batch, verdict: Verdict) -> None:
         pass
 
-    patch.setattr(engine.step, "compact", nothing)
+    patch.setattr(engine.models.llama, "compact", nothing)
 
 
 def causal_mask(patch: pytest.MonkeyPatch) -> None:

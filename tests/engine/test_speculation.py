@@ -23,6 +23,7 @@ from tests.engine.rig import (
     echo_model,
     make_engine,
     plain_tokens,
+    pool_rows,
     prompts_of,
     random_model,
     record,
@@ -256,5 +257,5 @@ def test_steps_are_reproducible_on_a_used_engine(echo: Model) -> None:
     params = params_of(0.7)
     first = [c.token_ids for c in engine.generate(PROMPTS, params)]
     engine.generate(prompts_of([30, 3, 11], seed=9), SamplingParams(temperature=0, max_tokens=30))
-    engine.target.pool.rows.masked_fill_(torch.rand(engine.target.pool.rows.shape) < 0.5, 3.0)
+    pool_rows(engine).masked_fill_(torch.rand(pool_rows(engine).shape) < 0.5, 3.0)
     assert [c.token_ids for c in engine.generate(PROMPTS, params)] == first

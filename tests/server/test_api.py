@@ -345,6 +345,27 @@ def test_starting() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_unknown_fields_are_ignored_logged_and_counted(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "engine.server.app")
+
+    async def scenario() -> None:
+        async with server() as api:
+            body = BODY if path == CHAT else {"prompt": "a"}
+            assert (await api.post(path, body))[0] == 200
+            assert "unknown" not in caplog.text
+            assert (await api.post(path, {**body, "user": "me", "wi\ndth": 3}))[0] == 200
+            assert (await api.post(path, {**body, **{f"f{i}": i for i in range(5000)}}))[0] == 200
+            assert api.state.serving.runner.totals.num_unknown_fields == 5002  # type: ignore[union-attr]
+            status, reply, _ = await api.post(path, msgspec.json.encode(body)[:-1] + b',"\xff":1}')
+            assert (status, reply["error"]["code"]) == (400, "invalid_json")
+
+    asyncio.run(scenario())
+    first, second = [record.message for record in caplog.records if "unknown" in record.message]
+    assert first.endswith("ignores unknown fields: 'user', 'wi\\ndth' (2 since the start)")
+    assert len(second) < 800
+
+
 def test_end_of_text_by_token_is_not_shown() -> None:
     async def scenario() -> None:
         async with server(FakeEngine(script(bytes([104, 105])))) as api:

@@ -272,6 +272,29 @@ def test_demo_passes_its_flags_on() -> None:
     assert options.engine_config(passed) == options.engine_config(args)
     assert options.model_name(passed) == "m.gguf"
     assert (passed.spec_model, passed.port) == ("ngram", 0)
+    assert passed.exit_with_parent
+    assert not parse(serve).exit_with_parent
+
+
+def test_a_server_ends_when_its_stdin_closes() -> None:
+    """As for the demo's server when the demo is killed: it loads, and the pipe is all that tells it."""
+    code = (
+        "import os, signal, sys, time, engine.build, engine.cli.serve as verb\n"
+        "from engine.cli.main import main\n"
+        "verb.open_engine = lambda args: time.sleep(60)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--device", "cpu", "--exit-with-parent"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        try:
+            assert any("Listening on" in line for line in process.stderr)
+            assert process.poll() is None
+            process.stdin.close()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
 
 
 def test_unknown_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,36 @@ def test_figures_of_one_answer() -> None:
     assert spec.draft_acceptance_rate == pytest.approx(1 / 3, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("stop", "num_tokens", "histogram"),
+    [("d", 4, [0, 0, 1, 0]), ("b", 2, [1, 0, 0, 0]), ("g", 7, [0, 0, 2, 0])],
+)
+def test_what_follows_a_stop_string_was_not_accepted(
+    stop: str, num_tokens: int, histogram: list[int]
+) -> None:
+    out = output(stop=(stop,))
+    for one in stamped(script(b"a", b"bcd", b"efg", finish="length")):
+        out.push(one)
+    spec = summarise([out.stats]).speculative_decoding
+    assert spec is not None
+    assert spec.acceptance_histogram == histogram
+    assert (out.num_tokens, out.finish_reason) == (num_tokens, "stop")
+    assert out.num_tokens == 1 + spec.num_spec_steps + spec.num_accepted_draft_tokens
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+def test_an_end_among_the_accepted_tokens_counts_them_once(num_tokens: int) -> None:
+    """The engine ends the answer at a token of the tree, so that no token of the target's own follows."""
+    out = output()
+    prefill, step = script(b"a", b"bcd"[:num_tokens], finish="length", accepted=num_tokens)
+    for one in stamped([prefill, step]):
+        out.push(one)
+    spec = summarise([out.stats]).speculative_decoding
+    assert spec is not None
+    assert (spec.num_spec_steps, spec.num_accepted_draft_tokens) == (1, num_tokens - 1)
+    assert out.num_tokens == 1 + spec.num_spec_steps + spec.num_accepted_draft_tokens
+
+
 def test_figures_without_speculation_or_tokens() -> None:
     off = output(speculation=SPECULATION_OFF)
     off.push(StampedDelta(Delta(1, (EOS,), "stop", is_decode=False), 11.0, 12.0))

@@ -159,6 +159,25 @@ def test_speculation(wanted: Any, expected: Speculation | None) -> None:
     assert protocol.speculation(chat(speculation=wanted), default=Speculation(9, 5, 2)) == expected
 
 
+@pytest.mark.parametrize(("fields", "limit"), [({"max_tokens": 7}, 7), ({"max_completion_tokens": 3}, 3)])
+def test_completions_take_both_limits(fields: dict[str, int], limit: int) -> None:
+    for given in (fields, {"max_tokens": 7, **fields}):
+        call = protocol.decode_completion(msgspec.json.encode({"prompt": "a", **given}))
+        assert call.token_limit() == limit
+    with pytest.raises(RequestError) as caught:
+        protocol.decode_completion(b'{"prompt": "a", "max_completion_tokens": 0}')
+    assert caught.value.param == "max_completion_tokens"
+
+
+def test_unknown_fields_are_named() -> None:
+    body = msgspec.json.encode({"user": "me", "messages": MESSAGES, "top_k": 3, "lo\ng": [{"seed": 1}]})
+    call = protocol.decode_chat(body)
+    assert protocol.unknown_fields(body, call) == ["user", "lo\ng"]
+    assert protocol.unknown_fields(msgspec.json.encode(call), call) == []
+    with pytest.raises(RequestError, match="not valid JSON"):
+        protocol.unknown_fields(b'{"\xff": 1}', call)
+
+
 def test_conversation_is_flattened() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     call = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])

@@ -77,6 +77,37 @@ def test_keep_alive_comments_while_silent() -> None:
     asyncio.run(scenario())
 
 
+def test_news_that_were_read_at_once_are_not_news_again() -> None:
+    async def scenario() -> None:
+        first, second = script(b"ab", b"cd", finish="length")
+        ticket = runner.Ticket([Request(0, (1,), SamplingParams())])
+        ticket.accept()
+        await ticket.accepted()
+        ticket.put(StampedDelta(first, 0.0, 1.0))
+        assert [one.delta for one in await ticket.next(5)] == [first]  # was there; nothing was waited for
+        waiting = asyncio.create_task(ticket.next(5))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        ticket.put(StampedDelta(second, 1.0, 2.0))
+        assert [one.delta for one in await waiting] == [second]
+
+    asyncio.run(scenario())
+
+
+def test_more_prompts_than_are_ever_admitted() -> None:
+    async def scenario() -> None:
+        async with server(max_num_queued_reqs=1) as api:  # the engine runs 2 at once
+            status, reply, headers = await api.post("/v1/completions", {"prompt": ["x"] * 16})
+            error = reply["error"]
+            assert (status, error["param"], error["code"]) == (400, "prompt", "invalid_value")
+            assert "found 16 prompts" in error["message"]
+            assert "at most 3 " in error["message"]
+            assert "Retry-After" not in headers
+            assert (await api.post("/v1/completions", {"prompt": ["x"] * 3}))[0] == 200
+
+    asyncio.run(scenario())
+
+
 def test_queue_full() -> None:
     async def scenario() -> None:
         engine = FakeEngine()  # runs 2 at once
@@ -208,6 +239,7 @@ def run_lifecycle(
     during: Any,
     load_error: Exception | None = None,
     load_time: float = 0.0,
+    parent: int | None = None,
     **options: Any,
 ) -> int:
     """lifecycle.serve with the fake model, while ``during(url)`` acts as a client."""
@@ -223,7 +255,7 @@ def run_lifecycle(
                 raise load_error
             return serve_fake(engine)
 
-        serving = asyncio.create_task(lifecycle.serve(ServerOptions(port=port, **options), load))
+        serving = asyncio.create_task(lifecycle.serve(ServerOptions(port=port, **options), load, parent))
         client = asyncio.create_task(during(f"http://127.0.0.1:{port}"))
         await asyncio.wait((serving, client), return_when=asyncio.FIRST_EXCEPTION, timeout=20)
         engine.hold.clear()
@@ -317,14 +349,37 @@ def test_drain_ends_by_deadline_or_second_signal(is_second_signal: bool) -> None
     assert run_lifecycle(engine, during, shutdown_timeout=60 if is_second_signal else 0.1) == 0
 
 
-def test_dead_engine_is_an_exit_code() -> None:
+def test_dead_engine_is_an_exit_code_and_one_line_of_log(caplog: pytest.LogCaptureFixture) -> None:
     async def during(url: str) -> None:
         async with aiohttp.ClientSession(url) as http:
             await get_ready(http)
             assert (await http.post(CHAT, json=BODY)).status == 500
+            assert [(await http.post(CHAT, json=BODY)).status for _ in range(3)] == [503] * 3
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert run_lifecycle(FakeEngine(fail_at=0), during) == 1
+    [line] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.message.startswith("the engine failed")
+    assert "503 until the server is restarted" in line.message
+    assert line.exc_info is not None
+
+
+@pytest.mark.parametrize("load_time", [0.0, 1.5])
+def test_the_end_of_the_parent_is_a_signal(load_time: float) -> None:
+    """When the model is ready and while it loads; what the parent writes is not its end."""
+    read, write = os.pipe()
+
+    async def during(url: str) -> None:
+        async with aiohttp.ClientSession(url) as http:
+            os.write(write, b"x")
+            await (asyncio.sleep(0.1) if load_time else get_ready(http))
+            assert (await http.get("/ready")).status == (503 if load_time else 200)
+        os.close(write)
+
+    started = time.monotonic()
+    assert run_lifecycle(FakeEngine(), during, load_time=load_time, parent=read) == 0
+    assert time.monotonic() - started < 1.2
+    os.close(read)
 
 
 def test_what_loading_raises_ends_the_server() -> None:

@@ -50,7 +50,9 @@ def test_the_log_retells_the_run(tmp_path: Path, draft: str) -> None:
             assert record["tokens"][0] == whole[record["context_len"] - 1]
             assert len(record["parents"]) == len(record["depth"]) == length
             assert record["temperature"] == 0.5 * i
-            assert i != 1 or record["speculation"] == "off"
+            assert record["speculation"] == ("on" if length > 1 else "off")
+            assert (record["reason"] is None) == (length > 1)
+            assert i != 1 or record["reason"] == "the request turned it off"
             assert record["draft_ms"] >= 0 < record["verify_ms"]
             if "raw" in record:
                 assert len(record["raw"]) == len(record["value"]) == len(record["rank"]) == length
