@@ -76,7 +76,8 @@ class Engine:
             config, pages, eos_token_ids, draft.scratch_rows, draft.forget, target.vocab_size
         )
         self.step_log = step_log
-        # Charge each phase of ``last_times`` with its own work by waiting for the device: for measurements only.
+        # Charge each phase of ``last_times`` with its own work by waiting for the device: for measurements
+        # only.
         self.waits_for_device = step_log is not None
         self.last_times = StepTimes()
         self._next_id = 0

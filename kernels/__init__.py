@@ -7,7 +7,6 @@ implementations are tested against.
 
 from kernels.ref import (
     MAX_NOISE,
-    choose,
     compact_rows,
     gumbel_noise,
     has_fast_bfloat16,
@@ -24,7 +23,6 @@ from kernels.ref import (
 
 __all__ = [
     "MAX_NOISE",
-    "choose",
     "compact_rows",
     "gumbel_noise",
     "has_fast_bfloat16",

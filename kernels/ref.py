@@ -219,7 +219,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise that is a function of (seed, position, token id) alone.
 
     seeds: [B] int64; positions: [B, R] int64; token_ids: [n] or [B, R, n] int64. Returns [B, R, n] float32.
-    A counter-based 32-bit integer hash, the same on every device and in every batch shape.
+    A counter-based 32-bit integer hash, the same on every device and in every batch shape. The largest of
+    logits + noise is a draw from softmax(logits) (the Gumbel-max trick).
     """
     low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
     key = _finalise(low * _GOLDEN, high)[:, None].expand(positions.shape)
@@ -231,14 +232,3 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     # to 1)
     uniform = ((bits >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
-
-
-def choose(logits: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
-    """argmax of logits / temperature + noise where temperature > 0, of the logits where it is 0.
-
-    logits, noise: [B, R, V] float32; temperature: [B]. Returns [B, R] int64. Adding Gumbel noise and taking
-    the argmax draws exactly from softmax(logits / temperature) (Gumbel 1954; "Gumbel-max trick").
-    """
-    greedy = (temperature == 0)[:, None, None]
-    scaled = logits / torch.where(temperature == 0, 1.0, temperature)[:, None, None]
-    return torch.where(greedy, logits, scaled + noise).argmax(dim=-1)

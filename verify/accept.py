@@ -29,7 +29,8 @@ def accept(tree: DraftTree, choice: Tensor) -> Verdict:
     agrees = tree.tokens == choice.gather(1, tree.parents.clamp(min=0))
     agrees[:, 0] = True  # the root was chosen a step ago
     agrees &= tree.real()
-    # A node is on the path if it and all its ancestors agree; in node order, which parents lead, that is the path.
+    # A node is on the path if it and all its ancestors agree; in node order, which parents lead, that is the
+    # path.
     on_path = ~(tree.ancestors() & ~agrees[:, None]).any(dim=-1)
     ordered = torch.where(on_path, node, num_nodes).sort(dim=1).values
     length = on_path.sum(dim=1)

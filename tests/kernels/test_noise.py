@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kernels import choose, gumbel_noise
+from kernels import gumbel_noise
 from tests.oracles import sampler
 from tests.oracles.noise import correlation_score, frequency_score, ks_score, neighbour_scores
 
@@ -81,18 +81,10 @@ def test_argmax_draws_from_the_softmax(temperature: float) -> None:
     logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 1.5
     probs = sampler.softmax(logits.double().numpy() / temperature)
     count = 20_000
-    temperatures = torch.full((1,), temperature)
     along = gumbel_noise(torch.tensor([9]), torch.arange(count)[None], torch.arange(40))
-    picked = choose(logits.expand(1, count, -1), temperatures, along)[0]
+    picked = (logits / temperature + along).argmax(-1)[0]
     assert frequency_score(picked.numpy(), probs) < 5
     across = gumbel_noise(torch.arange(count), torch.zeros(count, 1, dtype=torch.int64), torch.arange(40))
-    picked = choose(logits.expand(count, 1, -1), temperatures.expand(count), across)[:, 0]
+    picked = (logits / temperature + across).argmax(-1)[:, 0]
     assert frequency_score(picked.numpy(), probs) < 5
     assert frequency_score(picked.numpy(), np.full(40, 1 / 40)) > 50
-
-
-def test_choose_is_greedy_at_zero() -> None:
-    logits, noise = torch.randn(2, 3, 20), torch.randn(2, 3, 20) * 9
-    picked = choose(logits, torch.tensor([0.0, 2.0]), noise)
-    assert torch.equal(picked[0], logits[0].argmax(-1))
-    assert torch.equal(picked[1], (logits[1] / 2 + noise[1]).argmax(-1))
