@@ -25,8 +25,8 @@ from draft.eagle import EagleModel
 from draft.eagle3 import Eagle3Model
 from draft.head import FeatureDraft
 from engine.config import POST_NORM, Fields, LlamaConfig
+from engine.core import Target
 from engine.errors import CheckpointError
-from engine.models.llama import Llama
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _THREE_LAYERS = "three layer numbers"
@@ -43,25 +43,23 @@ class HeadCheckpoint:
     draft_vocab_size: int
 
     def build(
-        self, target: Llama, num_slots: int, *, shared_noise: bool = True, approximate: bool = True
+        self, target: Target, num_slots: int, *, shared_noise: bool = True, approximate: bool = True
     ) -> FeatureDraft:
         """Load the weights and attach the head to its target. Raises CheckpointError naming file and tensor.
 
         approximate: let products of the head be rounded where that is faster (int8 on a CPU in float32).
         """
-        weights = _read_weights(self.path, target.dtype, target.device)
+        weights = _read_weights(self.path, target.embedding.dtype, str(target.embedding.device))
         # Published heads often say 2048, whatever their target takes.
-        positions = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
+        positions = max(self.config.max_position_embeddings, target.max_positions)
         shape = dataclasses.replace(self.config, max_position_embeddings=positions)
-        if self.config.hidden_size != target.config.hidden_size:
+        if self.config.hidden_size != target.hidden_size:
             raise CheckpointError(
                 f"{self.path / 'config.json'}: the head's hidden_size is {self.config.hidden_size}, "
-                f"the target's {target.config.hidden_size}"
+                f"the target's {target.hidden_size}"
             )
         embedding = weights.pop("embed_tokens.weight", target.embedding)
-        _check(
-            self.path, "embed_tokens.weight", embedding, (target.config.vocab_size, target.config.hidden_size)
-        )
+        _check(self.path, "embed_tokens.weight", embedding, (target.vocab_size, target.hidden_size))
         if self.kind == "eagle3":
             self._prepare_eagle3(weights, target)
             config = dataclasses.replace(shape, vocab_size=self.draft_vocab_size)
@@ -75,29 +73,31 @@ class HeadCheckpoint:
             head = EagleModel(shape, weights, embedding, target.logits, num_slots)
         return FeatureDraft(head, f"{self.kind} ({self.path.name})", shared_noise=shared_noise)
 
-    def _prepare_eagle3(self, weights: dict[str, Tensor], target: Llama) -> None:
+    def _prepare_eagle3(self, weights: dict[str, Tensor], target: Target) -> None:
         """Normalise names and fill in what a checkpoint may leave out."""
         for name in [name for name in weights if name.startswith("layers.0.")]:
             weights["midlayer." + name.removeprefix("layers.0.")] = weights.pop(name)
-        if self.draft_vocab_size == target.config.vocab_size and "d2t" not in weights:
-            weights["d2t"] = torch.zeros(self.draft_vocab_size, dtype=torch.int64, device=target.device)
+        if self.draft_vocab_size == target.vocab_size and "d2t" not in weights:
+            weights["d2t"] = torch.zeros(
+                self.draft_vocab_size, dtype=torch.int64, device=target.embedding.device
+            )
         if "d2t" not in weights:
             raise CheckpointError(
                 f"{self.path}: tensor 'd2t' is missing, though draft_vocab_size is "
-                f"{self.draft_vocab_size} of {target.config.vocab_size}"
+                f"{self.draft_vocab_size} of {target.vocab_size}"
             )
         _check(self.path, "d2t", weights["d2t"], (self.draft_vocab_size,))
         token_ids = torch.arange(self.draft_vocab_size, device=weights["d2t"].device) + weights["d2t"]
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= target.config.vocab_size:
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= target.vocab_size:
             raise CheckpointError(
                 f"{self.path}: d2t points to tokens {int(token_ids.min())}..{int(token_ids.max())}, "
-                f"the target has 0..{target.config.vocab_size - 1}"
+                f"the target has 0..{target.vocab_size - 1}"
             )
         if len(set(token_ids.tolist())) != len(token_ids):
             raise CheckpointError(f"{self.path}: d2t maps two draft tokens to the same target token")
         t2d = weights.pop("t2d", None)
         if t2d is not None:
-            _check(self.path, "t2d", t2d, (target.config.vocab_size,))
+            _check(self.path, "t2d", t2d, (target.vocab_size,))
             if int(t2d.sum()) != self.draft_vocab_size or not bool(t2d[token_ids].all()):
                 raise CheckpointError(f"{self.path}: t2d and d2t do not name the same draft vocabulary")
         if "lm_head.weight" not in weights:

@@ -20,8 +20,8 @@ from engine.errors import ConfigError
 
 POST_NORM = -1  # feature layer number of the hidden state after the final norm (EAGLE-1 heads)
 
-# Keys that change what a model computes, in ways that we do not implement, and the values that change nothing.
-# A key that is absent or null is harmless too; a list is when each of its elements is.
+# Keys that change what a model computes, in ways that we do not implement, with the values that change
+# nothing. A key that is absent or null is harmless too; a list is when each of its elements is.
 HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
     # MLP and projections
     "hidden_act": ("silu",),
@@ -206,8 +206,9 @@ class Fields:
         if default is not None and self.absent(key):
             return default
         value = self.raw.get(key)
-        in_range = isinstance(value, int | float) and 0 < value <= sys.float_info.max  # false for NaN
-        if isinstance(value, bool) or not in_range:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, "a positive number")
+        if not 0 < value <= sys.float_info.max:  # NaN is not
             raise self.error(key, "a positive number")
         return float(value)
 

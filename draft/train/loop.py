@@ -82,17 +82,6 @@ def learning_rate(settings: TrainSettings, share: float) -> float:
     return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * phase)))
 
 
-def bf16_is_fast(device: str) -> bool:
-    """Whether autocast to bfloat16 pays: on a GPU, and on a CPU with units for it."""
-    if device.startswith("cuda"):
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 class Run:
     """One training run in a directory; ``train`` continues where its checkpoint ended."""
 

@@ -77,6 +77,15 @@ def choose_draft_vocab(counts: Tensor, size: int, always: tuple[int, ...]) -> Te
     return order[: min(size, counts.shape[0])].sort().values
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm in the weight's dtype, whatever arrives: under autocast that is bfloat16, for which torch
+    has no fused kernel with a float32 weight, and a norm is the wrong place to round.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class SelfAttention(nn.Module):
     """The projections; attention itself depends on who attends to whom, and that is ``unroll``'s business."""
 
@@ -108,10 +117,10 @@ class Midlayer(nn.Module):
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
 
@@ -129,7 +138,7 @@ class Eagle3Module(nn.Module):
         self.config = config
         self.fc = nn.Linear(len(config.feature_layers) * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = Midlayer(config)
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
         t2d[draft_vocab] = True

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draft.none import root_tokens
 from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
 
 
@@ -41,8 +42,8 @@ class FeatureRecorder:
 
     def propose(self, batch: Batch) -> DraftTree:
         """The last committed token of every sequence."""
-        roots = torch.tensor([[seq.tokens[-1]] for seq in batch.seqs], dtype=torch.int64)
-        return DraftTree(roots.to(batch.kv_lens.device), torch.full_like(roots, -1).to(batch.kv_lens.device))
+        roots = root_tokens(batch)
+        return DraftTree(roots, torch.full_like(roots, -1))
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Keep the accepted nodes' features. features: [B, N, F]; the rows extend positions kv_len, kv_len +

@@ -128,7 +128,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         if not low <= getattr(args, flag) <= high:
             name = flag.replace("_", "-")
             raise ConfigError(f"--{name} is {getattr(args, flag)}, expected {low} to {high}")
-    device = _device(args.device)
+    device = device_name(args.device)
     return EngineConfig(
         dtype=_auto_dtype(device) if args.dtype == "auto" else _DTYPES[args.dtype],
         device=device,
@@ -213,7 +213,8 @@ def _auto_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device != "cpu" or has_fast_bfloat16() else torch.float32
 
 
-def _device(name: str) -> str:
+def device_name(name: str) -> str:
+    """The device that --device names, "auto" resolved. Raises ConfigError for one that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

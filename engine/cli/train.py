@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from draft.train.chat import TemplateChat
 from draft.train.collect import Collector, DataReport, DataSettings
 from draft.train.export import Card, export_head
-from draft.train.loop import CURVE, Report, Run, TrainSettings, bf16_is_fast
+from draft.train.loop import CURVE, Report, Run, TrainSettings
 from draft.train.model import default_feature_layers
 from draft.train.prepare import prepare
 from draft.train.prompts import read_prompts
@@ -30,12 +30,13 @@ from draft.train.recorder import FeatureRecorder
 from draft.train.shards import Dataset, Manifest, split
 from engine.build import DEFAULT_MODEL, build_engine, default_model_path
 from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.cli.options import LoadingBar
+from engine.cli.options import LoadingBar, device_name
 from engine.config import EngineConfig
 from engine.core import SPECULATION_OFF
 from engine.errors import ConfigError
 from engine.step import Engine
 from engine.text.tokenizer import Tokenizer
+from kernels import has_fast_bfloat16
 
 _HELDOUT_EVERY = 32
 
@@ -128,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Collect, train, export. Raises ConfigError for options that do not fit together."""
     _check(args)
-    device = _device(args.device)
+    device = device_name(args.device)
     checkpoint = open_checkpoint(default_model_path() if args.model is None else args.model)
     name = DEFAULT_MODEL if args.model is None else checkpoint.name
     layers = args.feature_layers or default_feature_layers(checkpoint.config.num_layers)
@@ -161,7 +162,7 @@ def recording_engine(
 ) -> Engine:
     """The batched engine with a recorder for its draft: float32 on a CPU without bfloat16 units."""
     config = EngineConfig(
-        dtype=torch.bfloat16 if bf16_is_fast(device) else torch.float32,
+        dtype=torch.bfloat16 if _bf16_is_fast(device) else torch.float32,
         device=device,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.batch_size,
@@ -249,7 +250,7 @@ def _train(
         num_steps=args.steps_unrolled,
         chain_share=args.chain_share,
         share_lm_head=args.share_lm_head,
-        bf16=bf16_is_fast(device),
+        bf16=_bf16_is_fast(device),
         eval_every=args.eval_every,
     )
     training, heldout = split(len(dataset), _HELDOUT_EVERY)
@@ -376,14 +377,9 @@ def _layers(text: str) -> tuple[int, ...]:
     return layers
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {name!r}, but this machine has no usable CUDA device")
-    return name
+def _bf16_is_fast(device: str) -> bool:
+    """Whether bfloat16 pays: on a GPU, and on a CPU with units for it."""
+    return device.startswith("cuda") or has_fast_bfloat16()
 
 
 def _shown(args: argparse.Namespace) -> list[str]:

@@ -123,6 +123,15 @@ def test_end_tokens_come_from_all_three_files(tmp_path: Path) -> None:
 # --- refusals ---
 
 
+@pytest.mark.parametrize("found", ["</s>", [2, "</s>"], True, -1, {"id": 2}])
+def test_end_tokens_of_the_generation_config_that_are_none(tmp_path: Path, found: object) -> None:
+    directory = write_hf(tmp_path / "bad", CONFIG, WEIGHTS)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    with pytest.raises(ConfigError) as caught:
+        open_checkpoint(directory)
+    assert f"generation_config.json: eos_token_id is {found!r}, expected a token id or" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -132,9 +141,6 @@ def test_end_tokens_come_from_all_three_files(tmp_path: Path) -> None:
         ),
         ({"architectures": None}, r"architectures is None, supported"),
         ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, r"architectures is \["),
-        ({"num_hidden_layers": "two"}, r"wrong type"),
-        ({"eos_token_id": {"id": 2}}, r"wrong type"),
-        ({"eos_token_id": ["</s>"]}, r"eos_token_id is '</s>', expected a token id"),
         (
             {"num_hidden_layers": 3},
             r"9 of 30 expected tensors are missing: model\.layers\.2\.input_layernorm\.weight",
@@ -145,9 +151,6 @@ def test_end_tokens_come_from_all_three_files(tmp_path: Path) -> None:
             {"intermediate_size": 64},
             r"gate_proj\.weight has shape \[48, 32\], expected \[64, 32\] from the config",
         ),
-        ({"num_key_value_heads": 3}, r"4 query heads cannot share 3"),
-        ({"head_dim": 7}, r"head_dim is 7, expected an even number"),
-        ({"hidden_size": -32}, r"hidden_size is -32, expected a positive number"),
         ({"tie_word_embeddings": True, "vocab_size": 289}, r"embed_tokens\.weight has shape \[288, 32\]"),
     ],
 )
@@ -162,11 +165,17 @@ def test_configs_that_do_not_fit_are_refused(tmp_path: Path, keys: dict[str, Any
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two', expected a whole number"),
+        ({"eos_token_id": {"id": 2}}, r"eos_token_id is \{'id': 2\}, expected a token id"),
+        ({"eos_token_id": ["</s>"]}, r"eos_token_id is \['</s>'\], expected a token id"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
+        ({"head_dim": 7}, "head_dim is 7, expected an even number"),
+        ({"hidden_size": -32}, "hidden_size is -32, expected a whole number"),
     ],
 )
-def test_config_values_that_we_do_not_implement_are_refused(
+def test_config_values_that_are_wrong_or_not_implemented_are_refused(
     tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draft.eagle import EagleModel
 from draft.eagle3 import Eagle3Model
-from draft.load import default_feature_layers, read_head
+from draft.load import published_feature_layers, read_head
 from engine.config import POST_NORM
 from engine.core import SamplingParams
 from engine.errors import CheckpointError, ConfigError
@@ -163,8 +163,8 @@ def test_the_vocabulary_of_an_eagle_1_head_is_the_targets(tmp_path: Path) -> Non
     assert answers(path) == expected("eagle")
 
 
-def test_default_feature_layers() -> None:
-    assert default_feature_layers(32) == (2, 16, 29)
+def test_published_feature_layers() -> None:
+    assert published_feature_layers(32) == (2, 16, 29)
 
 
 def test_feature_layers_from_the_config(tmp_path: Path) -> None:
@@ -264,15 +264,57 @@ def test_wrong_configs(tmp_path: Path) -> None:
     raw, weights = eagle3_files()
     with pytest.raises(CheckpointError, match=r"config.json: num_hidden_layers is 2, EAGLE-3 heads have 1"):
         read_head(save(tmp_path, raw | {"num_hidden_layers": 2}, weights))
-    with pytest.raises(CheckpointError, match=r"layer_ids is \[1, 2\], expected three layer numbers"):
-        read_head(save(tmp_path, raw | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, weights))
     with pytest.raises(ConfigError, match=r"config.json: hidden_act is 'gelu', supported: 'silu'"):
         read_head(save(tmp_path, raw | {"hidden_act": "gelu"}, weights))
     with pytest.raises(ConfigError, match=r"config.json: required key 'hidden_size' is missing"):
         read_head(save(tmp_path, {key: value for key, value in raw.items() if key != "hidden_size"}, weights))
-    (tmp_path / "config.json").write_text("[1, 2")
+
+
+@pytest.mark.parametrize("text", [b"[1, 2", b"[1]", b'"\xff"', b'{"a": ' + b"[" * 100_000])
+def test_configs_that_are_no_json_objects(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"config.json: not a JSON object"):
         read_head(tmp_path)
+
+
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+BAD_VALUES: list[tuple[Raw, str]] = [
+    ({"eagle_config": 7}, "eagle_config is 7, expected a JSON object"),
+    ({"eagle_config": [LAYER_IDS]}, f"eagle_config is ['{LAYER_IDS}'], expected a JSON object"),
+    *(
+        (keys, f"{prefix}{LAYER_IDS} is {ids!r}, expected three layer numbers")
+        for ids in (3, "1,2,3", [], [1, 2], [1, 2, 3, 4], [1, 2, "3"], [1, 2, True], [-2, 1, 2], {"0": 1})
+        for prefix, keys in (
+            ("", {"eagle_config": None, LAYER_IDS: ids}),
+            ("eagle_config.", {"eagle_config": {LAYER_IDS: ids}}),
+        )
+    ),
+    *(
+        ({"draft_vocab_size": size}, f"draft_vocab_size is {size!r}, expected a whole number from 1 to 97")
+        for size in ("x", -1, 0, 98, 10**30, 61.5, [61], True)
+    ),
+    ({"architectures": "Eagle3"}, "architectures is 'Eagle3', expected a list of names"),
+    ({"architectures": {"0": "Eagle3"}}, "architectures is {'0': 'Eagle3'}, expected a list of names"),
+    ({"architectures": [3]}, "architectures is [3], expected a list of names"),
+    ({"norm_before_residual": True}, "norm_before_residual is True, supported: False"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), BAD_VALUES, ids=[message[:60] for _, message in BAD_VALUES])
+def test_malformed_values(tmp_path: Path, keys: Raw, message: str) -> None:
+    raw, _ = tiny_eagle3(MODEL.config)
+    (tmp_path / "config.json").write_text(json.dumps(raw | keys))
+    with pytest.raises(ConfigError) as caught:
+        read_head(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'config.json'}: {message}"
+
+
+def test_values_that_may_be_null(tmp_path: Path) -> None:
+    raw, _ = tiny_eagle3(MODEL.config)
+    keys = {"architectures": None, "eagle_config": None, LAYER_IDS: None, "draft_vocab_size": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw | keys))
+    head = read_head(tmp_path)
+    assert (head.kind, head.feature_layers, head.draft_vocab_size) == ("eagle3", (), 97)
 
 
 def test_missing_files(tmp_path: Path) -> None:

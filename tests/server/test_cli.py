@@ -51,9 +51,11 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--spec-nodes is 99, expected 1 to 64" in capsys.readouterr().err
 
 
-def test_engine_flags() -> None:
-    config = options.engine_config(parse(serve))
-    assert (config.dtype, config.speculation, config.max_model_len) == (torch.bfloat16, Speculation(), 2048)
+def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(options, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
+        config = options.engine_config(parse(serve, "--device", "cpu"))
+        assert (config.dtype, config.speculation, config.max_model_len) == (dtype, Speculation(), 2048)
     args = parse(
         serve,
         "a.gguf",

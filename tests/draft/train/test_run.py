@@ -44,8 +44,13 @@ def make_run(directory: Path, dataset: Dataset, settings: TrainSettings = SETTIN
     )
 
 
-def test_training_raises_acceptance_and_lowers_the_loss(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", learnable_dataset(tmp_path / "data"))
+@pytest.mark.parametrize("share_lm_head", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_raises_acceptance_and_lowers_the_loss(
+    tmp_path: Path, bf16: bool, share_lm_head: bool
+) -> None:
+    settings = dataclasses.replace(SETTINGS, bf16=bf16, share_lm_head=share_lm_head)
+    run = make_run(tmp_path / "run", learnable_dataset(tmp_path / "data"), settings)
     losses: list[float] = []
     run._report = lambda report: losses.append(report.loss)
     after = run.train()

@@ -1,0 +1,138 @@
+"""``haast train`` from a checkpoint on disk to a head that the engine serves, interrupted on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draft.train.evaluate import Acceptance
+from draft.train.loop import CHECKPOINT, CURVE, Run
+from engine.build import build
+from engine.cli import train as command
+from engine.cli.main import main
+from engine.config import EngineConfig
+from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
+from tests.checkpoint.files import write_gguf, write_hf, write_tokenizer
+from tests.conftest import tiny_llama
+
+VOCAB, STEPS_BEFORE_INTERRUPT = 288, 3
+
+
+def write_target(directory: Path, kind: str) -> Path:
+    """Untied embeddings in a Hugging Face directory, or tied ones in a GGUF file."""
+    config, weights = tiny_llama(
+        vocab_size=VOCAB, num_layers=2 if kind == "gguf" else 3, tie_word_embeddings=kind == "gguf"
+    )
+    if kind == "gguf":
+        return write_gguf(directory / "target.gguf", config, weights)
+    write_hf(directory / "target", config, weights)
+    return write_tokenizer(directory / "target", VOCAB)
+
+
+def command_line(directory: Path, target: Path, *more: str) -> list[str]:
+    prompts = directory / "prompts.txt"
+    prompts.write_text("".join(f"hello world, number {number}\n" for number in range(60)))
+    options = {
+        "--output": directory / "head",
+        "--work-dir": directory / "work",
+        "--prompts": prompts,
+        "--device": "cpu",
+        "--tokens": 300,
+        "--max-answer-tokens": 10,
+        "--data-batch": 16,
+        "--draft-vocab": 128,
+        "--epochs": 2,
+        "--batch-tokens": 256,
+        "--steps-unrolled": 3,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return ["train", str(target), *words, *more]
+
+
+def greedy_tokens(target: Path, head: str, speculation: Speculation) -> list[list[int]]:
+    """32 greedy tokens after each of three prompts, with stop tokens ignored."""
+    config = EngineConfig(max_model_len=128, max_num_seqs=4, speculation=speculation)
+    engine = build(str(target), head, config).engine
+    sampling = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+    for number, prompt in enumerate(((5, 6, 7), (40, 41, 42, 43), (99,))):
+        engine.add(Request(number, prompt, sampling))
+    tokens: list[list[int]] = [[], [], []]
+    while engine.has_work:
+        for delta in engine.step():
+            tokens[delta.request_id] += delta.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize(("kind", "flags"), [("hf", ()), ("gguf", ("--share-lm-head",))])
+def test_a_head_is_trained_resumed_and_served(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    flags: tuple[str, ...],
+) -> None:
+    target = write_target(tmp_path, kind)
+    words = command_line(tmp_path, target, *flags)
+    data, run, head = tmp_path / "work" / "data", tmp_path / "work" / "run", tmp_path / "head"
+    steps: list[int] = []
+    train, step = Run.train, Run._step
+
+    def counted(self: Run, *args: Any) -> tuple[float, int]:
+        steps.append(self.progress.step)
+        return step(self, *args)
+
+    def interrupted(self: Run) -> Acceptance:
+        train(self, STEPS_BEFORE_INTERRUPT)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_step", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train", interrupted)
+        assert main(words) == 130
+    assert steps == list(range(STEPS_BEFORE_INTERRUPT))
+    assert not head.exists()
+    manifest = (data / "manifest.json").read_bytes()
+    assert json.loads(manifest)["shards"][0]["num_answer_tokens"] >= 300
+
+    assert main(words) == 0  # the rest of training, and the export
+    last = len(steps)
+    assert steps == list(range(last))
+    assert last > STEPS_BEFORE_INTERRUPT
+    weights = load_file(head / "model.safetensors")
+
+    capsys.readouterr()
+    assert main(words) == 0  # nothing is left to do
+    assert len(steps) == last
+    assert "answer tokens are already there" in capsys.readouterr().err
+    assert (data / "manifest.json").read_bytes() == manifest
+    assert (run / CHECKPOINT).exists()
+    curve = [json.loads(line)["step"] for line in (run / CURVE).read_text().splitlines()]
+    assert curve[0] == 0
+    assert curve[-1] == last
+    again = load_file(head / "model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights | again)
+
+    assert weights["d2t"].shape == (128,)
+    assert ("lm_head.weight" in weights) == (not flags)
+    plain = greedy_tokens(target, "none", SPECULATION_OFF)
+    assert [len(tokens) for tokens in plain] == [32] * 3
+    assert greedy_tokens(target, str(head), Speculation(8, 3, 2)) == plain
+
+
+def test_a_device_that_is_none_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(tmp_path / "missing"), "--device", "cpu:abc"]) == 1
+    assert "--device is 'cpu:abc', expected cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bfloat16_is_used_where_the_kernels_have_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(command, "has_fast_bfloat16", lambda: fast)
+    assert command._bf16_is_fast("cpu") == fast
+    assert command._bf16_is_fast("cuda:1")
