@@ -30,6 +30,7 @@ test: $(VENV)/.haast-test
 
 lint: $(VENV)/.haast-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

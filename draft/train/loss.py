@@ -97,7 +97,7 @@ class SoftTargets:
     def __init__(self, table: Tensor, weight: Tensor) -> None:
         """table: [rows, V]; weight: [V, H], the draft's output rows."""
         self._weight = weight
-        # [rows, H]: t W; under autocast a bfloat16 product, but steps add up their gradients in weight's dtype
+        # [rows, H]: t W, in weight's dtype even under autocast: the steps add up their gradients here
         self._expected = (table.to(weight.dtype) @ weight).to(weight.dtype)
 
     def cross_entropy(self, hidden: Tensor, index: Tensor, row_weights: Tensor) -> Tensor:

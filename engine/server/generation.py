@@ -87,11 +87,13 @@ class Generation:
         await events.open(request)
         try:
             while not self.is_complete:
-                deltas = await self._ticket.next(keep_alive_interval or None)
-                if not deltas:
-                    await events.keep_alive()
+                patience = max(keep_alive_interval - events.silence, 0) if keep_alive_interval else None
+                deltas = await self._ticket.next(patience)
                 for reply in self._chunks(deltas, options):
                     await events.send(reply)
+                # Steps may pass without an event: chunks of a long prompt, text that is held back.
+                if keep_alive_interval and events.silence >= keep_alive_interval:
+                    await events.keep_alive()
             if options.include_usage:
                 await events.send(self._envelope.chunk([], self._usage(), self._metrics()))
         except EngineError as error:

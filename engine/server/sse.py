@@ -4,6 +4,7 @@ read."""
 from __future__ import annotations
 
 import asyncio
+import time
 
 from aiohttp import web
 
@@ -28,6 +29,12 @@ class EventStream:
     def __init__(self) -> None:
         self._response = web.StreamResponse(headers=_HEADERS)
         self._transport: asyncio.Transport | None = None
+        self._written_at = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last byte was sent."""
+        return time.monotonic() - self._written_at
 
     async def open(self, request: web.Request) -> None:
         """Send the status and the headers."""
@@ -52,6 +59,7 @@ class EventStream:
         try:
             async with asyncio.timeout(WRITE_TIMEOUT):
                 await self._response.write(data)
+                self._written_at = time.monotonic()
         except TimeoutError as error:
             if self._transport is not None:
                 self._transport.abort()  # closing politely would wait for the client to read

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from engine.build import Served
-from engine.core import Request, SamplingParams
+from engine.core import Delta, Request, SamplingParams
 from engine.errors import CheckpointError, ConfigError
 from engine.server import lifecycle, runner, sse
 from engine.server.app import ServerOptions
@@ -72,6 +72,20 @@ def test_keep_alive_comments_while_silent() -> None:
             comments = [block for block in blocks if block == ": keep-alive"]
             assert len(comments) >= 2
             assert blocks[: len(comments)] == comments  # silence was before the first token
+            assert blocks[-1] == "data: [DONE]"
+
+    asyncio.run(scenario())
+
+
+def test_steps_without_text_are_silence_too() -> None:
+    """Chunks of a long prompt report progress to the server, but no byte to the client."""
+
+    async def scenario() -> None:
+        chunks = [Delta(0, (), None, is_decode=False)] * 40
+        engine = FakeEngine([*chunks, *script(b"end", finish="length")], step_time=0.01)
+        async with server(engine, keep_alive_interval=0.05) as api:
+            blocks = await api.stream(BODY)
+            assert blocks.count(": keep-alive") >= 2
             assert blocks[-1] == "data: [DONE]"
 
     asyncio.run(scenario())

@@ -24,9 +24,9 @@ VOCAB, STEPS_BEFORE_INTERRUPT = 288, 3
 
 
 def write_target(directory: Path, kind: str) -> Path:
-    """Untied embeddings in a Hugging Face directory, or tied ones in a GGUF file."""
+    """Untied embeddings in a Hugging Face directory, or tied ones and a single layer in a GGUF file."""
     config, weights = tiny_llama(
-        vocab_size=VOCAB, num_layers=2 if kind == "gguf" else 3, tie_word_embeddings=kind == "gguf"
+        vocab_size=VOCAB, num_layers=1 if kind == "gguf" else 3, tie_word_embeddings=kind == "gguf"
     )
     if kind == "gguf":
         return write_gguf(directory / "target.gguf", config, weights)
@@ -68,14 +68,18 @@ def greedy_tokens(target: Path, head: str, speculation: Speculation) -> list[lis
     return tokens
 
 
-@pytest.mark.parametrize(("kind", "flags"), [("hf", ()), ("gguf", ("--share-lm-head",))])
+@pytest.mark.parametrize(
+    ("kind", "bf16", "flags"), [("hf", True, ()), ("hf", False, ()), ("gguf", False, ("--share-lm-head",))]
+)
 def test_a_head_is_trained_resumed_and_served(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     kind: str,
+    bf16: bool,
     flags: tuple[str, ...],
 ) -> None:
+    monkeypatch.setattr(command, "has_fast_bfloat16", lambda: bf16)
     target = write_target(tmp_path, kind)
     words = command_line(tmp_path, target, *flags)
     data, run, head = tmp_path / "work" / "data", tmp_path / "work" / "run", tmp_path / "head"
