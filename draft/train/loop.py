@@ -26,6 +26,7 @@ from draft.train.model import Eagle3Module
 from draft.train.objective import Objective, TargetSide
 from draft.train.shards import Dataset
 from draft.train.state import Progress, load_state, save_state
+from engine.errors import ConfigError
 
 CHECKPOINT = "state.safetensors"
 CURVE = "curve.jsonl"
@@ -102,6 +103,11 @@ class Run:
         # a document needs a row that bears loss, and a row needs a feature on both sides
         self.training = [index for index in training if dataset.lengths[index] >= 4]
         self.heldout = [index for index in heldout if dataset.lengths[index] >= 4 and dataset.greedy[index]]
+        if not self.training:
+            raise ConfigError(
+                f"the data holds {len(training)} conversations for training, none of at least 4 tokens; "
+                "collect more"
+            )
         self._report = report if report is not None else lambda _: None
         head.lm_head.weight.requires_grad_(not settings.share_lm_head)
         matrices = [p for p in head.parameters() if p.requires_grad and p.dim() > 1]

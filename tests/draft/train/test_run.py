@@ -247,3 +247,17 @@ def test_head_config_never_asks_for_more_draft_tokens_than_there_are() -> None:
         max_position_embeddings=64,
     )
     assert HeadConfig.for_target(target, (1, 2, 4), 8192).draft_vocab_size == 100
+
+
+def test_too_little_data_trains_nothing(tmp_path: Path) -> None:
+    dataset = learnable_dataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match="holds 0 conversations for training"):
+        Run(
+            tmp_path / "run",
+            SETTINGS,
+            make_head(dtype=torch.float32),
+            make_target(dtype=torch.float32),
+            dataset,
+            [],
+            list(range(len(dataset))),
+        )
