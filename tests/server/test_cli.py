@@ -52,10 +52,11 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    for is_fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+    small = Speculation(3, 2, 2)
+    for is_fast, dtype, tree in ((True, torch.bfloat16, Speculation()), (False, torch.float32, small)):
         monkeypatch.setattr(options, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
         config = options.engine_config(parse(serve, "--device", "cpu"))
-        assert (config.dtype, config.speculation, config.max_model_len) == (dtype, Speculation(), 2048)
+        assert (config.dtype, config.speculation, config.max_model_len) == (dtype, tree, 2048)
     args = parse(
         serve,
         "a.gguf",
