@@ -157,7 +157,7 @@ def test_speculative_text_equals_plain_text(server: Server, sampling: dict[str, 
         plain = server.chat(prompt=prompt, speculation="off", **sampling)
         chain = server.chat(prompt=prompt, speculation={"nodes": 5, "depth": 4, "top_k": 1}, **sampling)
         assert fast["choices"] == plain["choices"] == chain["choices"]
-        assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
+        assert plain["metrics"]["speculative_decoding"] is None
         assert fast["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
 
 
