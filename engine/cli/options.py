@@ -147,8 +147,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 def default_tree(device: str) -> Speculation:
     """The tree where none is asked for.
 
-    Eight nodes are the design's choice for GPUs and CPUs with bfloat16 units, not yet measured there. On the one CPU
-    without such units that was tried, scoring eight cost half as much again as scoring one, so fewer are drafted.
+    Eight nodes are the design's choice for GPUs and CPUs with bfloat16 units, not yet measured there. On the
+    one CPU without such units that was tried, scoring eight cost half as much again as scoring one, so fewer
+    are drafted.
     """
     return Speculation() if device != "cpu" or has_fast_bfloat16() else Speculation(3, 2, 2)
 
