@@ -54,9 +54,8 @@ class Eagle3Model:
         dtype, device = embedding.dtype, str(embedding.device)
         d2t = weights.pop("d2t")
         self.token_ids = torch.arange(len(d2t), device=d2t.device) + d2t
-        self.fc = Linear(
-            take("fc")
-        )  # never approximate: raw hidden states have outliers that eat the precision
+        # never in int8: raw hidden states have outliers that eat the precision
+        self.fc = Linear(take("fc"), half=approximate)
         self.input_norm, self.hidden_norm = take("midlayer.input_layernorm"), take("midlayer.hidden_norm")
         self.attention = Attention(
             linear(*(f"midlayer.self_attn.{part}_proj" for part in "qkv")),

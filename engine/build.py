@@ -103,7 +103,7 @@ def build_engine(
     num_pages = _num_pages(checkpoint, draft, config)
     num_slots = num_pages * config.page_size
     weights = checkpoint.load(config.dtype, config.device, progress)
-    target = Llama(model, weights, num_slots, feature_layers)
+    target = Llama(model, weights, num_slots, feature_layers, config.half_weights)
     if isinstance(draft, HeadCheckpoint):
         proposer: Draft = draft.build(target, num_slots)
     elif isinstance(draft, str):

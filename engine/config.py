@@ -69,6 +69,7 @@ class EngineConfig:
     """Options of the engine. Memory in bytes, lengths in tokens."""
 
     dtype: torch.dtype = torch.float32
+    half_weights: bool = False  # with float32 on a CPU: matrices in float16, all else in float32 (w16a32)
     device: str = "cpu"
     max_model_len: int = 2048
     max_num_seqs: int = 16
@@ -90,6 +91,16 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.max_num_batched_tokens < 2:
             raise ConfigError("max_num_batched_tokens must be at least 2, found 1")
+        if self.half_weights and (self.dtype != torch.float32 or self.device != "cpu"):
+            raise ConfigError(
+                f"half_weights is for float32 on a CPU, found {self.dtype} on {self.device}; "
+                "there the weights have the dtype of everything else"
+            )
+
+    @property
+    def dtype_name(self) -> str:
+        """What the command line calls it."""
+        return "w16a32" if self.half_weights else str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,13 +65,13 @@ def command(argv: Sequence[str] | None = None) -> str:
     return " ".join([Path(program).name, *arguments])
 
 
-def provenance(device: str, dtype: torch.dtype) -> dict[str, Any]:
+def provenance(device: str, dtype: str) -> dict[str, Any]:
     """Keys for a result's JSON object."""
     model, flags = cpu()
     return {
         "device": device_name(device),
         "device_type": device.partition(":")[0],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "cpu": model,
         "cpu_flags": flags,
         "threads": torch.get_num_threads(),

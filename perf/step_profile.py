@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {
         "tree": str(engine.config.speculation),
         "threads": torch.get_num_threads(),
-        **provenance(engine.config.device, engine.config.dtype),
+        **provenance(engine.config.device, engine.config.dtype_name),
     }
     _show(result)
     if args.json is not None:

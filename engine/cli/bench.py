@@ -183,7 +183,7 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
 
         version = importlib.metadata.version(args.peer)
         found |= {"peer": f"{args.peer} {version}", "peer_dtype": args.peer_dtype}
-    return found | provenance.provenance(config.device, config.dtype)
+    return found | provenance.provenance(config.device, config.dtype_name)
 
 
 COLUMNS = (

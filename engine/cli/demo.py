@@ -45,7 +45,7 @@ _PASSED_ON = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``haast demo``."""
-    add_engine_arguments(parser, dtype="float32")
+    add_engine_arguments(parser, dtype="w16a32")
     group = parser.add_argument_group("demo")
     group.add_argument("--prompt", default=_PROMPT, help="what to ask")
     group.add_argument("--max-tokens", type=int, default=200, metavar="N", help="longest answer")
@@ -201,7 +201,7 @@ def _difference(fast: str, plain: str, dtype: str) -> str:
     )
     why = (
         ""
-        if dtype == "float32"
+        if dtype in ("float32", "w16a32")
         else (
             f" ({dtype}: other batch shapes round differently, so near-ties may fall differently; "
             "--dtype float32 does not have this)"

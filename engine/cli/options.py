@@ -46,9 +46,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
     group.add_argument("--model", "--model-path", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
     group.add_argument(
         "--dtype",
-        choices=("auto", *_DTYPES),
+        choices=("auto", "w16a32", *_DTYPES),
         default=dtype,
-        help="auto is bfloat16 where it is fast, float32 on a CPU without AVX-512 bfloat16",
+        help="w16a32 is float32 with weights in float16, for CPUs (elsewhere float32); auto is w16a32 on a "
+        "CPU without AVX-512 bfloat16, else bfloat16",
     )
     group.add_argument(
         "--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one"
@@ -127,8 +128,12 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             raise ConfigError(f"--{name} is {getattr(args, flag)}, expected {low} to {high}")
     device = device_name(args.device)
     tree = default_tree(device)
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if bfloat16_is_fast(device) else "w16a32"
     return EngineConfig(
-        dtype=_auto_dtype(device) if args.dtype == "auto" else _DTYPES[args.dtype],
+        dtype=torch.float32 if dtype == "w16a32" else _DTYPES[dtype],
+        half_weights=dtype == "w16a32" and device == "cpu",
         device=device,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -151,7 +156,7 @@ def default_tree(device: str) -> Speculation:
     one CPU without such units that was tried, scoring eight cost half as much again as scoring one, so fewer
     are drafted.
     """
-    return Speculation() if device != "cpu" or has_fast_bfloat16() else Speculation(3, 2, 2)
+    return Speculation() if bfloat16_is_fast(device) else Speculation(3, 2, 2)
 
 
 def model_name(args: argparse.Namespace) -> str | None:
@@ -221,8 +226,9 @@ class LoadingBar:
             self._write(f"Loading weights: {10 * tenths}% of {total / 1e6:.0f} MB, {rate:.2f} GB/s\n")
 
 
-def _auto_dtype(device: str) -> torch.dtype:
-    return torch.bfloat16 if device != "cpu" or has_fast_bfloat16() else torch.float32
+def bfloat16_is_fast(device: str) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32."""
+    return device != "cpu" or has_fast_bfloat16()
 
 
 def device_name(name: str) -> str:

@@ -132,11 +132,7 @@ def _describe(served: Served, seconds: float) -> None:
     pages = served.engine.scheduler.pages
     num_tokens = pages.num_usable * pages.page_size
     log.info(
-        "Model loading took %.1f s: %s, %s, from %s",
-        seconds,
-        served.name,
-        str(config.dtype).removeprefix("torch."),
-        served.root,
+        "Model loading took %.1f s: %s, %s, from %s", seconds, served.name, config.dtype_name, served.root
     )
     log.info(
         "KV cache size: %d tokens; maximum concurrency for %d tokens per request: %.2fx",

@@ -30,13 +30,12 @@ from draft.train.recorder import FeatureRecorder
 from draft.train.shards import Dataset, Manifest, split
 from engine.build import DEFAULT_MODEL, build_engine, default_model_path
 from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.cli.options import LoadingBar, device_name
+from engine.cli.options import LoadingBar, bfloat16_is_fast, device_name
 from engine.config import EngineConfig
 from engine.core import SPECULATION_OFF
 from engine.errors import ConfigError
 from engine.step import Engine
 from engine.text.tokenizer import Tokenizer
-from kernels import has_fast_bfloat16
 
 _HELDOUT_EVERY = 32
 
@@ -161,8 +160,10 @@ def recording_engine(
     device: str,
 ) -> Engine:
     """The batched engine with a recorder for its draft: float32 on a CPU without bfloat16 units."""
+    fast = bfloat16_is_fast(device)
     config = EngineConfig(
-        dtype=torch.bfloat16 if _bf16_is_fast(device) else torch.float32,
+        dtype=torch.bfloat16 if fast else torch.float32,
+        half_weights=not fast,
         device=device,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.batch_size,
@@ -250,7 +251,7 @@ def _train(
         num_steps=args.steps_unrolled,
         chain_share=args.chain_share,
         share_lm_head=args.share_lm_head,
-        bf16=_bf16_is_fast(device),
+        bf16=bfloat16_is_fast(device),
         eval_every=args.eval_every,
     )
     training, heldout = split(len(dataset), _HELDOUT_EVERY)
@@ -375,11 +376,6 @@ def _layers(text: str) -> tuple[int, ...]:
     if len(layers) != 3:
         raise argparse.ArgumentTypeError(f"{text!r} is not three layer numbers, as 10,20,30")
     return layers
-
-
-def _bf16_is_fast(device: str) -> bool:
-    """Whether bfloat16 pays: on a GPU, and on a CPU with units for it."""
-    return device.startswith("cuda") or has_fast_bfloat16()
 
 
 def _shown(args: argparse.Namespace) -> list[str]:

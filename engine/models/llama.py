@@ -22,7 +22,7 @@ from kernels import rms_norm
 class DecoderLayer:
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], prefix: str) -> None:
+    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], prefix: str, half: bool) -> None:
         def take(name: str) -> Tensor:
             return weights.pop(
                 f"{prefix}.{name}.weight"
@@ -31,13 +31,16 @@ class DecoderLayer:
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = take("input_layernorm"), take("post_attention_layernorm")
         self.attention = Attention(
-            fuse(take("self_attn.q_proj"), take("self_attn.k_proj"), take("self_attn.v_proj")),
-            Linear(take("self_attn.o_proj")),
+            fuse(take("self_attn.q_proj"), take("self_attn.k_proj"), take("self_attn.v_proj"), half=half),
+            Linear(take("self_attn.o_proj"), half=half),
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
         )
-        self.mlp = SwiGLU(fuse(take("mlp.gate_proj"), take("mlp.up_proj")), Linear(take("mlp.down_proj")))
+        self.mlp = SwiGLU(
+            fuse(take("mlp.gate_proj"), take("mlp.up_proj"), half=half),
+            Linear(take("mlp.down_proj"), half=half),
+        )
 
     def __call__(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
@@ -51,7 +54,7 @@ class Llama:
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after
-    it.
+    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear).
     """
 
     def __init__(
@@ -60,14 +63,19 @@ class Llama:
         weights: dict[str, Tensor],
         num_slots: int,
         feature_layers: tuple[int, ...] = (),
+        half_weights: bool = False,
     ) -> None:
         self.config = config
         self.feature_layers = feature_layers
         self.embedding = weights.pop("model.embed_tokens.weight")
         self.dtype, self.device = self.embedding.dtype, str(self.embedding.device)
-        self.lm_head = Linear(self.embedding if config.tie_word_embeddings else weights.pop("lm_head.weight"))
+        self.lm_head = Linear(
+            self.embedding if config.tie_word_embeddings else weights.pop("lm_head.weight"), half=half_weights
+        )
         self.norm = weights.pop("model.norm.weight")
-        self.layers = [DecoderLayer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
+        self.layers = [
+            DecoderLayer(config, weights, f"model.layers.{i}", half_weights) for i in range(config.num_layers)
+        ]
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
         self.rope = RopeTable(
             config.head_dim,

@@ -140,6 +140,7 @@ def make_engine(
     max_model_len: int = 200,
     eos: tuple[int, ...] = (),
     shared_noise: bool = True,
+    half_weights: bool = False,
 ) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object."""
     config = EngineConfig(
@@ -148,13 +149,14 @@ def make_engine(
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         speculation=speculation,
+        half_weights=half_weights,
     )
     layers = (
         {"eagle3": FEATURE_LAYERS, "eagle": (POST_NORM,)}.get(draft, ()) if isinstance(draft, str) else ()
     )
     num_slots = num_pages * page_size
     proposer: Draft
-    target = Llama(model.config, copies(model.weights), num_slots, layers)
+    target = Llama(model.config, copies(model.weights), num_slots, layers, half_weights)
     if draft == "eagle3":
         head3 = Eagle3Model(
             model.eagle3_config,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.build import build_engine
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -266,3 +267,13 @@ def test_too_little_memory_for_one_sequence(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match=r"^kv_cache_memory of 1 bytes holds 0 tokens"):
         build_engine(checkpoint, (), "none", EngineConfig(max_model_len=64, kv_cache_memory=1))
     build_engine(checkpoint, (), "none", EngineConfig(max_model_len=64, kv_cache_memory=enough))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"device": "cuda"}], ids=str
+)
+def test_half_weights_are_refused_where_they_mean_nothing(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="half_weights is for float32 on a CPU, found torch"):
+        EngineConfig(half_weights=True, **wrong)
+    assert EngineConfig(half_weights=True).dtype_name == "w16a32"
+    assert EngineConfig(dtype=torch.bfloat16).dtype_name == "bfloat16"

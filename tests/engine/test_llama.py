@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -41,9 +42,10 @@ class Sheet:
         page_size: int = 4,
         num_pages: int = 64,
         feature_layers: tuple[int, ...] = (),
+        half_weights: bool = False,
     ) -> None:
         self.page_size = page_size
-        self.target = Llama(config, copies(weights), num_pages * page_size, feature_layers)
+        self.target = Llama(config, copies(weights), num_pages * page_size, feature_layers, half_weights)
 
     def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> Scores:
         """chunks: (tokens, rows already there, pages) of each sequence, as one padded batch."""
@@ -171,3 +173,25 @@ def test_output_rows(tied: bool) -> None:
     target = Llama(config, copies(weights), 8)
     ids = torch.tensor([5, 0, 96])
     assert torch.equal(target.output_rows(ids), rows[ids])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_half_weights_are_the_model_of_rounded_matrices(tied: bool) -> None:
+    config, weights = tiny_llama(6, tie_word_embeddings=tied)
+    output = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    sheet = Sheet(config, weights, half_weights=True)
+    half = sheet.target.lm_head.scheme == "half"
+    rounded = {
+        name: tensor.half().float() if half and name.endswith(("_proj.weight", output)) else tensor
+        for name, tensor in weights.items()
+    }
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    got = sheet.prefill([(prompt, 0, pages_for(2))]).logits[0, 0]
+    if tied:  # the table that is looked up keeps its precision, the one that is multiplied does not
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        rounded |= {"lm_head.weight": rounded[output], output: weights[output]}
+    torch.testing.assert_close(got, forward(config, rounded, prompt).logits[-1], atol=1e-4, rtol=1e-4)
+    exact = forward(config, weights | ({"lm_head.weight": weights[output]} if tied else {}), prompt)
+    if half:
+        assert float((got - exact.logits[-1]).abs().max()) > 1e-3, "nothing was rounded"
+    assert torch.equal(sheet.target.output_rows(torch.tensor([7])), rounded["lm_head.weight"][[7]]) or tied

@@ -117,6 +117,18 @@ def test_tokens_and_state(echo: Model, draft: str, shape: str, temperature: floa
         assert sum(c.num_accepted for c in recording.completions) >= 8
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("draft", ["ngram", "eagle3"])
+def test_tokens_with_half_weights(echo: Model, draft: str, temperature: float) -> None:
+    """Their kernel sums in another order for other batch shapes, but in float32: tokens are equal."""
+    params = params_of(temperature)
+    engine = make_engine(echo, draft, speculation=TREE, half_weights=True)
+    got = engine.generate(PROMPTS, params)
+    assert [c.token_ids for c in got] == plain_tokens(echo, PROMPTS, params, half_weights=True)
+    assert draft == "ngram" or sum(c.num_accepted for c in got) >= 8
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize("shape", ["pair", "wide", "deep"])
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
 def test_other_shapes_and_every_filter(echo: Model, draft: str, shape: str) -> None:

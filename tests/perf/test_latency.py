@@ -134,9 +134,8 @@ def test_a_bad_prompt_set_names_its_line(tmp_path: Path, text: str, message: str
 
 
 def test_provenance_names_code_and_machine(tmp_path: Path) -> None:
-    import torch
 
-    found: dict[str, Any] = provenance.provenance("cpu", torch.bfloat16)
+    found: dict[str, Any] = provenance.provenance("cpu", "bfloat16")
     assert found["dtype"] == "bfloat16"
     assert found["device"]
     json.dumps(found)

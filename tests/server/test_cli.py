@@ -57,6 +57,8 @@ def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(options, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
         config = options.engine_config(parse(serve, "--device", "cpu"))
         assert (config.dtype, config.speculation, config.max_model_len) == (dtype, tree, 2048)
+        assert config.half_weights == (not is_fast)
+        assert config.dtype_name == ("bfloat16" if is_fast else "w16a32")
     args = parse(
         serve,
         "a.gguf",
@@ -78,7 +80,7 @@ def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         "log",
     )
     config = options.engine_config(args)
-    assert (config.dtype, config.device) == (torch.float32, "cpu")
+    assert (config.dtype, config.half_weights, config.device) == (torch.float32, False, "cpu")
     assert (config.page_size, config.spec_log) == (8, "log")
     assert config.kv_cache_memory == 3 << 29
     assert config.speculation == Speculation(4, 3, 2)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from draft.train.evaluate import Acceptance
 from draft.train.loop import CHECKPOINT, CURVE, Run
 from engine.build import build
-from engine.cli import train as command
+from engine.cli import options
 from engine.cli.main import main
 from engine.config import EngineConfig
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
@@ -79,7 +79,7 @@ def test_a_head_is_trained_resumed_and_served(
     bf16: bool,
     flags: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(command, "has_fast_bfloat16", lambda: bf16)
+    monkeypatch.setattr(options, "has_fast_bfloat16", lambda: bf16)
     target = write_target(tmp_path, kind)
     words = command_line(tmp_path, target, *flags)
     data, run, head = tmp_path / "work" / "data", tmp_path / "work" / "run", tmp_path / "head"
@@ -137,6 +137,6 @@ def test_a_device_that_is_none_is_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_bfloat16_is_used_where_the_kernels_have_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
-    monkeypatch.setattr(command, "has_fast_bfloat16", lambda: fast)
-    assert command._bf16_is_fast("cpu") == fast
-    assert command._bf16_is_fast("cuda:1")
+    monkeypatch.setattr(options, "has_fast_bfloat16", lambda: fast)
+    assert options.bfloat16_is_fast("cpu") == fast
+    assert options.bfloat16_is_fast("cuda:1")
