@@ -114,6 +114,57 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN frequencies (arXiv 2309.00071), without its factor on cosine and sine."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mistral4Config:
+    """Shape and constants of Mistral Small 4's decoder, or, with ``num_experts`` 0, of its Eagle head.
+
+    Multi-head latent attention: the cache keeps ``kv_lora_rank + qk_rope_head_dim`` numbers per token and
+    layer. Queries at position p are multiplied by 1 + llama_4_beta * ln(1 + floor(p / original positions)).
+    softmax_mscale: multiply the softmax scale by YaRN's mscale squared, as transformers 5 does and Mistral's
+    own params.json (yarn.apply_scale false) says not to.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    max_position_embeddings: int
+    intermediate_size: int = 0  # of the dense MLP, where there are no experts
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    num_shared_experts: int = 0
+    moe_intermediate_size: int = 0
+    routed_scaling_factor: float = 1.0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    yarn: YarnScaling | None = None
+    llama_4_beta: float = 0.0
+    llama_4_original_positions: int = 8192
+    softmax_mscale: bool = False
+    eos_token_ids: tuple[int, ...] = (2,)
+    bos_token_id: int | None = 1
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers per token and layer in the cache."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, slots=True)
 class LlamaConfig:
     """Shape and constants of a Llama-style decoder."""
 

@@ -1,0 +1,51 @@
+"""Weights as checkpoints store them: plain tensors, or quantised ones with their scales.
+
+A quantised weight stays what it is on its way from a file to the layer that multiplies it; only there is it
+decided whether the device has a kernel for it or gets it dequantised. Leading dimensions stack weights of one
+shape, as the experts of a layer, and every scale is one number (or one row of numbers) per stacked matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """Per-tensor static FP8: matrix = codes * scale.
+
+    input_scale is what activations are divided by before they are rounded to FP8; None where the checkpoint
+    has none, and products that keep activations wide ignore it.
+    """
+
+    codes: Tensor  # [.., out, in] float8_e4m3fn
+    scale: Tensor  # [..] float32
+    input_scale: Tensor | None = None  # [..] float32
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Weight:
+    """NVFP4: matrix = e2m1(codes) * block_scale / divisor, blocks of 16 columns.
+
+    The low nibble of a byte is the even column; bit 3 of a nibble is the sign.
+    """
+
+    codes: Tensor  # [.., out, in / 2] uint8
+    block_scales: Tensor  # [.., out, in / 16] float8_e4m3fn
+    divisor: Tensor  # [..] float32
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix, [.., out, in]."""
+        return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+
+
+Weight = Tensor | Fp8Weight | Nvfp4Weight
+Weights = dict[str, Tensor] | dict[str, Weight]  # by name; models consume them
