@@ -165,7 +165,7 @@ def has_fast_bfloat16() -> bool:
 
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     """x [.., in] times a weight from ``pack_linear`` -> [.., out]."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
     return out
 
 
@@ -192,7 +192,7 @@ def pack_half(weight: Tensor) -> Any | None:
 
 def half_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_half`` -> [.., out] float32."""
-    out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    out: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, packed)
     return out
 
 
@@ -218,7 +218,7 @@ def pack_int8(weight: Tensor) -> Any | None:
 
 def int8_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_int8`` -> [.., out]."""
-    out: Tensor = torch.ops.quantized.linear_dynamic(x.contiguous(), packed, True)
+    out: Tensor = torch.ops.quantized.linear_dynamic.default(x.contiguous(), packed, True)
     return out
 
 

@@ -8,22 +8,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-import time
-from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TransferSpeedColumn,
-)
 
 from engine.build import Served, build
+from engine.cli.progress import LoadingBar
 from engine.config import EngineConfig
 from engine.core import Speculation
 from engine.errors import ConfigError
@@ -180,50 +169,6 @@ def num_bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected a number with KiB, MiB or GiB")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-
-
-class LoadingBar:
-    """Progress of loading weights: a bar on a terminal, elsewhere one line for each 10 %."""
-
-    def __init__(self, write: Callable[[str], object] | None = None) -> None:
-        self._write = sys.stderr.write if write is None else write
-        self._bar = (
-            Progress(
-                TextColumn("Loading weights"),
-                BarColumn(),
-                TaskProgressColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            if sys.stderr.isatty()
-            else None
-        )
-        self._task = self._bar.add_task("load", total=None) if self._bar else None
-        self._tenths = -1
-        self._started = time.perf_counter()
-
-    def __enter__(self) -> LoadingBar:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes are loaded."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
-            return
-        tenths = 10 * done // total if total else 10
-        if tenths > self._tenths:
-            self._tenths = tenths
-            seconds = max(time.perf_counter() - self._started, 1e-9)
-            rate = done / 1e9 / seconds
-            self._write(f"Loading weights: {10 * tenths}% of {total / 1e6:.0f} MB, {rate:.2f} GB/s\n")
 
 
 def bfloat16_is_fast(device: str) -> bool:

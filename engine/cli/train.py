@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from draft.train.chat import TemplateChat
 from draft.train.collect import Collector, DataReport, DataSettings
@@ -30,7 +28,8 @@ from draft.train.recorder import FeatureRecorder
 from draft.train.shards import Dataset, Manifest, split
 from engine.build import DEFAULT_MODEL, build_engine, default_model_path
 from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.cli.options import LoadingBar, bfloat16_is_fast, device_name
+from engine.cli.options import bfloat16_is_fast, device_name
+from engine.cli.progress import LoadingBar, PhaseBar
 from engine.config import EngineConfig
 from engine.core import SPECULATION_OFF
 from engine.errors import ConfigError
@@ -210,7 +209,7 @@ def _collect(
     tokenizer = checkpoint.tokenizer()
     recorder = FeatureRecorder()
     engine = recording_engine(checkpoint, tokenizer, recorder, layers, settings, device)
-    with _Bar("Data") as bar:
+    with PhaseBar("Data") as bar:
 
         def show(report: DataReport) -> None:
             share = max(report.answer_tokens / settings.tokens, report.seconds / (60 * args.data_minutes))
@@ -261,7 +260,7 @@ def _train(
     head, target = prepare(checkpoint.config, weights, dataset, training, args.draft_vocab, eos, args.seed)
     weights.clear()
     run_dir = args.run_dir or args.work_dir / "run"
-    with _Bar("Training") as bar:
+    with PhaseBar("Training") as bar:
 
         def show(report: Report) -> None:
             lengths = report.acceptance.lengths if report.acceptance is not None else {}
@@ -306,44 +305,6 @@ def _train(
 
 
 # --- odds and ends ------------------------------------------------------------------------------------------
-
-
-class _Bar:
-    """One progress bar on stderr; without a terminal a line now and then."""
-
-    def __init__(self, title: str) -> None:
-        self._title, self._shown = title, -1
-        self._bar = (
-            Progress(
-                TextColumn(title),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.description}"),
-                console=Console(stderr=True),
-            )
-            if sys.stderr.isatty()
-            else None
-        )
-        self._task = self._bar.add_task("", total=1.0) if self._bar is not None else None
-
-    def __enter__(self) -> _Bar:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, share: float, text: str) -> None:
-        """share: 0 to 1."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=min(share, 1.0), description=text)
-        elif int(100 * share) > self._shown:
-            self._shown = int(100 * share)
-            sys.stderr.write(f"{self._title}: {self._shown}%, {text}\n")
-            sys.stderr.flush()
 
 
 def _check(args: argparse.Namespace) -> None:

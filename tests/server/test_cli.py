@@ -19,6 +19,7 @@ import torch
 
 from engine.cli import chat, client, demo, generate, main, options, serve
 from engine.cli.local import LocalEngine
+from engine.cli.progress import LoadingBar
 from engine.core import Request, SamplingParams, Speculation
 from engine.errors import ConfigError
 from tests.server.fakes import FakeEngine, script, serve_fake, server
@@ -122,7 +123,7 @@ def test_server_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_loading_bar_without_a_terminal() -> None:
     lines: list[str] = []
-    with options.LoadingBar(lines.append) as bar:
+    with LoadingBar(lines.append) as bar:
         for done in range(0, 101, 5):
             bar.update(done * 10**6, 10**8)
     assert len(lines) == 11
