@@ -36,6 +36,50 @@ class _Clock:
         """Nothing is buffered."""
 
 
+def transformers_llama(
+    config: LlamaConfig, weights: Mapping[str, Tensor], eos_token_ids: Sequence[int] = ()
+) -> Any:
+    """``transformers.LlamaForCausalLM`` around tensors with Hugging Face names.
+
+    weights decide dtype and device. Raises ConfigError if transformers is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("--peer transformers: run `pip install transformers` first") from error
+    sample = weights["model.embed_tokens.weight"]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling) is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    raw = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        head_dim=config.head_dim,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=list(eos_token_ids) or None,
+    )
+    model = transformers.LlamaForCausalLM(raw).to(sample.dtype)
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False, assign=True)
+    assert not unexpected, unexpected
+    assert not missing or (config.tie_word_embeddings and missing == ["lm_head.weight"]), missing
+    model.tie_weights()
+    return model.to(sample.device).eval()
+
+
 class TransformersPeer:
     """``transformers``' own Llama and ``generate``, fed from a dict of tensors with Hugging Face names."""
 
@@ -43,41 +87,7 @@ class TransformersPeer:
         self, config: LlamaConfig, weights: Mapping[str, Tensor], eos_token_ids: Sequence[int]
     ) -> None:
         """Weights decide dtype and device. Raises ConfigError if transformers is missing."""
-        try:
-            import transformers
-        except ImportError as error:
-            raise ConfigError("--peer transformers: run `pip install transformers` first") from error
-        sample = weights["model.embed_tokens.weight"]
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if (scaling := config.rope_scaling) is not None:
-            rope |= {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            }
-        raw = transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            head_dim=config.head_dim,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=list(eos_token_ids) or None,
-        )
-        self.model = transformers.LlamaForCausalLM(raw).to(sample.dtype)
-        missing, unexpected = self.model.load_state_dict(dict(weights), strict=False, assign=True)
-        assert not unexpected, unexpected
-        assert not missing or (config.tie_word_embeddings and missing == ["lm_head.weight"]), missing
-        self.model.tie_weights()
-        self.model.to(sample.device).eval()
+        self.model = transformers_llama(config, weights, eos_token_ids)
         self.model.generation_config.pad_token_id = min(eos_token_ids, default=0)
 
     @torch.inference_mode()

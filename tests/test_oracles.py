@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.config import LlamaConfig, RopeScaling
+from perf.peers import transformers_llama
 from tests.conftest import tiny_eagle3, tiny_llama
 from tests.oracles import accept, attention, eagle3, llama, noise, sampler
 
@@ -24,38 +25,10 @@ LLAMA3 = RopeScaling(
     ids=["untied", "tied", "llama3-rope"],
 )
 def test_llama_equals_transformers(overrides: dict[str, object]) -> None:
-    transformers = pytest.importorskip("transformers")
     config, weights = tiny_llama(1, **overrides)
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            head_dim=config.head_dim,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-    )
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
+    model = transformers_llama(config, weights)
     with torch.no_grad():
-        theirs = model.eval()(torch.tensor([TOKENS]), output_hidden_states=True)
+        theirs = model(torch.tensor([TOKENS]), output_hidden_states=True)
     ours = llama.forward(config, weights, TOKENS)
     torch.testing.assert_close(ours.logits, theirs.logits[0], atol=2e-5, rtol=1e-5)
     for layer in range(config.num_layers):

@@ -15,6 +15,7 @@ from engine.core import Request as EngineRequest
 from engine.models.llama import Llama
 from engine.sampler import sampling_tensors
 from engine.step import prompt_chain
+from perf.peers import transformers_llama
 from tests.conftest import tiny_llama
 from tests.engine.rig import copies, prompts_of, slots_of_pages
 from tests.engine.state import pool_layout
@@ -80,37 +81,11 @@ def pages_for(count: int, first: int = 1) -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers(shape: str) -> None:
     """All positions at once: every prefix is a sequence of one batch, whose last row is scored."""
-    transformers = pytest.importorskip("transformers")
     config, weights = tiny_llama(1, **SHAPES[shape])
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            head_dim=config.head_dim,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-    )
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
+    model = transformers_llama(config, weights)
     tokens = prompts_of([23])[0]
     with torch.no_grad():
-        expected = model.eval()(torch.tensor([tokens])).logits[0]
+        expected = model(torch.tensor([tokens])).logits[0]
     sheet = Sheet(config, weights, num_pages=1 + 23 * 6)
     got = sheet.prefill([(tokens[:n], 0, pages_for(6, 1 + 6 * (n - 1))) for n in range(1, 24)]).logits[:, 0]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
