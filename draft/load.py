@@ -49,7 +49,7 @@ class HeadCheckpoint:
 
         approximate: let products of the head be rounded where that is faster (int8 on a CPU in float32).
         """
-        weights = _read_weights(self.path, target.embedding.dtype, str(target.embedding.device))
+        weights = read_weights(self.path, target.embedding.dtype, str(target.embedding.device))
         # Published heads often say 2048, whatever their target takes.
         positions = max(self.config.max_position_embeddings, target.max_positions)
         shape = dataclasses.replace(self.config, max_position_embeddings=positions)
@@ -63,13 +63,13 @@ class HeadCheckpoint:
         if self.kind == "eagle3":
             self._prepare_eagle3(weights, target)
             config = dataclasses.replace(shape, vocab_size=self.draft_vocab_size)
-            _check_all(self.path, weights, eagle3_shapes(config, self.draft_vocab_size))
+            check_shapes(self.path, weights, eagle3_shapes(config, self.draft_vocab_size))
             head: Eagle3Model | EagleModel = Eagle3Model(
                 config, weights, embedding, self.feature_layers, num_slots, approximate=approximate
             )
         else:
             weights.pop("lm_head.weight", None)  # some exports repeat the target's
-            _check_all(self.path, weights, eagle_shapes(self.config, weights))
+            check_shapes(self.path, weights, eagle_shapes(self.config, weights))
             head = EagleModel(shape, weights, embedding, target.logits, num_slots)
         return FeatureDraft(head, f"{self.kind} ({self.path.name})", shared_noise=shared_noise)
 
@@ -187,7 +187,11 @@ def eagle_shapes(config: LlamaConfig, weights: dict[str, Tensor]) -> dict[str, t
     return shapes | {name: shape for name, shape in optional.items() if name in weights}
 
 
-def _read_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def read_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Every tensor of a head's directory, numbers in ``dtype``.
+
+    Raises CheckpointError naming file and tensor.
+    """
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickled = sorted(path.glob("*.bin"))
@@ -220,7 +224,8 @@ def _check(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Non
         )
 
 
-def _check_all(path: Path, weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(path: Path, weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """CheckpointError unless exactly these tensors are there, in these shapes."""
     missing, unexpected = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or unexpected:
         raise CheckpointError(f"head {path}: missing tensors {missing}, unexpected tensors {unexpected}")

@@ -103,6 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-vocab", type=int, default=8192, metavar="N", help="size of the draft vocabulary"
     )
+    group.add_argument(
+        "--init-head",
+        type=Path,
+        metavar="DIR",
+        help="start from this head, to go on with more data; without it, from the target's own layers",
+    )
     group.add_argument("--epochs", type=int, default=train.epochs)
     group.add_argument(
         "--max-minutes", type=float, default=80.0, metavar="MIN", help="time budget of training"
@@ -257,7 +263,9 @@ def _train(
     with LoadingBar() as loading:
         weights = checkpoint.load(torch.float32, device, loading.update)
     eos = checkpoint.tokenizer().eos_token_ids
-    head, target = prepare(checkpoint.config, weights, dataset, training, args.draft_vocab, eos, args.seed)
+    head, target = prepare(
+        checkpoint.config, weights, dataset, training, args.draft_vocab, eos, args.seed, args.init_head
+    )
     weights.clear()
     run_dir = args.run_dir or args.work_dir / "run"
     with PhaseBar("Training") as bar:
@@ -357,6 +365,8 @@ def _shown(args: argparse.Namespace) -> list[str]:
         words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     if args.prompts is not None:
         words += ["--prompts", args.prompts.name]
+    if args.init_head is not None:
+        words += ["--init-head", args.init_head.name]
     return [*words, "--share-lm-head"] if args.share_lm_head else words
 
 

@@ -123,6 +123,18 @@ def test_a_head_is_trained_resumed_and_served(
 
     assert weights["d2t"].shape == (128,)
     assert ("lm_head.weight" in weights) == (not flags)
+
+    more = [*words, "--init-head", str(head), "--phase", "train", "--output", str(tmp_path / "more")]
+    assert main([*more, "--run-dir", str(tmp_path / "no-step"), "--max-minutes", "0"]) == 0
+    unmoved = load_file(tmp_path / "more" / "model.safetensors")
+    assert all(torch.equal(unmoved[name], weights[name]) for name in weights | unmoved)
+    assert main([*more, "--run-dir", str(tmp_path / "steps")]) == 0
+    moved = load_file(tmp_path / "more" / "model.safetensors")
+    assert not torch.equal(moved["fc.weight"], weights["fc.weight"])
+    assert "--init-head head" in (tmp_path / "more" / "README.md").read_text()
+    assert main([*more, "--run-dir", str(tmp_path / "other"), "--draft-vocab", "64"]) == 1
+    assert "its draft_vocab_size is 128, this run has 64" in capsys.readouterr().err
+
     plain = greedy_tokens(target, "none", SPECULATION_OFF)
     assert [len(tokens) for tokens in plain] == [32] * 3
     assert greedy_tokens(target, str(head), Speculation(8, 3, 2)) == plain
