@@ -4,48 +4,97 @@ dense    any dtype and device, ``F.linear``
 packed   CPU: the weight reordered once for oneDNN
 half     CPU without bfloat16 units: float16 weight, float32 everything else; half the bytes of float32
 int8     CPU, drafts only: a quarter of the bytes, approximate
+fp8      an Fp8Weight, W8A16: the codes as stored, one byte an element
+nvfp4    an Nvfp4Weight, W4A16: codes and block scales as stored, 0.5625 bytes an element
+mixed    several weights of different kinds: one product each, outputs side by side
+
+Quantised weights are never requantised and their activations never rounded: an ``input_scale`` is ignored,
+which is the more accurate reading of a W8A8 or W4A4 checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import half_linear, int8_linear, pack_half, pack_int8, pack_linear, packed_linear
+from engine.nn.weight import Fp8Weight, Nvfp4Weight, Weight
+from kernels import (
+    fp8_linear,
+    half_linear,
+    int8_linear,
+    nvfp4_linear,
+    pack_half,
+    pack_int8,
+    pack_linear,
+    packed_linear,
+)
 
 # Rows that a speculative step usually has: the hint for the packed layout.
 _TYPICAL_ROWS = 8
 
+# How a weight is multiplied: (x, what is stored of the weight) -> y.
+_Product = Callable[[Tensor, Any], Tensor]
+
 
 class Linear:
-    """y = x @ weight.T, without bias. weight: [out, in].
+    """y = x @ weight.T, without bias. weight: [out, in], plain or quantised; y has x's dtype.
 
     half: round the weight to float16 where the device then multiplies it faster; elsewhere without effect.
     approximate: the product may be rounded for speed. For drafts, whose guesses are verified; never for a
-    target.
+    target. Neither has an effect on quantised weights. Several weights: see ``fuse``.
+
+    ``weight`` is the plain matrix where it is held as one, else None.
     """
 
-    def __init__(self, weight: Tensor, *, half: bool = False, approximate: bool = False) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.weight: Tensor | None = None
-        self._packed: Any | None = None
-        for scheme, multiply, packed in _schemes(weight, half, approximate):
-            if packed is not None:  # it replaces the weight: two copies would double a CPU server's memory
-                self.scheme, self._multiply, self._packed = scheme, multiply, packed
-                return
-        self.scheme, self.weight = "dense", weight
+    def __init__(self, *weights: Weight, half: bool = False, approximate: bool = False) -> None:
+        assert all(len(weight.shape) == 2 for weight in weights), "a stack of experts is no Linear's weight"
+        assert len({weight.shape[1] for weight in weights}) == 1, "fused weights read the same input"
+        self.out_features = sum(weight.shape[0] for weight in weights)
+        self.in_features = weights[0].shape[1]
+        self._multiply: _Product
+        self.scheme, self._multiply, self._held = _choose(weights, half, approximate)
+        self.weight: Tensor | None = self._held if self.scheme == "dense" else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self._packed) if self.weight is None else F.linear(x, self.weight)
+        return self._multiply(x, self._held)
 
 
-def _schemes(
-    weight: Tensor, half: bool, approximate: bool
-) -> Iterator[tuple[str, Callable[[Tensor, Any], Tensor], Any | None]]:
+def fuse(*weights: Weight, half: bool = False, approximate: bool = False) -> Linear:
+    """One Linear for several weights that read the same input: fewer, larger products.
+
+    Its outputs are theirs side by side. Each quantised matrix keeps its codes and its own scale.
+    """
+    return Linear(*weights, half=half, approximate=approximate)
+
+
+def _choose(weights: Sequence[Weight], half: bool, approximate: bool) -> tuple[str, _Product, Any]:
+    """(scheme, product, what it holds of the weights)."""
+    plain = [weight for weight in weights if isinstance(weight, Tensor)]
+    fp8 = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+    nvfp4 = [weight for weight in weights if isinstance(weight, Nvfp4Weight)]
+    if len(plain) == len(weights):
+        matrix = _rows(plain)
+        for scheme, multiply, packed in _packings(matrix, half, approximate):
+            if packed is not None:  # it replaces the weight: two copies would double a CPU server's memory
+                return scheme, multiply, packed
+        return "dense", F.linear, matrix
+    if len(fp8) == len(weights):
+        held = _rows([weight.codes for weight in fp8]), _row_scales(fp8, [weight.scale for weight in fp8])
+        return "fp8", lambda x, held: fp8_linear(x, *held), held
+    if len(nvfp4) == len(weights):
+        codes = _rows([weight.codes for weight in nvfp4])
+        block_scales = _rows([weight.block_scales for weight in nvfp4])
+        divisors = _row_scales(nvfp4, [weight.divisor for weight in nvfp4])
+        return "nvfp4", lambda x, held: nvfp4_linear(x, *held), (codes, block_scales, divisors)
+    parts = tuple(Linear(weight, half=half, approximate=approximate) for weight in weights)
+    return "mixed", lambda x, parts: torch.cat([part(x) for part in parts], dim=-1), parts
+
+
+def _packings(weight: Tensor, half: bool, approximate: bool) -> Iterator[tuple[str, _Product, Any | None]]:
     """(name, product, packed weight or None) of what is worth trying, best first; packed when asked for."""
     if approximate:
         yield "int8", int8_linear, pack_int8(weight)
@@ -54,6 +103,17 @@ def _schemes(
     yield "packed", packed_linear, pack_linear(weight, _TYPICAL_ROWS)
 
 
-def fuse(*weights: Tensor, half: bool = False, approximate: bool = False) -> Linear:
-    """One Linear for several weights that read the same input: fewer, larger products."""
-    return Linear(torch.cat(weights, dim=0), half=half, approximate=approximate)
+def _rows(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices below one another; a single one itself, without a copy."""
+    if len(matrices) == 1:
+        return matrices[0]
+    if matrices[0].dtype == torch.float8_e4m3fn:  # FP8 tensors know few operations, bytes all of them
+        return torch.cat([matrix.view(torch.uint8) for matrix in matrices]).view(torch.float8_e4m3fn)
+    return torch.cat(list(matrices))
+
+
+def _row_scales(weights: Sequence[Weight], scales: Sequence[Tensor]) -> Tensor:
+    """[] for one weight, else [out]: every output row's own scale."""
+    if len(weights) == 1:
+        return scales[0]
+    return torch.cat([scale.expand(weight.shape[0]) for weight, scale in zip(weights, scales, strict=True)])

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import dequantise_fp8, dequantise_nvfp4
+
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
@@ -49,3 +51,43 @@ class Nvfp4Weight:
 
 Weight = Tensor | Fp8Weight | Nvfp4Weight
 Weights = dict[str, Tensor] | dict[str, Weight]  # by name; models consume them
+
+
+def dequantise(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix [.., out, in] that a weight stands for, in ``dtype``; a plain tensor is only converted.
+
+    For what is not a product with activations (absorbing one matrix into another) and for comparisons;
+    ``Linear`` multiplies a weight as it is stored.
+    """
+    match weight:
+        case Fp8Weight(codes, scale):
+            return dequantise_fp8(codes, scale, dtype)
+        case Nvfp4Weight(codes, block_scales, divisor):
+            return dequantise_nvfp4(codes, block_scales, divisor, dtype)
+        case Tensor():
+            return weight.to(dtype)
+
+
+def select(weight: Weight, index: Tensor) -> Weight:
+    """Some matrices of a stack, with their scales: [E, .., out, in] by index [n] int -> [n, .., out, in].
+
+    A copy; duplicates and any order are allowed.
+    """
+    match weight:
+        case Fp8Weight(codes, scale, input_scale):
+            return Fp8Weight(
+                _pick(codes, index),
+                scale.index_select(0, index),
+                None if input_scale is None else input_scale.index_select(0, index),
+            )
+        case Nvfp4Weight(codes, block_scales, divisor):
+            return Nvfp4Weight(
+                codes.index_select(0, index), _pick(block_scales, index), divisor.index_select(0, index)
+            )
+        case Tensor():
+            return weight.index_select(0, index)
+
+
+def _pick(codes: Tensor, index: Tensor) -> Tensor:
+    """index_select for any one-byte dtype: FP8 tensors know few operations, bytes all of them."""
+    return codes.view(torch.uint8).index_select(0, index).view(codes.dtype)
