@@ -16,15 +16,23 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from typing import Protocol
 
 from engine.errors import RequestError
-from engine.text.tokenizer import Tokenizer
+
+
+class TokenBytes(Protocol):
+    """What a tokenizer must know for its tokens to become text."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Exact bytes of a token; none for special tokens."""
+        ...
 
 
 class Detokenizer:
     """The text of one answer. ``stopped`` is the stop string that ended it, if one did."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: TokenBytes, stop: tuple[str, ...] = ()) -> None:
         if not all(stop):
             raise RequestError("stop contains an empty string", param="stop")
         self.stopped: str | None = None

@@ -21,7 +21,7 @@ class Bytes:
 
 
 def detokenizer(*stop: str) -> Detokenizer:
-    return Detokenizer(Bytes(), stop)  # type: ignore[arg-type]
+    return Detokenizer(Bytes(), stop)
 
 
 def run(detokenizer: Detokenizer, pushes: Iterable[Iterable[int]]) -> str:
