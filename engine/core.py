@@ -173,7 +173,8 @@ class DraftTree:
     def ancestors(self) -> Tensor:
         """[B, N, N] bool: entry (i, j) says that j is i or one of i's ancestors.
 
-        The matrix of self and parent, squared log2(N) times. Meant for trees of up to a few dozen nodes.
+        The matrix of self and parent reaches one edge, and each squaring doubles that; a chain has N - 1
+        edges. Meant for trees of up to a few dozen nodes.
         """
         num_seqs, num_nodes = self.parents.shape
         reach = torch.eye(num_nodes, device=self.parents.device).repeat(num_seqs, 1, 1)
@@ -181,7 +182,7 @@ class DraftTree:
         node = torch.arange(num_nodes, device=self.parents.device)
         own_parent = torch.where(self.parents >= 0, self.parents, node)
         reach.scatter_(2, own_parent[..., None], 1.0)
-        for _ in range((num_nodes - 1).bit_length() - 1):
+        for _ in range(max(num_nodes - 2, 0).bit_length()):
             reach = torch.bmm(reach, reach).clamp_(max=1.0)
         return reach > 0
 

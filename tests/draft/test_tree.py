@@ -13,6 +13,7 @@ from torch import Tensor
 import draft.tree
 from draft.tree import Limits, Offers, grow
 from engine.core import DraftTree, Speculation
+from tests.oracles.attention import ancestors_of
 
 Path = tuple[int, ...]
 
@@ -216,3 +217,22 @@ def test_depths_and_ancestors_of_a_tree() -> None:
     seen = [[row.nonzero()[:, 0].tolist() for row in one] for one in tree.ancestors()]
     assert seen == [[[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 3, 4]], [[0], [0, 1], [0, 1, 2], [3], [4]]]
     assert tree.parents.tolist()[0][0] == -1  # real() did not write into parents
+
+
+@pytest.mark.parametrize("num_nodes", range(1, 36))
+def test_depths_and_ancestors_equal_a_walk_to_the_root(num_nodes: int) -> None:
+    """The longest chain of every size, where one squaring too few shows, and random trees with padding."""
+    rows = [list(range(-1, num_nodes - 1))]
+    for seed in range(8):
+        source = random.Random(seed)
+        real = source.randint(1, num_nodes)
+        rows.append(
+            [-1] + [source.randrange(max(0, i - 2), i) if i < real else -1 for i in range(1, num_nodes)]
+        )
+    tree = DraftTree(torch.zeros(len(rows), num_nodes, dtype=torch.int64), torch.tensor(rows))
+    seen, depths = tree.ancestors(), tree.depths()
+    for row, parents in enumerate(rows):
+        for node in range(num_nodes):
+            path = ancestors_of(parents, node)
+            assert seen[row, node].nonzero()[:, 0].tolist() == path
+            assert depths[row, node] == len(path) - 1

@@ -38,6 +38,8 @@ SPECULATIONS = {
     "pair": Speculation(2, 1, 1),
     "wide": Speculation(20, 3, 6),
     "deep": Speculation(6, 9, 2),
+    "chain of 3": Speculation(4, 3, 1),
+    "chain of 6": Speculation(7, 6, 1),
 }
 FILTERS: list[dict[str, Any]] = [
     {},
@@ -129,7 +131,7 @@ def test_tokens_with_half_weights(echo: Model, draft: str, temperature: float) -
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("shape", ["pair", "wide", "deep"])
+@pytest.mark.parametrize("shape", ["pair", "wide", "deep", "chain of 3", "chain of 6"])
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
 def test_other_shapes_and_every_filter(echo: Model, draft: str, shape: str) -> None:
     check(echo, draft, params_of(0.9, filters=True), SPECULATIONS[shape], page_size=3)
