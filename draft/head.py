@@ -32,7 +32,7 @@ from engine.core import (
     Verdict,
     slots_of,
 )
-from engine.kvcache import KVPool, RowPlan, make_plan
+from engine.kvcache import KVPool, LatentPool, RowPlan, make_plan
 from engine.sampler import candidates
 from kernels import gumbel_noise
 
@@ -45,7 +45,11 @@ class HeadModel(Protocol):
 
     feature_layers: tuple[int, ...]
     token_ids: Tensor  # [Vd] int64: which token each column of the logits stands for
-    pool: KVPool
+
+    @property
+    def pool(self) -> KVPool | LatentPool:
+        """The head's rows; its slots are the target's."""
+        ...
 
     def inject(self, features: Tensor) -> Tensor:
         """Target features [.., F] -> the head's input feature [.., H]."""

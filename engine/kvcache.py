@@ -40,6 +40,27 @@ class KVPool:
         return self.rows[index, 0], self.rows[index, 1]
 
 
+class LatentPool:
+    """The rows of multi-head latent attention: one per token and layer, which is key and value of all heads.
+
+    ``rows`` is [layers, 1, 1, S, D], a KVPool's layout with one kind of row and one head, so that rows of
+    both pools are moved by the same operation.
+    """
+
+    def __init__(
+        self, num_layers: int, latent_dim: int, num_slots: int, dtype: torch.dtype, device: str
+    ) -> None:
+        self.rows = torch.zeros(num_layers, 1, 1, num_slots, latent_dim, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_slot(num_layers: int, latent_dim: int, dtype: torch.dtype) -> int:
+        return num_layers * latent_dim * dtype.itemsize
+
+    def layer(self, index: int) -> Tensor:
+        """[S, D], contiguous."""
+        return self.rows[index, 0, 0]
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """Made once per forward, used by every layer.
@@ -120,7 +141,7 @@ def accepted_slots(batch: Batch, verdict: Verdict) -> tuple[Tensor, Tensor]:
     return source[moves], destination[moves]
 
 
-def compact(pool: KVPool, batch: Batch, verdict: Verdict) -> None:
+def compact(pool: KVPool | LatentPool, batch: Batch, verdict: Verdict) -> None:
     """Move the accepted rows of every sequence to the front of its scratch rows."""
     source, destination = accepted_slots(batch, verdict)
     if source.numel():

@@ -1,13 +1,19 @@
-"""Rotary position embeddings: the table of cosines and sines, once per model."""
+"""Rotary position embeddings: cosines and sines of a forward's positions.
+
+``RopeTable`` holds those of every position of a model with a short context, for rotations of two halves.
+``PairRope`` computes them for the positions at hand, for rotations of neighbouring pairs: a table of Mistral
+Small 4's million positions would take 256 MB, and one forward needs a few rows of it, once for all layers.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.config import RopeScaling
+from engine.config import Mistral4Config, RopeScaling, YarnScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -51,3 +57,59 @@ class RopeTable:
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [B, N] int64 -> cos, sin: [B, N, 1, D]."""
         return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+
+
+def yarn_frequencies(head_dim: int, theta: float, scaling: YarnScaling | None) -> Tensor:
+    """[D / 2] float32 inverse frequencies with YaRN (arXiv 2309.00071, section 3.2) where asked.
+
+    Pairs that turn more than ``beta_fast`` times within the original context stay, those that turn less than
+    ``beta_slow`` times are slowed down by ``factor``, and the pairs between are blended by their index.
+    """
+    inv_freq = inverse_frequencies(head_dim, theta, None)
+    if scaling is None:
+        return inv_freq
+
+    def pair_of(turns: float) -> float:
+        """Index, not yet whole, of the pair that turns so often within the original context."""
+        wavelength = scaling.original_max_position_embeddings / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_of(scaling.beta_slow)), head_dim - 1)
+    width = max(high - low, 0.001)  # a step where both fall on one pair
+    ramp = ((torch.arange(head_dim // 2).float() - low) / width).clamp(0.0, 1.0)
+    return inv_freq / scaling.factor * ramp + inv_freq * (1 - ramp)
+
+
+@dataclass(frozen=True, slots=True)
+class PairRotation:
+    """How the rows of one forward are turned, and how their queries are scaled."""
+
+    cos: Tensor  # [B, N, 1, D / 2] float32, for the pair of components 2i and 2i + 1
+    sin: Tensor  # [B, N, 1, D / 2] float32
+    query_scale: Tensor | None  # [B, N, 1, 1] float32; None where it is 1 everywhere
+
+
+class PairRope:
+    """Rotations of neighbouring pairs with YaRN frequencies, and Llama 4's scale of queries far into a
+    context.
+
+    Angles, cosines and sines are float32 whatever the model's dtype: bfloat16 cannot tell late positions
+    apart.
+    """
+
+    def __init__(self, config: Mistral4Config, device: str) -> None:
+        self._inv_freq = yarn_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn).to(device)
+        self._beta, self._original = config.llama_4_beta, config.llama_4_original_positions
+
+    def __call__(self, positions: Tensor) -> PairRotation:
+        """positions: [B, N] int64."""
+        angles = (positions[..., None].float() * self._inv_freq).unsqueeze(2)
+        return PairRotation(angles.cos(), angles.sin(), self._query_scale(positions))
+
+    def _query_scale(self, positions: Tensor) -> Tensor | None:
+        """1 + beta ln(1 + floor(position / original)), which is 1 within the original context."""
+        if self._beta == 0.0:
+            return None
+        contexts = torch.div(positions, self._original, rounding_mode="floor").float()
+        return (1.0 + self._beta * torch.log1p(contexts))[..., None, None]

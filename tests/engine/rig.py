@@ -26,6 +26,7 @@ from engine.config import POST_NORM, EngineConfig, LlamaConfig
 from engine.core import Batch, Draft, DraftTree, Request, SamplingParams, Speculation, Verdict
 from engine.core import Sequence as Seq
 from engine.models.llama import Llama
+from engine.models.mistral4 import Mistral4
 from engine.pages import PagePool
 from engine.step import Completion, Engine
 from tests.conftest import layer_weights, matrix, norm_weight, tiny_eagle3, tiny_llama
@@ -286,7 +287,7 @@ def slots_of_pages(pages: Sequence[int], page_size: int, first: int, end: int) -
 
 def pool_rows(engine: Engine) -> Tensor:
     """The KV rows of an engine's target."""
-    assert isinstance(engine.target, Llama)
+    assert isinstance(engine.target, Llama | Mistral4)
     return engine.target.pool.rows
 
 

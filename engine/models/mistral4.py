@@ -1,0 +1,168 @@
+"""Mistral Small 4: multi-head latent attention, and in every layer a mixture of experts beside a shared one.
+
+The model is assembled from a dict of weights under their native names (``tok_embeddings``, ``layers.N``,
+``norm``, ``output``), plain or quantised as stored, the routed experts of a layer stacked. Checkpoint readers
+deliver that dict, already checked against the config. ``DecoderLayer`` also builds the Eagle head's layers,
+which differ in one thing: their MLP is dense.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.config import POST_NORM, Mistral4Config
+from engine.core import Batch, DraftTree, Scores, Verdict
+from engine.kvcache import LatentPool, RowPlan, compact, plan_rows
+from engine.nn.linear import Linear, fuse
+from engine.nn.mla import MultiHeadLatentAttention
+from engine.nn.mlp import SwiGLU
+from engine.nn.moe import Experts, MixtureOfExperts, Router
+from engine.nn.rope import PairRope, PairRotation
+from engine.nn.weight import Weights, dequantise
+from kernels import rms_norm
+
+
+def take_plain(weights: Weights, name: str) -> Tensor:
+    """Remove a weight that is never quantised (norms, embeddings, the router)."""
+    weight = weights.pop(name)
+    assert isinstance(weight, Tensor), f"{name} is quantised"
+    return weight
+
+
+class DecoderLayer:
+    """x + attention(norm x), then x + mlp(norm x); the MLP is dense where the config has no experts.
+
+    weights is consumed: popped, so that memory is freed while layers are built. dtype: the activations'.
+    """
+
+    def __init__(
+        self, config: Mistral4Config, weights: Weights, prefix: str, dtype: torch.dtype, half: bool = False
+    ) -> None:
+        self.eps = config.rms_norm_eps
+        self.attention_norm = take_plain(weights, f"{prefix}.attention_norm.weight")
+        self.ffn_norm = take_plain(weights, f"{prefix}.ffn_norm.weight")
+        self.attention = _attention(config, weights, f"{prefix}.attention", dtype, half)
+        self.mlp: SwiGLU | MixtureOfExperts
+        if config.num_experts:
+            self.mlp = _mixture(config, weights, prefix, half)
+        else:
+            self.mlp = _swiglu(weights, f"{prefix}.feed_forward", half)
+
+    def __call__(self, x: Tensor, rotation: PairRotation, pool: Tensor, plan: RowPlan) -> Tensor:
+        x = x + self.attention(rms_norm(x, self.attention_norm, self.eps), rotation, pool, plan)
+        return x + self.mlp(rms_norm(x, self.ffn_norm, self.eps))
+
+
+def _attention(
+    config: Mistral4Config, weights: Weights, prefix: str, dtype: torch.dtype, half: bool
+) -> MultiHeadLatentAttention:
+    down = (weights.pop(f"{prefix}.wq_a.weight"), weights.pop(f"{prefix}.wkv_a_with_mqa.weight"))
+    return MultiHeadLatentAttention(
+        config,
+        fuse(*down, half=half),
+        take_plain(weights, f"{prefix}.q_a_norm.weight"),
+        Linear(weights.pop(f"{prefix}.wq_b.weight"), half=half),
+        take_plain(weights, f"{prefix}.kv_a_norm.weight"),
+        dequantise(weights.pop(f"{prefix}.wkv_b.weight"), dtype),
+        Linear(weights.pop(f"{prefix}.wo.weight"), half=half),
+    )
+
+
+def _mixture(config: Mistral4Config, weights: Weights, prefix: str, half: bool) -> MixtureOfExperts:
+    gate = take_plain(weights, f"{prefix}.gate.weight")
+    return MixtureOfExperts(
+        Router(gate, config.num_experts_per_tok, config.routed_scaling_factor),
+        Experts(*(weights.pop(f"{prefix}.experts.{part}") for part in ("w1", "w3", "w2"))),
+        _swiglu(weights, f"{prefix}.shared_experts", half) if config.num_shared_experts else None,
+    )
+
+
+def _swiglu(weights: Weights, prefix: str, half: bool) -> SwiGLU:
+    w1, w3, w2 = (weights.pop(f"{prefix}.{part}.weight") for part in ("w1", "w3", "w2"))
+    return SwiGLU(fuse(w1, w3, half=half), Linear(w2, half=half))
+
+
+class Mistral4:
+    """A target (core.Target). ``weights`` is consumed; the embedding's dtype is the model's.
+
+    feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
+    layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after
+    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear); routed
+    experts stay as they are.
+    """
+
+    def __init__(
+        self,
+        config: Mistral4Config,
+        weights: Weights,
+        num_slots: int,
+        feature_layers: tuple[int, ...] = (),
+        half_weights: bool = False,
+    ) -> None:
+        self.config = config
+        self.feature_layers = feature_layers
+        self.embedding = take_plain(weights, "tok_embeddings.weight")
+        self.dtype, self.device = self.embedding.dtype, str(self.embedding.device)
+        self.output = Linear(weights.pop("output.weight"), half=half_weights)
+        self.norm = take_plain(weights, "norm.weight")
+        self.layers = [
+            DecoderLayer(config, weights, f"layers.{i}", self.dtype, half_weights)
+            for i in range(config.num_layers)
+        ]
+        assert not weights, f"weights left over: {sorted(weights)[:3]}"
+        self.rope = PairRope(config, self.device)
+        self.pool = LatentPool(config.num_layers, config.latent_dim, num_slots, self.dtype, self.device)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    def compact(self, batch: Batch, verdict: Verdict) -> None:
+        """Move the accepted latent rows of every layer to the front of the scratch rows."""
+        compact(self.pool, batch, verdict)
+
+    def output_rows(self, token_ids: Tensor) -> Tensor:
+        """Rows of the output matrix, [n, H]: a head may share them."""
+        if self.output.weight is not None:
+            return self.output.weight[token_ids]
+        # Packed: the product with the identity gives the matrix back, exactly.
+        columns = self.output(torch.eye(self.config.hidden_size, dtype=self.dtype, device=self.device))
+        return columns[:, token_ids].T.contiguous()
+
+    def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
+        """Logits of every node, or of the last real node of each prompt chunk; latent rows are written."""
+        hidden, features = self._forward(tree.tokens, positions, plan_rows(batch, tree))
+        if batch.prompt is not None:
+            last = (batch.prompt.num_nodes - 1)[:, None]
+            hidden = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[-1]))
+            positions = positions.gather(1, last)
+        return Scores(self.logits(hidden), positions, features)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., H] after the final norm -> [.., V] float32."""
+        return self.output(hidden).float()
+
+    def _forward(self, tokens: Tensor, positions: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
+        x = self.embedding[tokens]
+        rotation = self.rope(positions)
+        inputs: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            if index in self.feature_layers:
+                inputs[index] = x
+            x = layer(x, rotation, self.pool.layer(index), plan)
+        inputs[len(self.layers)] = x
+        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
+        inputs[POST_NORM] = x
+        features = (
+            torch.cat([inputs[i] for i in self.feature_layers], -1) if self.feature_layers else x[..., :0]
+        )
+        return x, features

@@ -1,0 +1,99 @@
+"""Multi-head latent attention over paged latent rows (DeepSeek-V2, arXiv 2405.04434); shared by target and
+head.
+
+    q      = q_b(norm(q_a x))              per head [content | rotated]
+    latent = norm(kv_a x), and beside it one rotated key for all heads: the row that is cached
+    k, v   = kv_b latent                   per head [key content | value]
+
+``kv_b`` is never applied to x: it is split, once, into what maps queries into the latent space and what maps
+results out of it (see ``kernels.mla``), or expands cached rows where a chunk of a prompt is long enough to
+pay.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.config import Mistral4Config
+from engine.kvcache import RowPlan
+from engine.nn.linear import Linear
+from engine.nn.rope import PairRotation
+from kernels import rms_norm, write_rows
+from kernels.mla import absorb_queries, expand_values, mla_prompt_attention, mla_tree_attention, rope_pairs
+
+
+def softmax_scale(config: Mistral4Config) -> float:
+    """1 / sqrt(query width), times YaRN's mscale squared where the config's disputed switch says so."""
+    scale = math.pow(config.qk_nope_head_dim + config.qk_rope_head_dim, -0.5)
+    if config.softmax_mscale and config.yarn is not None and config.yarn.factor > 1:
+        scale *= (0.1 * math.log(config.yarn.factor) + 1.0) ** 2
+    return scale
+
+
+def most_absorbed(config: Mistral4Config) -> int:
+    """Nodes of a sequence up to which the absorbed form takes fewer multiplications, whatever the context.
+
+    Per cached row and head, absorbed attention takes R + P + R a node, unabsorbed K + P + V a node and
+    R (K + V) once. 153 for Mistral Small 4.
+    """
+    rank, content, value = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
+    saved = 2 * rank - content - value
+    return rank * (content + value) // saved if saved > 0 else 1 << 30
+
+
+class MultiHeadLatentAttention:
+    """Projections, rotation, write the new rows, attend, output projection.
+
+    down: q_a and kv_a in one product, so [x width] -> [q_lora_rank | kv_lora_rank | rotated key]; q_b and out
+    as above; kv_b: [H * (K + V), R], dequantised, head after head with the key's rows first.
+    """
+
+    def __init__(
+        self,
+        config: Mistral4Config,
+        down: Linear,
+        q_norm: Tensor,
+        q_b: Linear,
+        kv_norm: Tensor,
+        kv_b: Tensor,
+        out: Linear,
+    ) -> None:
+        self.down, self.q_norm, self.q_b, self.kv_norm, self.out = down, q_norm, q_b, kv_norm, out
+        self.num_heads, self.eps = config.num_heads, config.rms_norm_eps
+        self.q_rank, self.kv_rank = config.q_lora_rank, config.kv_lora_rank
+        self.content_dim = config.qk_nope_head_dim
+        self.scale = softmax_scale(config)
+        self.most_absorbed = most_absorbed(config)
+        heads = kv_b.view(config.num_heads, self.content_dim + config.v_head_dim, self.kv_rank)
+        self.key_up = heads[:, : self.content_dim].contiguous()  # [H, K, R]
+        self.value_up = heads[:, self.content_dim :].contiguous()  # [H, V, R]
+
+    def __call__(self, x: Tensor, rotation: PairRotation, pool: Tensor, plan: RowPlan) -> Tensor:
+        """x: [B, N, hidden] -> the same; pool: [S, R + P]. Rows of the N nodes are written before they are
+        read."""
+        down = self.down(x)
+        key_at = self.q_rank + self.kv_rank
+        latent, key = down[..., self.q_rank : key_at], down[..., key_at:]
+        key = rope_pairs(key.unsqueeze(2), rotation.cos, rotation.sin).squeeze(2).to(x.dtype)
+        rows = torch.cat((rms_norm(latent, self.kv_norm, self.eps), key), dim=-1)
+        write_rows(pool[None], plan.write, rows.reshape(-1, 1, rows.shape[-1]))
+        q = self._queries(down[..., : self.q_rank], rotation)
+        if x.shape[1] > self.most_absorbed:
+            out = mla_prompt_attention(q, pool, self.key_up, self.value_up, plan.read, plan.bias, self.scale)
+        else:
+            q = absorb_queries(q, self.key_up)
+            latents = mla_tree_attention(q, pool, plan.read, plan.bias, self.scale, self.kv_rank)
+            out = expand_values(latents, self.value_up)
+        return self.out(out.flatten(2))
+
+    def _queries(self, low: Tensor, rotation: PairRotation) -> Tensor:
+        """[B, N, q_lora_rank] -> [B, N, H, K + P], rotated and scaled in float32 and rounded once."""
+        q = self.q_b(rms_norm(low, self.q_norm, self.eps)).view(*low.shape[:2], self.num_heads, -1)
+        content, rotated = q[..., : self.content_dim], q[..., self.content_dim :]
+        turned = torch.cat((content.float(), rope_pairs(rotated, rotation.cos, rotation.sin)), dim=-1)
+        if rotation.query_scale is not None:
+            turned = turned * rotation.query_scale
+        return turned.to(q.dtype)
