@@ -102,10 +102,16 @@ class _Rows:
 
 
 class FeatureDraft:
-    """A draft (core.Draft) around a HeadModel. shared_noise: rank candidates with the sampler's own noise."""
+    """A draft (core.Draft) around a HeadModel.
 
-    def __init__(self, model: HeadModel, name: str, *, shared_noise: bool = True) -> None:
-        self.model, self.name, self.shared_noise = model, name, shared_noise
+    shared_noise: rank candidates with the sampler's own noise; max_len: tokens of a sequence up to which the
+    head is used, None for no limit. A sequence that has outgrown it is decoded plainly and forgotten.
+    """
+
+    def __init__(
+        self, model: HeadModel, name: str, *, shared_noise: bool = True, max_len: int | None = None
+    ) -> None:
+        self.model, self.name, self.shared_noise, self.max_len = model, name, shared_noise, max_len
         self.device = str(model.token_ids.device)
         self.calibration = Calibration(self.device)
         self._pending: dict[int, _Pending] = {}
@@ -119,6 +125,12 @@ class FeatureDraft:
     def forget(self, seq: Sequence) -> None:
         self._pending.pop(seq.request.id, None)
 
+    def _has_outgrown(self, seq: Sequence, speculation: Speculation) -> bool:
+        """Whether a tree behind the sequence, its known prompt included, would reach past ``max_len``."""
+        if self.max_len is None:
+            return False
+        return len(seq.tokens) + len(seq.forced) + speculation.depth > self.max_len
+
     # --- learning
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
@@ -127,6 +139,9 @@ class FeatureDraft:
             self.calibration.observe(tree, verdict, batch.sampling)
         lengths = verdict.length.tolist()
         for row, seq in enumerate(batch.seqs):
+            if self._has_outgrown(seq, batch.speculation[row]):
+                self.forget(seq)
+                continue
             if batch.speculation[row].is_off and seq.request.id not in self._pending:
                 continue
             path = verdict.path[row, : lengths[row]]
@@ -161,7 +176,7 @@ class FeatureDraft:
         active = [
             row
             for row, (seq, spec) in enumerate(zip(batch.seqs, batch.speculation, strict=True))
-            if not spec.is_off and seq.request.id in self._pending
+            if not spec.is_off and seq.request.id in self._pending and not self._has_outgrown(seq, spec)
         ]
         roots = root_tokens(batch)
         if not active:

@@ -77,6 +77,8 @@ class EngineConfig:
     page_size: int = 16
     kv_cache_memory: int = 1 << 30
     speculation: Speculation = field(default_factory=Speculation)
+    draft_vocab_size: int = 32768  # tokens that Mistral's head drafts among; 0: the whole vocabulary
+    draft_max_model_len: int = 16384  # longer sequences are decoded plainly by Mistral's head
     spec_log: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,50 +1,40 @@
 """Checkpoints: from a path or a hub name to a config, a tokenizer and finite, fully checked tensors.
 
-``open_checkpoint`` looks at what the argument is and hands over to a format:
+``open_model`` looks at what the argument is and hands over to a format:
 
-    a .gguf file                    checkpoint/gguf.py   quantised or not; tokenizer and chat template inside
-    a directory with config.json    checkpoint/hf.py     safetensors, one file or shards
-    org/name                        downloaded from the Hugging Face hub, then a directory
+    a .gguf file                       gguf.py         Llama; quantised or not; tokenizer and template inside
+    params.json, consolidated*         native.py       Mistral Small 4 in Mistral's own format
+    config.json of mistral3, mistral4  mistral_hf.py   the same model in Hugging Face's format
+    any other config.json              hf.py           Llama; safetensors, one file or shards
+    org/name                           hub.py          fetched from the Hugging Face hub, then a directory
 
-``base.py`` holds the table of expected tensors and the checks that both share.
+Where a directory has Mistral's two formats the first is read: it is the one that was not rounded again.
+``base.py`` holds what Llama formats share; ``plan.py`` and ``stream.py`` what those of Mistral Small 4 do.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from engine.checkpoint.base import Checkpoint, Progress, expected_tensors
+from engine.checkpoint.base import Checkpoint, MistralCheckpoint, Progress, expected_tensors
+from engine.checkpoint.hub import local_directory
+from engine.config import LlamaConfig
 from engine.errors import CheckpointError
+from engine.text.tokenizer import read_json
 
-__all__ = ["Checkpoint", "Progress", "expected_tensors", "open_checkpoint"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+__all__ = ["Checkpoint", "MistralCheckpoint", "Progress", "expected_tensors", "open_checkpoint", "open_model"]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the config of a model. Weights are read by ``load``.
+def open_model(path: str | Path) -> Checkpoint | MistralCheckpoint:
+    """Read the config of a model, and the headers of its weights. Weights are read by ``load``.
 
-    path: a .gguf file, a directory with config.json, or ``org/name`` on the hub (HF_HUB_OFFLINE=1: from its
-    cache). Raises CheckpointError for anything else, ConfigError for a config value that we do not implement.
+    path: a .gguf file, a directory with config.json or params.json, or ``org/name`` on the hub
+    (HF_HUB_OFFLINE=1: from its cache). Raises CheckpointError for anything else, ConfigError for a config
+    value that we do not implement.
     """
-    local = Path(path).expanduser()
-    if not local.exists():
-        if not _HUB_ID.fullmatch(str(path)):
-            raise CheckpointError(f"{path}: no such file or directory, and not a hub name like 'org/name'")
-        return _open_directory(_download(str(path)), name=str(path))
+    local, name = local_directory(path)
     if local.is_dir():
-        return _open_directory(local, name=local.resolve().name)
+        return _open_directory(local, name)
     if local.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{local}: found a file named *{local.suffix or local.name}, expected a .gguf file or a "
@@ -55,34 +45,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return GgufCheckpoint(local)
 
 
-def _open_directory(directory: Path, name: str) -> Checkpoint:
-    from engine.checkpoint.hf import HfCheckpoint
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """``open_model`` for those who take Llama models only. Raises CheckpointError for any other."""
+    checkpoint = open_model(path)
+    if isinstance(checkpoint.config, LlamaConfig):
+        return checkpoint
+    raise CheckpointError(f"{checkpoint.path}: found a Mistral Small 4 model, expected a Llama model here")
 
+
+def _open_directory(directory: Path, name: str) -> Checkpoint | MistralCheckpoint:
+    from engine.checkpoint.hf import HfCheckpoint
+    from engine.checkpoint.mistral_hf import MODEL_TYPES, MistralHfCheckpoint
+    from engine.checkpoint.native import NativeCheckpoint, is_native
+
+    if is_native(directory):
+        return NativeCheckpoint(directory, name)
     if not (directory / "config.json").is_file():
         found = sorted(entry.name for entry in directory.iterdir())[:8]
         raise CheckpointError(
             f"{directory}: no config.json in this directory, found {', '.join(found) or 'nothing'}"
         )
+    if read_json(directory / "config.json").get("model_type") in MODEL_TYPES:
+        return MistralHfCheckpoint(directory, name)
     return HfCheckpoint(directory, name)
-
-
-def _download(hub_id: str) -> Path:
-    """Fetch a hub repository; all files come from the one commit that ``main`` names now."""
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        RevisionResolutionError,
-    )
-
-    network_error: type = HfHubHTTPError.__bases__[0]  # of the HTTP library underneath, whose name changes
-    assert issubclass(network_error, Exception)
-
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
-    except (OSError, network_error, EntryNotFoundError, HFValidationError, RevisionResolutionError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"{hub_id}: no such local path, and the hub did not deliver it: {reason[0]}"
-        ) from error

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from engine.config import LlamaConfig
+from engine.checkpoint.plan import Plan
+from engine.checkpoint.safetensors_header import Stored
+from engine.config import LlamaConfig, Mistral4Config
 from engine.errors import CheckpointError
+from engine.nn.weight import Weight
 from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.text.mistral import MistralTokenizer
 
 Progress = Callable[[int, int], None]  # (bytes of the file done, bytes of the file in all)
 Shape = tuple[int, ...]
@@ -49,6 +55,41 @@ class Checkpoint(Protocol):
         ...
 
     def tokenizer(self) -> Tokenizer: ...
+
+
+class MistralCheckpoint(Protocol):
+    """A Mistral Small 4 target on disk, in whichever format: its config and headers are read."""
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The directory it was read from."""
+        ...
+
+    @property
+    def config(self) -> Mistral4Config: ...
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """Every tensor of its files by name."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """What becomes of them: which are used for which weight, how they are stored, which are not read."""
+        ...
+
+    def load(self, dtype: torch.dtype, device: str, progress: Progress | None = None) -> dict[str, Weight]:
+        """Every weight of ``mistral_tables.expected_weights(config)`` on ``device``, quantised ones exactly
+        as stored, the others in ``dtype``. Raises CheckpointError.
+        """
+        ...
+
+    def tokenizer(self) -> MistralTokenizer: ...
 
 
 def expected_tensors(config: LlamaConfig) -> dict[str, Shape]:

@@ -7,6 +7,7 @@ shape, as the experts of a layer, and every scale is one number (or one row of n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +92,10 @@ def select(weight: Weight, index: Tensor) -> Weight:
 def _pick(codes: Tensor, index: Tensor) -> Tensor:
     """index_select for any one-byte dtype: FP8 tensors know few operations, bytes all of them."""
     return codes.view(torch.uint8).index_select(0, index).view(codes.dtype)
+
+
+def tensors_only(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """The same weights, of a format that has no quantised ones."""
+    plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+    assert len(plain) == len(weights), f"quantised: {sorted(weights.keys() - plain.keys())[:3]}"
+    return plain

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.core import SamplingParams, Speculation
+from draft.head import FeatureDraft
+from engine.core import Request, SamplingParams, Speculation
 from tests.engine.rig import (
     CHAIN,
     PLAIN,
@@ -241,6 +242,32 @@ def test_stop_tokens_end_at_the_same_place(echo: Model, draft: str, temperature:
     assert [c.finish_reason for c in got] == [
         "stop" if len(e) < 20 or e[-1] == eos else "length" for e in expected[:3]
     ] + ["length"]
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("draft", ["eagle3", "eagle"])
+def test_a_sequence_that_outgrows_the_head_is_decoded_plainly(echo: Model, draft: str) -> None:
+    """Prompts of 1, 9, 2 and 21 tokens: the last never drafts, the others until 20 tokens are in sight."""
+    params = [SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)] * 4
+    engine = make_engine(echo, draft, speculation=CHAIN)
+    assert isinstance(engine.draft, FeatureDraft)
+    engine.draft.max_len = 20
+    lengths: dict[int, int] = {}
+    for number, (prompt, param) in enumerate(zip(PROMPTS, params, strict=True)):
+        engine.add(Request(number, tuple(prompt), param))
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    while engine.has_work:
+        for delta in engine.step():
+            tokens[delta.request_id] += delta.token_ids
+            if len(delta.token_ids) > 1:
+                lengths[delta.request_id] = len(PROMPTS[delta.request_id]) + len(tokens[delta.request_id])
+        for seq in engine.scheduler.running:
+            outgrown = len(seq.tokens) + len(seq.forced) + CHAIN.depth > 20 + CHAIN.depth
+            assert not (outgrown and seq.request.id in engine.draft._pending)
+    assert [tuple(row) for row in tokens] == plain_tokens(echo, PROMPTS, params)
+    assert 3 not in lengths
+    assert lengths.keys() & {0, 1, 2}, "the test is idle unless drafts are accepted"
+    assert max(lengths.values()) <= 20 + 1, "the last tree's bonus token may lie one past the limit"
     assert_idle(engine)
 
 
