@@ -91,6 +91,11 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.draft_vocab_size < 0 or self.draft_max_model_len < 1:
+            raise ConfigError(
+                f"draft_vocab_size is {self.draft_vocab_size} and draft_max_model_len "
+                f"{self.draft_max_model_len}, expected 0 or more and 1 or more"
+            )
         if self.max_num_batched_tokens < 2:
             raise ConfigError("max_num_batched_tokens must be at least 2, found 1")
         if self.half_weights and (self.dtype != torch.float32 or self.device != "cpu"):

@@ -37,6 +37,8 @@ _PASSED_ON = (
     "spec_nodes",
     "spec_depth",
     "spec_top_k",
+    "spec_draft_vocab",
+    "spec_max_model_len",
     "spec_log",
     "spec_model",
     "dtype",

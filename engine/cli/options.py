@@ -105,6 +105,20 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         "--spec-top-k", type=int, default=None, metavar="N", help="children of a node (default 4, or 2)"
     )
     group.add_argument(
+        "--spec-draft-vocab",
+        type=int,
+        default=default.draft_vocab_size,
+        metavar="N",
+        help="tokens that a head of Mistral Small 4 drafts among, the most frequent; 0 for all",
+    )
+    group.add_argument(
+        "--spec-max-model-len",
+        type=int,
+        default=default.draft_max_model_len,
+        metavar="TOKENS",
+        help="such a head drafts for sequences up to this length, longer ones are decoded plainly",
+    )
+    group.add_argument(
         "--spec-log", metavar="FILE", help="write every step's tree, verdict and times as JSONL"
     )
 
@@ -134,6 +148,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             tree.depth if args.spec_depth is None else args.spec_depth,
             tree.top_k if args.spec_top_k is None else args.spec_top_k,
         ),
+        draft_vocab_size=args.spec_draft_vocab,
+        draft_max_model_len=args.spec_max_model_len,
         spec_log=args.spec_log,
     )
 
