@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from engine.cli.options import add_engine_arguments, open_engine
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.step import Engine
-from engine.text.chat import render_chat
+from engine.text.conversation import conversation_ids
 from perf.provenance import provenance
 from verify.stats import StepTimes
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     served = open_engine(args)
     engine = served.engine
     engine.waits_for_device = True
-    prompt = tuple(render_chat(served.tokenizer, [{"role": "user", "content": _PROMPT}]))
+    prompt = tuple(conversation_ids(served.tokenizer, [{"role": "user", "content": _PROMPT}]))
     sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
     modes: dict[str, Speculation | None] = {"plain": SPECULATION_OFF, "speculative": None}
     result: dict[str, Any] = {"model": served.name, "draft": served.draft_name, "modes": {}}

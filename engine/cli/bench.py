@@ -25,7 +25,7 @@ from engine.checkpoint import open_checkpoint
 from engine.cli.options import add_engine_arguments, engine_config, open_engine
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError
-from engine.text.chat import render_chat
+from engine.text.conversation import conversation_ids
 
 if TYPE_CHECKING:
     from perf.latency import Mode, Prompt, Row, Run
@@ -114,7 +114,7 @@ def modes(served: Served, args: argparse.Namespace) -> dict[str, Mode]:
     def prompt_ids(prompt: Prompt) -> tuple[int, ...]:
         if prompt.id not in tokens:  # rendered once: a clock in a template must not make the modes differ
             messages = [{"role": "user", "content": prompt.prompt}]
-            tokens[prompt.id] = tuple(render_chat(served.tokenizer, messages))
+            tokens[prompt.id] = tuple(conversation_ids(served.tokenizer, messages))
         return tokens[prompt.id]
 
     def ours(speculation: Speculation | None) -> Mode:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 
 from engine.errors import EngineError
+from engine.text.output_parser import Event, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
 
 _MAX_LINE = 4 << 20  # bytes of one event
 
@@ -31,6 +32,7 @@ class StreamedAnswer:
     last_at: float | None = None
     usage: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -60,9 +62,9 @@ def session(url: str, api_key: str | None = None) -> aiohttp.ClientSession:
 
 
 async def stream_chat(
-    http: aiohttp.ClientSession, body: Mapping[str, object], show: Callable[[str], object]
+    http: aiohttp.ClientSession, body: Mapping[str, object], show: Callable[[Event], object]
 ) -> StreamedAnswer:
-    """Stream one chat answer; ``show`` gets each piece of text as it arrives. Raises ServerError."""
+    """Stream one chat answer; ``show`` gets each piece of it as it arrives. Raises ServerError."""
     answer = StreamedAnswer()
     sent = time.perf_counter()
     async for event in _events(http, {**body, "stream": True, "stream_options": {"include_usage": True}}):
@@ -72,14 +74,29 @@ async def stream_chat(
         for choice in event.get("choices", ()):
             answer.first_at = now if answer.first_at is None else answer.first_at
             answer.last_at = now
-            piece = choice.get("delta", {}).get("content") or ""
-            answer.text += piece
             answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-            if piece:
+            for piece in _pieces(choice.get("delta", {})):
+                answer.events.append(piece)
+                if isinstance(piece, TextDelta):
+                    answer.text += piece.text
                 show(piece)
     if answer.finish_reason is None:
         raise ServerError("the server ended the stream without a finish reason")
     return answer
+
+
+def _pieces(delta: Mapping[str, Any]) -> Iterator[Event]:
+    """What one delta brings, as the server's own parser would tell it."""
+    if delta.get("reasoning_content"):
+        yield ReasoningDelta(delta["reasoning_content"])
+    if delta.get("content"):
+        yield TextDelta(delta["content"])
+    for call in delta.get("tool_calls") or ():
+        function = call.get("function") or {}
+        if call.get("id"):
+            yield ToolCallStart(call["index"], call["id"], function.get("name") or "")
+        if function.get("arguments"):
+            yield ToolCallArguments(call["index"], function["arguments"])
 
 
 async def _events(http: aiohttp.ClientSession, body: Mapping[str, object]) -> AsyncIterator[dict[str, Any]]:

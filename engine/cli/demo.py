@@ -23,6 +23,7 @@ from rich.table import Table
 
 from engine.cli.client import ServerError, StreamedAnswer, session, stream_chat
 from engine.cli.options import add_engine_arguments, engine_config, model_name
+from engine.text.output_parser import Event, TextDelta
 
 _PROMPT = "Write a short story about an eagle that learns to trust its wings."
 _WARM_UP = {"messages": [{"role": "user", "content": "Name three colours."}], "max_tokens": 16}
@@ -215,9 +216,10 @@ def _difference(fast: str, plain: str, dtype: str) -> str:
     )
 
 
-def _show(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+def _show(piece: Event) -> None:
+    if isinstance(piece, TextDelta):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
 
 
 def _number(value: float | None, pattern: str) -> str:

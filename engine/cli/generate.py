@@ -6,6 +6,8 @@ API may stand beside it. The output has one JSON object per request, in the orde
 
     {"index": 0, "text": "...", "finish_reason": "stop", "usage": {...}, "metrics": {...}}
     {"index": 1, "error": {"message": "...", "type": "...", "param": "prompt", "code": "..."}}
+
+An answer to a conversation also has ``reasoning_content`` and ``tool_calls`` where there are any.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from engine.core import Request
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.server import faults, protocol
 from engine.server.metrics import Metrics, summarise
-from engine.server.output import Output
+from engine.server.output import Output, Reading
 from engine.server.prepare import Preparer
-from engine.server.replies import ErrorBody, Usage
+from engine.server.replies import CalledTool, ErrorBody, Usage
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
@@ -37,6 +39,8 @@ class Answer(msgspec.Struct, omit_defaults=True):
 
     index: int
     text: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CalledTool] | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
     metrics: Metrics | None = None
@@ -80,7 +84,7 @@ def answers(served: Served, bodies: list[dict[str, Any]]) -> Iterator[Answer]:
     while next_out < len(bodies):
         while next_in < len(bodies) and engine.num_active < window:
             try:
-                output = engine.submit(_prepare(preparer, bodies[next_in]))
+                output = engine.submit(*_prepare(preparer, bodies[next_in]))
                 index_of[output.request.id] = next_in
             except EngineError as error:
                 done[next_in] = Answer(next_in, error=faults.reply_of(error).error)
@@ -94,22 +98,25 @@ def answers(served: Served, bodies: list[dict[str, Any]]) -> Iterator[Answer]:
             next_out += 1
 
 
-def _prepare(preparer: Preparer, body: dict[str, Any]) -> Request:
+def _prepare(preparer: Preparer, body: dict[str, Any]) -> tuple[Request, Reading]:
     encoded = msgspec.json.encode(body)
     if "messages" in body:
-        [request] = preparer.chat(protocol.decode_chat(encoded))
-        return request
+        call = protocol.decode_chat(encoded)
+        [request] = preparer.chat(call)
+        return request, Reading.of_chat(call.offers_tools)
     requests = preparer.completion(protocol.decode_completion(encoded))
     if len(requests) != 1:
         raise RequestError(f"found {len(requests)} prompts in one line, expected one", "prompt")
-    return requests[0]
+    return requests[0], Reading.TEXT
 
 
 def _answer(index: int, output: Output) -> Answer:
-    num_prompt = len(output.request.prompt)
+    num_prompt, answer = len(output.request.prompt), output.answer
     return Answer(
         index,
-        output.text,
+        answer.text,
+        answer.reasoning or None,
+        [CalledTool.of(call) for call in answer.calls] or None,
         output.finish_reason,
         Usage(num_prompt, output.num_tokens, num_prompt + output.num_tokens),
         summarise([output.stats]),

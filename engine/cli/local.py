@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from engine.build import Served
 from engine.core import Request
 from engine.server.metrics import StampedDelta
-from engine.server.output import Output, output_for
+from engine.server.output import Output, Reading, output_for
+from engine.text.output_parser import Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Progress:
     """What one step did for one answer."""
 
     output: Output
-    text: str  # newly certain text, possibly empty
+    events: list[Event]  # what became certain, possibly nothing
 
 
 class LocalEngine:
@@ -35,10 +36,10 @@ class LocalEngine:
         """Requests submitted and not finished."""
         return len(self._outputs)
 
-    def submit(self, request: Request) -> Output:
+    def submit(self, request: Request, reading: Reading = Reading.TEXT) -> Output:
         """Queue a request under a new id. Raises RequestError if it could never run."""
         numbered = dataclasses.replace(request, id=next(self._ids))
-        output = output_for(self._served, numbered, time.perf_counter())
+        output = output_for(self._served, numbered, time.perf_counter(), reading)
         self._served.engine.add(numbered)
         self._outputs[numbered.id] = output
         return output
@@ -52,16 +53,16 @@ class LocalEngine:
             output = self._outputs.get(delta.request_id)
             if output is None:
                 continue  # aborted; this is its farewell
-            text = output.push(StampedDelta(delta, started, ended))
+            events = output.push(StampedDelta(delta, started, ended))
             if output.finish_reason is not None:
                 del self._outputs[delta.request_id]
                 if delta.finish_reason is None:  # a stop string: the engine does not know yet
                     self._served.engine.abort(delta.request_id)
-            yield Progress(output, text)
+            yield Progress(output, events)
 
-    def stream(self, request: Request) -> Iterator[Progress]:
+    def stream(self, request: Request, reading: Reading = Reading.TEXT) -> Iterator[Progress]:
         """Answer one request; abandoning the iteration aborts it. Raises RequestError."""
-        output = self.submit(request)
+        output = self.submit(request, reading)
         try:
             while output.finish_reason is None:
                 yield from self.step()

@@ -157,7 +157,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     name = serving.check_model(call.model)
     with serving.runner.admit():
         requests = await _in_thread(serving, lambda: serving.preparer.chat(call))
-        return await _answer(request, serving, call, requests, ChatForm(), name, arrival)
+        return await _answer(request, serving, call, requests, ChatForm(call.offers_tools), name, arrival)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:

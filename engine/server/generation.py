@@ -1,7 +1,8 @@
 """One HTTP answer: one or several requests on one ticket, collected or streamed.
 
-A stream has one event per step and none before the first token; the role comes with that token. Text that a
-step could not complete (a cut character, what may become a stop string) waits for a later event. The last
+A stream has one event per step and none before the first token; the role comes with that token. What a step
+could not complete (a cut character, what may become a stop string, the name of a tool) waits for a later
+event. The last
 chunk carries ``metrics``: the usage chunk if the client asked for one, else the chunk with the last finish
 reason.
 """
@@ -25,6 +26,7 @@ from engine.server.protocol import StreamOptions
 from engine.server.replies import Choice, Envelope, Form, Reply, Usage
 from engine.server.runner import EngineRunner, Ticket
 from engine.server.sse import ClientGoneError, EventStream
+from engine.text.output_parser import Event
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class Generation:
     ) -> Generation:
         """Number the requests and submit them. Raises the EngineError with which the engine refuses one."""
         numbered = [dataclasses.replace(request, id=runner.new_id()) for request in requests]
-        outputs = [output_for(served, request, arrival) for request in numbered]
+        outputs = [output_for(served, request, arrival, form.reading) for request in numbered]
         return cls(runner, await runner.submit(numbered), outputs, Envelope(form, model))
 
     def release(self) -> None:
@@ -70,7 +72,7 @@ class Generation:
             for stamped in await self._ticket.next():
                 self._push(stamped)
         choices = [
-            self._envelope.form.whole(index, output.text, output.finish_reason or "abort")
+            self._envelope.form.whole(index, output.answer, output.finish_reason or "abort")
             for index, output in enumerate(self._outputs)
         ]
         return self._envelope.answer(choices, self._usage(), self._metrics())
@@ -121,35 +123,35 @@ class Generation:
 
     def _chunks(self, deltas: list[StampedDelta], options: StreamOptions) -> list[Reply]:
         """The events for what has gathered: one per answer that grew visibly or ended."""
-        texts: dict[int, str] = {}
+        growth: dict[int, list[Event]] = {}
         for stamped in deltas:
             index = self._index[stamped.delta.request_id]
             if self._outputs[index].finish_reason is None:
-                texts[index] = texts.get(index, "") + self._push(stamped)
-        grown = [index for index, text in texts.items() if text or self._outputs[index].finish_reason]
+                growth.setdefault(index, []).extend(self._push(stamped))
+        grown = [index for index, events in growth.items() if events or self._outputs[index].finish_reason]
         replies = []
         for position, index in enumerate(grown):
             is_last = self.is_complete and position == len(grown) - 1
             replies.append(
                 self._envelope.chunk(
-                    [self._piece(index, texts[index])],
+                    [self._piece(index, growth[index])],
                     self._usage() if options.continuous_usage_stats else UNSET,
                     self._metrics() if is_last and not options.include_usage else UNSET,
                 )
             )
         return replies
 
-    def _piece(self, index: int, text: str) -> Choice:
+    def _piece(self, index: int, events: list[Event]) -> Choice:
         is_first = index not in self._begun
         self._begun.add(index)
-        return self._envelope.form.piece(index, text, is_first, self._outputs[index].finish_reason)
+        return self._envelope.form.piece(index, events, is_first, self._outputs[index].finish_reason)
 
-    def _push(self, stamped: StampedDelta) -> str:
+    def _push(self, stamped: StampedDelta) -> list[Event]:
         output = self._outputs[self._index[stamped.delta.request_id]]
-        text = output.push(stamped)
+        events = output.push(stamped)
         if output.finish_reason is not None and stamped.delta.finish_reason is None:
             self._runner.abort(self._ticket, [output.request.id])  # a stop string, unknown to the engine
-        return text
+        return events
 
     def _usage(self) -> Usage:
         prompt = sum(len(output.request.prompt) for output in self._outputs)

@@ -1,4 +1,4 @@
-"""The answer side of one request: deltas in, text out.
+"""The answer side of one request: deltas in, text, reasoning and tool calls out.
 
 The engine ends a request at an end-of-text token, a stop token or the length; stop strings are found here,
 because only here are bytes put together to text. Used by the server on its event loop and by the command line
@@ -7,19 +7,77 @@ in process.
 
 from __future__ import annotations
 
+import enum
+import uuid
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
 from engine.build import Served
 from engine.core import SPECULATION_OFF, FinishReason, Request, Speculation
 from engine.server.metrics import RequestStats, StampedDelta
 from engine.text.detokenizer import Detokenizer
-from engine.text.tokenizer import Tokenizer
+from engine.text.output_parser import Answer, Event, OutputParser, TextDelta, Vocabulary, assemble
+
+EndReason = FinishReason | Literal["tool_calls"]
 
 
-def output_for(served: Served, request: Request, arrival: float) -> Output:
+class Reading(enum.Enum):
+    """What the tokens of an answer are read as."""
+
+    TEXT = enum.auto()  # bytes and nothing else
+    CHAT = enum.auto()  # reasoning is told from text, if the vocabulary can say which is which
+    CHAT_WITH_TOOLS = enum.auto()  # and so are calls of the tools that were offered
+
+    @classmethod
+    def of_chat(cls, offers_tools: bool) -> Reading:
+        return cls.CHAT_WITH_TOOLS if offers_tools else cls.CHAT
+
+
+class Reader(Protocol):
+    """Makes events of tokens; ``OutputParser`` is one."""
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that ended the text, None so far."""
+        ...
+
+    def push(self, token_ids: Iterable[int]) -> list[Event]:
+        """Take new tokens; return what became certain, no event empty."""
+        ...
+
+    def flush(self) -> list[Event]:
+        """The answer is over: return what is still held."""
+        ...
+
+
+class TextReader:
+    """Everything is text."""
+
+    def __init__(self, tokenizer: Vocabulary, stop: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(tokenizer, stop)
+
+    @property
+    def stopped(self) -> str | None:
+        return self._detokenizer.stopped
+
+    def push(self, token_ids: Iterable[int]) -> list[Event]:
+        return _text_event(self._detokenizer.push(token_ids))
+
+    def flush(self) -> list[Event]:
+        return _text_event(self._detokenizer.flush())
+
+
+def output_for(served: Served, request: Request, arrival: float, reading: Reading = Reading.TEXT) -> Output:
     """The answer side of a request to a served model."""
     speculation = request.speculation or served.engine.config.speculation
     if served.draft_name == "none":
         speculation = SPECULATION_OFF
-    return Output(served.tokenizer, request, speculation, arrival)
+    return Output(served.tokenizer, request, speculation, arrival, reading)
+
+
+def text_of(events: Iterable[Event]) -> str:
+    """The text among some events."""
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 class Output:
@@ -31,48 +89,62 @@ class Output:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, request: Request, speculation: Speculation, arrival: float
+        self,
+        tokenizer: Vocabulary,
+        request: Request,
+        speculation: Speculation,
+        arrival: float,
+        reading: Reading = Reading.TEXT,
     ) -> None:
         self.request = request
-        self.finish_reason: FinishReason | None = None
+        self.finish_reason: EndReason | None = None
         self.stats = RequestStats(arrival, 0 if speculation.is_off else speculation.depth)
-        self._detokenizer = Detokenizer(tokenizer, request.sampling.stop)
-        self._pieces: list[str] = []
+        self._reader = _reader(tokenizer, request.sampling.stop, reading)
+        self._events: list[Event] = []
 
     @property
-    def text(self) -> str:
-        """All text so far, without what is held back."""
-        return "".join(self._pieces)
+    def answer(self) -> Answer:
+        """All so far, without what is held back."""
+        return assemble(self._events)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that made the answer, the end-of-text token included."""
         return self.stats.num_tokens
 
-    def push(self, stamped: StampedDelta) -> str:
-        """Take one step's delta; returns the text that became certain. What follows a stop string is not
-        counted."""
+    def push(self, stamped: StampedDelta) -> list[Event]:
+        """Take one step's delta; returns what became certain. What follows a stop string is not counted."""
         if self.finish_reason is not None:
-            return ""
-        text, num_tokens = self._detokenize(stamped.delta.token_ids)
+            return []
+        events, num_tokens = self._read(stamped.delta.token_ids)
         self.stats.record(stamped, num_tokens)
-        if self._detokenizer.stopped is not None:
-            self.finish_reason = "stop"
-        elif stamped.delta.finish_reason is not None:
-            self.finish_reason = stamped.delta.finish_reason
-            text += self._detokenizer.flush()
-        if text:
-            self._pieces.append(text)
-        return text
+        reason: EndReason | None = stamped.delta.finish_reason
+        if self._reader.stopped is not None:
+            reason = "stop"
+        elif reason is not None:
+            events += self._reader.flush()
+        self._events += events
+        self.finish_reason = "tool_calls" if reason == "stop" and self.answer.calls else reason
+        return events
 
-    def _detokenize(self, token_ids: tuple[int, ...]) -> tuple[str, int]:
-        """Text and number of tokens used. With stop strings it goes token by token, so that the count does
+    def _read(self, token_ids: tuple[int, ...]) -> tuple[list[Event], int]:
+        """Events and number of tokens used. With stop strings it goes token by token, so that the count does
         not depend on how many tokens a step emitted."""
         if not self.request.sampling.stop:
-            return self._detokenizer.push(token_ids), len(token_ids)
-        text = ""
+            return self._reader.push(token_ids), len(token_ids)
+        events: list[Event] = []
         for count, token in enumerate(token_ids, start=1):
-            text += self._detokenizer.push((token,))
-            if self._detokenizer.stopped is not None:
-                return text, count
-        return text, len(token_ids)
+            events += self._reader.push((token,))
+            if self._reader.stopped is not None:
+                return events, count
+        return events, len(token_ids)
+
+
+def _reader(tokenizer: Vocabulary, stop: tuple[str, ...], reading: Reading) -> Reader:
+    if reading is Reading.TEXT:
+        return TextReader(tokenizer, stop)
+    return OutputParser(tokenizer, uuid.uuid4().hex, stop, tools=reading is Reading.CHAT_WITH_TOOLS)
+
+
+def _text_event(text: str) -> list[Event]:
+    return [TextDelta(text)] if text else []

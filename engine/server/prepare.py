@@ -13,22 +13,24 @@ from engine.config import EngineConfig
 from engine.core import Request
 from engine.errors import ContextLengthError, RequestError
 from engine.server import protocol
-from engine.text.chat import render_chat
-from engine.text.tokenizer import Tokenizer
+from engine.text.conversation import AnyTokenizer, conversation_ids, conversation_size
 
 
 @dataclass(frozen=True)
 class Preparer:
     """Knows the model's vocabulary and context. Requests get id 0; whoever submits them numbers them."""
 
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     config: EngineConfig
 
     def chat(self, call: protocol.ChatRequest) -> list[Request]:
         """One request for the conversation. Raises RequestError, ContextLengthError among them."""
-        messages = protocol.texts(call)
-        self._check_size(sum(len(message["content"].encode()) for message in messages), "messages")
-        return [self._request(call, render_chat(self.tokenizer, messages), "messages")]
+        messages = protocol.messages(call)
+        tools = call.tools if call.offers_tools else None
+        self._check_size(conversation_size(self.tokenizer, messages), "messages")
+        self._check_size(conversation_size(self.tokenizer, messages, tools), "tools")
+        ids = conversation_ids(self.tokenizer, messages, tools=tools, reasoning_effort=call.reasoning_effort)
+        return [self._request(call, ids, "messages")]
 
     def completion(self, call: protocol.CompletionRequest) -> list[Request]:
         """One request per prompt. Raises RequestError, ContextLengthError among them."""

@@ -21,13 +21,16 @@ from engine.errors import RequestError
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_PROMPTS = 16
+MAX_TOOLS = 128  # offered by a request, or called in one turn
 MAX_MESSAGE_LEN = 600  # characters of an error message: an answer must not amplify its question
 _GREEDY_BELOW = 1e-5  # a temperature below this divides logits beyond float32; it is greedy in all but name
 
 PositiveInt = Annotated[int, Meta(ge=1, le=1 << 31)]
 
+Neutral = dict[str, tuple[object, ...]]
+
 # Fields whose effect we do not implement yet, with the values that, like null, ask for nothing.
-_NOT_HONOURED: dict[str, tuple[object, ...]] = {
+_NOT_HONOURED: Neutral = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
@@ -36,7 +39,6 @@ _NOT_HONOURED: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
-    "tools": ([],),
     "functions": ([],),
     "min_tokens": (0,),
     "bad_words": ([],),
@@ -59,6 +61,8 @@ _NOT_HONOURED: dict[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "chat_template": (),
 }
+_NOT_HONOURED_IN_CHAT: Neutral = {"parallel_tool_calls": (True,)}
+_NOT_HONOURED_IN_COMPLETIONS: Neutral = {"tools": ([],)}
 
 
 class StreamOptions(Struct):
@@ -76,18 +80,39 @@ class SpeculationOptions(Struct, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=1, le=16)] | None = None
 
 
-class ContentPart(Struct):
-    """A piece of a message; only text is served."""
+class ContentPart(Struct, omit_defaults=True):
+    """A piece of a message: a text or, in an assistant's turn, a thought; either has the name of its type."""
 
     type: str
     text: str | None = None
+    thinking: str | None = None
 
 
-class Message(Struct):
-    """One turn of a conversation."""
+class FunctionCall(Struct):
+    """What an assistant called; ``arguments`` should be a JSON object."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct):
+    """A call in an earlier turn, which a message of role 'tool' answers by its id."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class Message(Struct, omit_defaults=True):
+    """One turn of a conversation. ``reasoning`` is another name of ``reasoning_content``."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 class GenerationRequest(Struct, kw_only=True):
@@ -119,7 +144,6 @@ class GenerationRequest(Struct, kw_only=True):
     top_logprobs: Any = None
     prompt_logprobs: Any = None
     response_format: Any = None
-    tools: Any = None
     functions: Any = None
     min_tokens: Any = None
     bad_words: Any = None
@@ -152,6 +176,15 @@ class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the model gets to see tools, and may call them."""
+        return bool(self.tools) and self.tool_choice != "none"
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -159,6 +192,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     answers."""
 
     prompt: str | list[str | int | list[int]]
+    tools: Any = None
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -167,25 +201,22 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 def decode_chat(body: bytes) -> ChatRequest:
     """Read a chat request. Raises RequestError naming the field."""
     call = _decode(body, ChatRequest)
+    _check_neutral(call, _NOT_HONOURED_IN_CHAT)
+    if call.tool_choice == "required" or isinstance(call.tool_choice, dict):
+        raise RequestError(
+            "the model cannot be forced to call a tool yet, tool_choice may be 'auto' or 'none'",
+            "tool_choice",
+            "unsupported_value",
+        )
     for turn, message in enumerate(call.messages):
-        if isinstance(message.content, str):
-            continue
-        for number, part in enumerate(message.content):
-            where = f"messages[{turn}].content[{number}]"
-            if part.type != "text":
-                raise RequestError(
-                    f"content parts of type {part.type[:40]!r} are not supported, supported: 'text'",
-                    f"{where}.type",
-                    "unsupported_value",
-                )
-            if part.text is None:
-                raise RequestError("a text part needs a text", f"{where}.text")
+        _check_message(message, f"messages[{turn}]")
     return call
 
 
 def decode_completion(body: bytes) -> CompletionRequest:
     """Read a completion request. Raises RequestError naming the field."""
     call = _decode(body, CompletionRequest)
+    _check_neutral(call, _NOT_HONOURED_IN_COMPLETIONS)
     prompts(call)
     return call
 
@@ -219,18 +250,10 @@ def prompts(call: CompletionRequest) -> list[str | list[int]]:
     return several
 
 
-def texts(call: ChatRequest) -> list[dict[str, str]]:
-    """The conversation as plain role and content pairs. Parts are joined by line breaks; 'developer' is
-    'system'."""
-    return [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": message.content
-            if isinstance(message.content, str)
-            else "\n".join(part.text or "" for part in message.content),
-        }
-        for message in call.messages
-    ]
+def messages(call: ChatRequest) -> list[dict[str, Any]]:
+    """The conversation in OpenAI's shape, without what is null and what we do not know."""
+    found: list[dict[str, Any]] = msgspec.to_builtins(call.messages)
+    return found
 
 
 def sampling_params(
@@ -287,12 +310,7 @@ def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
 
 def _check(call: GenerationRequest) -> None:
     """What types and ranges of single fields cannot say."""
-    for name, neutral in _NOT_HONOURED.items():
-        value = getattr(call, name)
-        if value is not None and not any(  # 0 == False in Python, but not in JSON
-            value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in neutral
-        ):
-            raise RequestError(f"{name} is not supported yet; leave it out", name, "unsupported_parameter")
+    _check_neutral(call, _NOT_HONOURED)
     if call.n is not None and call.n != 1:
         raise RequestError(f"n is {call.n}, only 1 is supported", "n", "unsupported_value")
     if call.stream_options is not None and not call.stream:
@@ -306,6 +324,42 @@ def _check(call: GenerationRequest) -> None:
         raise RequestError(f"found {len(stop)} stop strings, at most {MAX_STOP_STRINGS} are allowed", "stop")
     if "" in stop:
         raise RequestError("a stop string must not be empty", "stop")
+
+
+def _check_neutral(call: GenerationRequest, table: Neutral) -> None:
+    """Refuse fields that ask for something we do not do."""
+    for name, neutral in table.items():
+        value = getattr(call, name)
+        if value is not None and not any(  # 0 == False in Python, but not in JSON
+            value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in neutral
+        ):
+            raise RequestError(f"{name} is not supported yet; leave it out", name, "unsupported_parameter")
+
+
+def _check_message(message: Message, where: str) -> None:
+    """Refuse a turn without content, and parts that are not texts (or an assistant's thoughts)."""
+    if message.content is None:
+        is_answer = message.role == "assistant"
+        if is_answer and (message.tool_calls or message.reasoning_content or message.reasoning):
+            return  # of such turns the content may be null
+        hint = " or tool_calls" if is_answer else ""
+        raise RequestError(
+            f"{where}: a message of role {message.role!r} needs content{hint}", f"{where}.content"
+        )
+    if isinstance(message.content, str):
+        return
+    kinds = ("text", "thinking") if message.role == "assistant" else ("text",)
+    for number, part in enumerate(message.content):
+        here = f"{where}.content[{number}]"
+        if part.type not in kinds:
+            raise RequestError(
+                f"content parts of type {part.type[:40]!r} are not supported, "
+                f"supported: {', '.join(map(repr, kinds))}",
+                f"{here}.type",
+                "unsupported_value",
+            )
+        if getattr(part, part.type) is None:
+            raise RequestError(f"a {part.type} part needs a {part.type}", f"{here}.{part.type}")
 
 
 def _refuse(problem: str) -> NoReturn:

@@ -1,19 +1,30 @@
 """What the server sends: OpenAI's response objects, plus ``metrics`` under vLLM's name.
 
 ``Form`` hides the difference between chat and plain completions: handlers ask it for chunks and whole
-answers.
+answers. The events of one step, or of several that a slow reader gets at once, share one chunk: a reader adds
+up each field on its own, so the order between fields does not matter.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.server.metrics import Metrics
+from engine.server.output import Reading, text_of
+from engine.text.output_parser import (
+    Answer,
+    Event,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallStart,
+)
 
 encoder = msgspec.json.Encoder()
 
@@ -60,11 +71,48 @@ class ModelList(Struct):
     object: str = "list"
 
 
-class ChatMessage(Struct):
-    """A complete answer."""
+class CalledFunction(Struct):
+    """``arguments`` should be a JSON object, but are what the model wrote."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class CalledTool(Struct):
+    """A complete tool call."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+    @classmethod
+    def of(cls, call: ToolCall) -> CalledTool:
+        return cls(call.id, CalledFunction(call.name, call.arguments))
+
+
+class ChatMessage(Struct):
+    """A complete answer. Content is null if there is none but reasoning or calls."""
+
+    content: str | None
     role: str = "assistant"
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CalledTool] | UnsetType = UNSET
+
+
+class FunctionDelta(Struct, omit_defaults=True):
+    """A piece of the arguments; the name comes with the first."""
+
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallDelta(Struct, omit_defaults=True):
+    """The growth of call ``index`` of an answer; id and type come with its first piece."""
+
+    index: int
+    function: FunctionDelta
+    id: str | None = None
+    type: str | None = None
 
 
 class ChatDelta(Struct, omit_defaults=True):
@@ -72,6 +120,8 @@ class ChatDelta(Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChoice(Struct):
@@ -122,12 +172,13 @@ class Form(Protocol):
     prefix: str
     whole_object: str
     chunk_object: str
+    reading: Reading
 
-    def piece(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> Choice:
-        """One step of answer ``index``."""
+    def piece(self, index: int, events: Sequence[Event], is_first: bool, finish_reason: str | None) -> Choice:
+        """The growth of answer ``index``."""
         ...
 
-    def whole(self, index: int, text: str, finish_reason: str) -> Choice:
+    def whole(self, index: int, answer: Answer, finish_reason: str) -> Choice:
         """A complete answer."""
         ...
 
@@ -137,24 +188,53 @@ class ChatForm:
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def piece(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> Choice:
-        delta = ChatDelta(role="assistant" if is_first else None, content=text if text or is_first else None)
+    def __init__(self, offers_tools: bool) -> None:
+        self.reading = Reading.of_chat(offers_tools)
+
+    def piece(self, index: int, events: Sequence[Event], is_first: bool, finish_reason: str | None) -> Choice:
+        text = text_of(events)
+        delta = ChatDelta(
+            role="assistant" if is_first else None,
+            content=text if text or (is_first and not events) else None,
+            reasoning_content="".join(event.text for event in events if isinstance(event, ReasoningDelta))
+            or None,
+            tool_calls=_call_deltas(events) or None,
+        )
         return ChatChunkChoice(index, delta, finish_reason)
 
-    def whole(self, index: int, text: str, finish_reason: str) -> Choice:
-        return ChatChoice(index, ChatMessage(text), finish_reason)
+    def whole(self, index: int, answer: Answer, finish_reason: str) -> Choice:
+        message = ChatMessage(
+            content=answer.text if answer.text or not (answer.reasoning or answer.calls) else None,
+            reasoning_content=answer.reasoning or UNSET,
+            tool_calls=[CalledTool.of(call) for call in answer.calls] or UNSET,
+        )
+        return ChatChoice(index, message, finish_reason)
 
 
 class TextForm:
     """POST /v1/completions."""
 
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
+    reading = Reading.TEXT
 
-    def piece(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> Choice:
-        return TextChoice(index, text, finish_reason)
+    def piece(self, index: int, events: Sequence[Event], is_first: bool, finish_reason: str | None) -> Choice:
+        return TextChoice(index, text_of(events), finish_reason)
 
-    def whole(self, index: int, text: str, finish_reason: str) -> Choice:
-        return TextChoice(index, text, finish_reason)
+    def whole(self, index: int, answer: Answer, finish_reason: str) -> Choice:
+        return TextChoice(index, answer.text, finish_reason)
+
+
+def _call_deltas(events: Iterable[Event]) -> list[ToolCallDelta]:
+    """The growth of calls, one entry for each call that grew."""
+    deltas: dict[int, ToolCallDelta] = {}
+    for event in events:
+        match event:
+            case ToolCallStart(index, identity, name):
+                deltas[index] = ToolCallDelta(index, FunctionDelta("", name), identity, "function")
+            case ToolCallArguments(index, text):
+                delta = deltas.setdefault(index, ToolCallDelta(index, FunctionDelta("")))
+                delta.function.arguments += text
+    return list(deltas.values())
 
 
 class Envelope:

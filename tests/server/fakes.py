@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.core import Delta, Request
 from engine.server.app import ServerOptions, ServerState
 from engine.server.lifecycle import app_runner
+from engine.text.conversation import AnyTokenizer
 
 EOS = 256
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
@@ -134,9 +135,11 @@ class FakeEngine:
         return farewells + deltas
 
 
-def serve_fake(engine: FakeEngine, draft_name: str = "fake-head") -> Served:
+def serve_fake(
+    engine: FakeEngine, draft_name: str = "fake-head", tokenizer: AnyTokenizer | None = None
+) -> Served:
     """The fake as a model called 'fake'."""
-    return Served(cast(Any, engine), cast(Any, ByteTokenizer()), "fake", "/models/fake", draft_name)
+    return Served(cast(Any, engine), tokenizer or ByteTokenizer(), "fake", "/models/fake", draft_name)
 
 
 @dataclass
@@ -172,7 +175,11 @@ class Server:
 
 @asynccontextmanager
 async def server(
-    engine: FakeEngine | None = None, is_loaded: bool = True, draft_name: str = "fake-head", **options: Any
+    engine: FakeEngine | None = None,
+    is_loaded: bool = True,
+    draft_name: str = "fake-head",
+    tokenizer: AnyTokenizer | None = None,
+    **options: Any,
 ) -> AsyncIterator[Server]:
     """A server on a free port; without is_loaded it stays in its starting state."""
     engine = engine or FakeEngine()
@@ -184,7 +191,7 @@ async def server(
     host, port = runner.addresses[0][:2]
     url = f"http://{host}:{port}"
     if is_loaded:
-        state.begin(serve_fake(engine, draft_name))
+        state.begin(serve_fake(engine, draft_name, tokenizer))
     try:
         async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=20)) as http:
             yield Server(engine, state, url, http)

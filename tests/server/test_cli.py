@@ -22,7 +22,10 @@ from engine.cli.local import LocalEngine
 from engine.cli.progress import LoadingBar
 from engine.core import Request, SamplingParams, Speculation
 from engine.errors import ConfigError
+from engine.text.output_parser import TextDelta
+from tests.server import mistral
 from tests.server.fakes import FakeEngine, script, serve_fake, server
+from tests.text.tekken import tekken_tokenizer
 
 
 def parse(verb: Any, *words: str) -> argparse.Namespace:
@@ -84,6 +87,12 @@ def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.dtype, config.half_weights, config.device) == (torch.float32, False, "cpu")
     assert (config.page_size, config.spec_log) == (8, "log")
     assert config.kv_cache_memory == 3 << 29
+    assert (config.draft_vocab_size, config.draft_max_model_len) == (32768, 16384)
+    some = options.engine_config(parse(serve, "--spec-draft-vocab", "0", "--spec-max-model-len", "9"))
+    assert (some.draft_vocab_size, some.draft_max_model_len) == (0, 9)
+    for wrong in (("--spec-draft-vocab", "-1"), ("--spec-max-model-len", "0")):
+        with pytest.raises(ConfigError, match="draft_vocab_size is .* expected 0 or more and 1 or more"):
+            options.engine_config(parse(serve, *wrong))
     assert config.speculation == Speculation(4, 3, 2)
     assert options.model_name(args) == "a.gguf"
     assert options.model_name(parse(serve, "--model-path", "b")) == "b"
@@ -211,11 +220,67 @@ def test_chat_remembers_resets_and_survives_refusals(
     assert "error: the prompt has" in err
 
 
+def test_chat_shows_thoughts_and_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = mistral.engine(*mistral.THOUGHTFUL)
+    monkeypatch.setattr(chat, "open_engine", lambda args: serve_fake(engine, tokenizer=tekken_tokenizer()))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main.main(["chat", "--reasoning-effort", "high"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello there\n" * 2
+    assert err.endswith("Let me see.\n" * 2)
+    assert list(engine.added[1].prompt) == mistral.spell(
+        *("<s>", "[MODEL_SETTINGS]", '{"reasoning_effort": "high"}', "[/MODEL_SETTINGS]"),
+        *("[INST]", "one", "[/INST]", "[THINK]", "Let me see.", "[/THINK]", "Hello there", "</s>"),
+        *("[INST]", "two", "[/INST]"),
+    )
+    engine = mistral.engine(*mistral.TWO_CALLS)
+    tools = tmp_path / "tools.json"
+    tools.write_bytes(msgspec.json.encode([mistral.WEATHER]))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main.main(["chat", "--tools", str(tools)]) == 0
+    out, err = capsys.readouterr()
+    assert out == 'weather({"city": "Rome"})\nweather({"city": "Oslo"})\n' * 2
+    assert "\x1b[2mTwo.\x1b[0m\n" in err
+    assert "this turn is forgotten" in err
+    first, second = (tekken_tokenizer().decode(request.prompt) for request in engine.added)
+    assert first.endswith('"none"}one')
+    assert second == first.removesuffix("one") + "two"
+    engine = mistral.engine(("",))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\none\n"))
+    assert main.main(["chat"]) == 0
+    assert "the answer is empty; this turn is forgotten" in capsys.readouterr().err
+    assert engine.added[0].prompt == engine.added[1].prompt
+    for words, message in (
+        (["--url", "x"], "cannot be read as a JSON list"),
+        ([], "cannot be read as a JSON list"),
+    ):
+        tools.write_text("{}")
+        assert main.main(["chat", "--tools", str(tools), *words]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_generate_reports_thoughts_and_calls() -> None:
+    engine = mistral.engine(*mistral.TWO_CALLS)
+    bodies = [mistral.QUESTION | {"tools": [mistral.WEATHER]}, mistral.QUESTION, {"prompt": "Hi"}]
+    calling, thinking, plain = generate.answers(serve_fake(engine, tokenizer=tekken_tokenizer()), bodies)
+    assert (calling.text, calling.reasoning_content, calling.finish_reason) == ("", "Two.", "tool_calls")
+    assert [call.function.arguments for call in calling.tool_calls or ()] == [
+        '{"city": "Rome"}',
+        '{"city": "Oslo"}',
+    ]
+    text = 'weather{"city": "Rome"}weather{"city": "Oslo"}'
+    assert (thinking.text, thinking.reasoning_content, thinking.tool_calls) == (text, "Two.", None)
+    assert (plain.text, plain.reasoning_content, plain.finish_reason) == ("Two." + text, None, "stop")
+
+
 def test_abandoned_local_answer_is_aborted() -> None:
     engine = FakeEngine(script(*[b"tick"] * 50))
     local = LocalEngine(serve_fake(engine))
     stream = local.stream(Request(0, (1,), SamplingParams()))
-    assert next(stream).text == "tick"
+    assert next(stream).events == [TextDelta("tick")]
     stream.close()  # type: ignore[attr-defined]
     assert engine.aborted == [1]
     assert not engine.has_work
@@ -230,6 +295,18 @@ def test_chat_through_a_server(capsys: pytest.CaptureFixture[str]) -> None:
         assert "the server answered 400: the prompt has" in capsys.readouterr().err
     assert main.main(["chat", "--url", url, "-q", "Hi"]) == 1
     assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_chat_shows_what_a_server_thinks_and_calls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_bytes(msgspec.json.encode([mistral.WEATHER]))
+    with background_server(mistral.engine(*mistral.TWO_CALLS), tekken_tokenizer()) as url:
+        assert main.main(["chat", "--url", url, "-q", "Hi", "--tools", str(tools)]) == 0
+    out, err = capsys.readouterr()
+    assert out == 'weather({"city": "Rome"})\nweather({"city": "Oslo"})\n'
+    assert err.endswith("Two.\n")
 
 
 def test_client_reports_errors_inside_a_stream() -> None:
@@ -325,13 +402,13 @@ class _Given:
 
 
 @contextmanager
-def background_server() -> Iterator[str]:
+def background_server(engine: FakeEngine | None = None, tokenizer: Any = None) -> Iterator[str]:
     """The fake server on a thread with a loop of its own."""
     ready, stop = threading.Event(), threading.Event()
     urls: list[str] = []
 
     async def scenario() -> None:
-        async with server(FakeEngine(script(b"He", b"llo"))) as api:
+        async with server(engine or FakeEngine(script(b"He", b"llo")), tokenizer=tokenizer) as api:
             urls.append(api.url)
             ready.set()
             await asyncio.to_thread(stop.wait)

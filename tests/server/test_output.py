@@ -8,7 +8,7 @@ import pytest
 
 from engine.core import SPECULATION_OFF, Delta, Request, SamplingParams, Speculation
 from engine.server.metrics import RequestStats, StampedDelta, summarise
-from engine.server.output import Output
+from engine.server.output import Output, text_of
 from tests.server.fakes import EOS, ByteTokenizer, script
 
 TREE = Speculation(nodes=4, depth=3, top_k=2)
@@ -24,14 +24,19 @@ def stamped(deltas: list[Delta]) -> list[StampedDelta]:
     return [StampedDelta(delta, 11.0 + number, 12.0 + number) for number, delta in enumerate(deltas)]
 
 
+def texts(out: Output, deltas: list[Delta]) -> list[str]:
+    """What each step adds to the text."""
+    return [text_of(out.push(one)) for one in stamped(deltas)]
+
+
 def chunks(text: bytes, size: int) -> list[bytes]:
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
 def test_end_of_text_token_has_no_text_but_counts() -> None:
     out = output()
-    assert [out.push(one) for one in stamped(script(b"He", b"llo"))] == ["He", "llo"]
-    assert (out.text, out.finish_reason, out.num_tokens) == ("Hello", "stop", 6)
+    assert texts(out, script(b"He", b"llo")) == ["He", "llo"]
+    assert (out.answer.text, out.finish_reason, out.num_tokens) == ("Hello", "stop", 6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
@@ -39,24 +44,28 @@ def test_stop_string_does_not_depend_on_the_size_of_steps(size: int) -> None:
     out = output(stop=("END", "\n\n"))
     for one in stamped(script(*chunks("Caf\u00e9 ENTER END and more".encode(), size), finish="length")):
         out.push(one)
-    assert (out.text, out.finish_reason, out.num_tokens) == ("Caf\u00e9 ENTER ", "stop", 15)
+    assert (out.answer.text, out.finish_reason, out.num_tokens) == ("Caf\u00e9 ENTER ", "stop", 15)
 
 
 def test_held_back_text_is_flushed_at_the_end() -> None:
     out = output(stop=("END",))
-    assert [out.push(one) for one in stamped(script(b"a E", b"N", finish="length"))] == ["a ", "EN"]
+    assert texts(out, script(b"a E", b"N", finish="length")) == ["a ", "EN"]
 
 
 def test_incomplete_characters_wait() -> None:
     out = output()
-    pieces = [out.push(one) for one in stamped(script(*chunks("\u00e9\u20ac".encode(), 1), finish="length"))]
-    assert pieces == ["", "\u00e9", "", "", "\u20ac"]
+    assert texts(out, script(*chunks("\u00e9\u20ac".encode(), 1), finish="length")) == [
+        "",
+        "\u00e9",
+        "",
+        "",
+        "\u20ac",
+    ]
 
 
 def test_nothing_follows_the_end() -> None:
     out = output(stop=("b",))
-    steps = stamped(script(b"abc", b"def"))
-    assert [out.push(one) for one in steps] == ["a", ""]
+    assert texts(out, script(b"abc", b"def")) == ["a", ""]
     assert out.num_tokens == 2
 
 

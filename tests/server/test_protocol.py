@@ -12,6 +12,7 @@ from engine.errors import RequestError
 from engine.server import protocol
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def chat(**fields: Any) -> protocol.ChatRequest:
@@ -55,10 +56,27 @@ def sampling(**fields: Any) -> Any:
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "pope", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": None, "tool_call_id": "a"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "reasoning_content": "x"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL] * 129}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "thinking"}]}]},
+            "messages[0].content[0].thinking",
+        ),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frequency_penalty": -1}, "frequency_penalty"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
@@ -67,7 +85,14 @@ def sampling(**fields: Any) -> Any:
         ({"logprobs": 0}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{}] * 129}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        ({"reasoning_effort": 3}, "reasoning_effort"),
         ({"min_tokens": 3}, "min_tokens"),
         ({"bad_words": ["x"]}, "bad_words"),
         ({"echo": True}, "echo"),
@@ -100,6 +125,7 @@ def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
             "stream_options": None,
             "n": None,
         },
+        {"tools": None, "tool_choice": "auto", "parallel_tool_calls": True, "reasoning_effort": None},
         {"user": "me", "metadata": {"a": [1, {"b": None}]}, "store": True, "unheard_of": 7},
     ],
 )
@@ -178,13 +204,41 @@ def test_unknown_fields_are_named() -> None:
         protocol.unknown_fields(b'{"\xff": 1}', call)
 
 
-def test_conversation_is_flattened() -> None:
+def test_messages_keep_what_is_known_and_given() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    call = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
-    assert protocol.texts(call) == [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "a\nb"},
+    calls = {"role": "assistant", "reasoning_content": "hm", "tool_calls": [CALL]}
+    given: list[dict[str, Any]] = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": parts, "name": "me"},
+        calls,
+        {"role": "tool", "content": "x", "tool_call_id": "a"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "so"}], "reasoning": "hm"},
     ]
+    noisy = [{**message, "refusal": None, "annotations": []} for message in given]
+    noisy[2] |= {"content": None, "tool_calls": [{**CALL, "index": 0}]}
+    assert protocol.messages(chat(messages=noisy)) == given
+
+
+@pytest.mark.parametrize(
+    ("fields", "offers"),
+    [
+        ({}, False),
+        ({"tools": []}, False),
+        ({"tools": [{}]}, True),
+        ({"tools": [{}], "tool_choice": "auto"}, True),
+        ({"tools": [{}], "tool_choice": "none"}, False),
+    ],
+)
+def test_which_requests_offer_tools(fields: dict[str, Any], offers: bool) -> None:
+    assert chat(**fields).offers_tools is offers
+
+
+@pytest.mark.parametrize("tools", [[{}], "f", {}])
+def test_completions_know_no_tools(tools: object) -> None:
+    protocol.decode_completion(b'{"prompt": "a", "tools": []}')
+    with pytest.raises(RequestError) as caught:
+        protocol.decode_completion(msgspec.json.encode({"prompt": "a", "tools": tools}))
+    assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
