@@ -10,11 +10,7 @@ file is in this module.
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -32,92 +28,24 @@ from engine.config import EngineConfig
 from engine.core import Batch, Draft, DraftTree, Verdict
 from engine.step import Engine
 from engine.text.chat import render_chat
+from tests.e2e.served import Server, events
 
 PROMPT = "Explain in three sentences why the sky is blue."
 
 
-class Server:
-    """A running ``haast serve`` with the default pair."""
-
-    def __init__(self, log: Path) -> None:
-        self.spec_log = log
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "engine.cli.main",
-                "serve",
-                "--port",
-                "0",
-                "--dtype",
-                "float32",
-                "--max-num-seqs",
-                "4",
-                "--spec-log",
-                str(log),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HAAST_API_KEY": ""},
-        )
-        self.lines: list[str] = []
-        self._address = threading.Event()
-        self.url = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stderr is not None
-        with self._process.stderr as stream:
-            for line in stream:
-                self.lines.append(line)
-                found = re.search(r"Ready on (http://\S+)", line)
-                if found:
-                    self.url = found[1].rstrip(",")
-                    self._address.set()
-        self._address.set()
-
-    def wait(self) -> None:
-        assert self._address.wait(120), "the server was not ready within two minutes"
-        assert self.url, "the server ended: " + "".join(self.lines[-5:])
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        return urllib.request.urlopen(request, timeout=120)
-
-    def chat(self, **body: Any) -> dict[str, Any]:
-        messages = [{"role": "user", "content": body.pop("prompt", PROMPT)}]
-        with self.post("/v1/chat/completions", {"messages": messages, "max_tokens": 48, **body}) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
-
-    def stop(self) -> int:
-        self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(60)
-        self._reader.join(10)
-        return code
+@pytest.fixture(scope="module")
+def spec_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "steps.jsonl"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("log") / "steps.jsonl")
+def server(spec_log: Path) -> Iterator[Server]:
+    running = Server("--dtype", "float32", "--max-num-seqs", "4", "--spec-log", str(spec_log))
     try:
         running.wait()
         yield running
     finally:
         assert running.stop() == 0
-
-
-def events(response: Any) -> list[Any]:
-    """The data of a server-sent event stream, decoded but for [DONE]."""
-    found = []
-    for raw in response:
-        line = raw.decode().strip()
-        if line.startswith("data: "):
-            found.append(line[6:] if line[6:] == "[DONE]" else json.loads(line[6:]))
-    return found
 
 
 def test_streams_one_event_per_step_and_then_says_what_speculation_saved(server: Server) -> None:
@@ -134,7 +62,7 @@ def test_streams_one_event_per_step_and_then_says_what_speculation_saved(server:
     usage = found[-2]
     assert usage["choices"] == []
     text = "".join(event["choices"][0]["delta"].get("content") or "" for event in found[:-2])
-    assert text == server.chat(temperature=0)["choices"][0]["message"]["content"]
+    assert text == server.chat(prompt=PROMPT, temperature=0)["choices"][0]["message"]["content"]
     speculation = usage["metrics"]["speculative_decoding"]
     num_tokens = usage["usage"]["completion_tokens"]
     # the prefill emits the first token, every decode step one more than it accepted
@@ -183,7 +111,7 @@ def test_concurrent_answers_equal_lone_answers(server: Server) -> None:
     assert together == alone
 
 
-def test_a_client_that_leaves_is_aborted(server: Server) -> None:
+def test_a_client_that_leaves_is_aborted(server: Server, spec_log: Path) -> None:
     body = {
         "messages": [{"role": "user", "content": "Count from one to one thousand."}],
         "max_tokens": 1500,
@@ -194,17 +122,17 @@ def test_a_client_that_leaves_is_aborted(server: Server) -> None:
     response = server.post("/v1/chat/completions", body)
     response.readline()
     response.close()
-    before = len(server.spec_log.read_text().splitlines())
+    before = len(spec_log.read_text().splitlines())
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:  # the log grows by a line a step for as long as somebody is served
         time.sleep(1.0)
-        now = len(server.spec_log.read_text().splitlines())
+        now = len(spec_log.read_text().splitlines())
         if now == before:
             break
         before = now
     else:
         pytest.fail("the engine went on for a client that had left")
-    assert server.chat(temperature=0)["choices"][0]["finish_reason"] in ("stop", "length")
+    assert server.chat(prompt=PROMPT, temperature=0)["choices"][0]["finish_reason"] in ("stop", "length")
 
 
 def test_models_and_errors(server: Server) -> None:
