@@ -95,11 +95,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         type=int,
         default=None,
         metavar="N",
-        help="nodes of the draft tree, root included; 1 turns speculation off (default 8, or 3 on a CPU "
+        help="nodes of the draft tree, root included; 1 turns speculation off (default 8, or 4 on a CPU "
         "without AVX-512 bfloat16, where every scored node costs time)",
     )
     group.add_argument(
-        "--spec-depth", type=int, default=None, metavar="N", help="levels of the draft tree (default 4, or 2)"
+        "--spec-depth", type=int, default=None, metavar="N", help="levels of the draft tree (default 4, or 3)"
     )
     group.add_argument(
         "--spec-top-k", type=int, default=None, metavar="N", help="children of a node (default 4, or 2)"
@@ -161,7 +161,7 @@ def default_tree(device: str) -> Speculation:
     one CPU without such units that was tried, scoring eight cost half as much again as scoring one, so fewer
     are drafted.
     """
-    return Speculation() if bfloat16_is_fast(device) else Speculation(3, 2, 2)
+    return Speculation() if bfloat16_is_fast(device) else Speculation(4, 3, 2)
 
 
 def model_name(args: argparse.Namespace) -> str | None:

@@ -56,7 +56,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Speculation(3, 2, 2)
+    small = Speculation(4, 3, 2)
     for is_fast, dtype, tree in ((True, torch.bfloat16, Speculation()), (False, torch.float32, small)):
         monkeypatch.setattr(options, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
         config = options.engine_config(parse(serve, "--device", "cpu"))
