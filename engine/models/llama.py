@@ -6,12 +6,11 @@ their Hugging Face names; checkpoint readers deliver that dict, already checked 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from engine.config import POST_NORM, LlamaConfig
-from engine.core import Batch, DraftTree, Scores, Verdict
-from engine.kvcache import KVPool, RowPlan, compact, plan_rows
+from engine.config import LlamaConfig
+from engine.kvcache import KVPool, RowPlan
+from engine.models.decoder import Decoder
 from engine.nn.attention import Attention
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
@@ -49,13 +48,15 @@ class DecoderLayer:
         return x + self.mlp(rms_norm(x, self.post_norm, self.eps))
 
 
-class Llama:
+class Llama(Decoder):
     """A target (core.Target). ``weights`` is consumed.
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after
     it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear).
     """
+
+    layers: list[DecoderLayer]
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Llama:
         feature_layers: tuple[int, ...] = (),
         half_weights: bool = False,
     ) -> None:
-        self.config = config
+        self.config, self.tied = config, config.tie_word_embeddings
         self.feature_layers = feature_layers
         self.embedding = weights.pop("model.embed_tokens.weight")
         self.dtype, self.device = self.embedding.dtype, str(self.embedding.device)
@@ -89,58 +90,6 @@ class Llama:
             config.num_layers, config.num_kv_heads, config.head_dim, num_slots, self.dtype, self.device
         )
 
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def max_positions(self) -> int:
-        return self.config.max_position_embeddings
-
-    def compact(self, batch: Batch, verdict: Verdict) -> None:
-        """Move the accepted KV rows of every layer to the front of the scratch rows."""
-        compact(self.pool, batch, verdict)
-
     def output_rows(self, token_ids: Tensor) -> Tensor:
-        """Rows of the output matrix, [n, H]: a head may share them."""
-        if self.config.tie_word_embeddings:
-            return self.embedding[token_ids]
-        if self.lm_head.weight is not None:
-            return self.lm_head.weight[token_ids]
-        # Packed: the product with the identity gives the matrix back, exactly.
-        columns = self.lm_head(torch.eye(self.config.hidden_size, dtype=self.dtype))
-        return columns[:, token_ids].T.contiguous()
-
-    def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
-        """Logits of every node, or of the last real node of each prompt chunk; KV rows are written."""
-        plan = plan_rows(batch, tree)
-        hidden, features = self._forward(tree.tokens, positions, plan)
-        if batch.prompt is not None:
-            last = (batch.prompt.num_nodes - 1)[:, None]
-            hidden = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[-1]))
-            positions = positions.gather(1, last)
-        return Scores(self.logits(hidden), positions, features)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[.., H] after the final norm -> [.., V] float32."""
-        return self.lm_head(hidden).float()
-
-    def _forward(self, tokens: Tensor, positions: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
-        x = self.embedding[tokens]
-        cos_sin = self.rope(positions)
-        inputs: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            if index in self.feature_layers:
-                inputs[index] = x
-            x = layer(x, cos_sin, self.pool.layer(index), plan)
-        inputs[len(self.layers)] = x
-        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
-        inputs[POST_NORM] = x
-        features = (
-            torch.cat([inputs[i] for i in self.feature_layers], -1) if self.feature_layers else x[..., :0]
-        )
-        return x, features
+        """Rows of the output matrix, [n, H]; where it is the embedding, of that, which is never rounded."""
+        return self.embedding[token_ids] if self.tied else super().output_rows(token_ids)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.config import POST_NORM, Mistral4Config
-from engine.core import Batch, DraftTree, Scores, Verdict
-from engine.kvcache import LatentPool, RowPlan, compact, plan_rows
+from engine.config import Mistral4Config
+from engine.kvcache import LatentPool, RowPlan
+from engine.models.decoder import Decoder
 from engine.nn.linear import Linear, fuse
 from engine.nn.mla import MultiHeadLatentAttention
 from engine.nn.mlp import SwiGLU
@@ -83,7 +83,7 @@ def _swiglu(weights: Weights, prefix: str, half: bool) -> SwiGLU:
     return SwiGLU(fuse(w1, w3, half=half), Linear(w2, half=half))
 
 
-class Mistral4:
+class Mistral4(Decoder):
     """A target (core.Target). ``weights`` is consumed; the embedding's dtype is the model's.
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
@@ -91,6 +91,8 @@ class Mistral4:
     it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear); routed
     experts stay as they are.
     """
+
+    layers: list[DecoderLayer]
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class Mistral4:
         self.feature_layers = feature_layers
         self.embedding = take_plain(weights, "tok_embeddings.weight")
         self.dtype, self.device = self.embedding.dtype, str(self.embedding.device)
-        self.output = Linear(weights.pop("output.weight"), half=half_weights)
+        self.lm_head = Linear(weights.pop("output.weight"), half=half_weights)
         self.norm = take_plain(weights, "norm.weight")
         self.layers = [
             DecoderLayer(config, weights, f"layers.{i}", self.dtype, half_weights)
@@ -113,56 +115,3 @@ class Mistral4:
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
         self.rope = PairRope(config, self.device)
         self.pool = LatentPool(config.num_layers, config.latent_dim, num_slots, self.dtype, self.device)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def max_positions(self) -> int:
-        return self.config.max_position_embeddings
-
-    def compact(self, batch: Batch, verdict: Verdict) -> None:
-        """Move the accepted latent rows of every layer to the front of the scratch rows."""
-        compact(self.pool, batch, verdict)
-
-    def output_rows(self, token_ids: Tensor) -> Tensor:
-        """Rows of the output matrix, [n, H]: a head may share them."""
-        if self.output.weight is not None:
-            return self.output.weight[token_ids]
-        # Packed: the product with the identity gives the matrix back, exactly.
-        columns = self.output(torch.eye(self.config.hidden_size, dtype=self.dtype, device=self.device))
-        return columns[:, token_ids].T.contiguous()
-
-    def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
-        """Logits of every node, or of the last real node of each prompt chunk; latent rows are written."""
-        hidden, features = self._forward(tree.tokens, positions, plan_rows(batch, tree))
-        if batch.prompt is not None:
-            last = (batch.prompt.num_nodes - 1)[:, None]
-            hidden = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[-1]))
-            positions = positions.gather(1, last)
-        return Scores(self.logits(hidden), positions, features)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[.., H] after the final norm -> [.., V] float32."""
-        return self.output(hidden).float()
-
-    def _forward(self, tokens: Tensor, positions: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
-        x = self.embedding[tokens]
-        rotation = self.rope(positions)
-        inputs: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            if index in self.feature_layers:
-                inputs[index] = x
-            x = layer(x, rotation, self.pool.layer(index), plan)
-        inputs[len(self.layers)] = x
-        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
-        inputs[POST_NORM] = x
-        features = (
-            torch.cat([inputs[i] for i in self.feature_layers], -1) if self.feature_layers else x[..., :0]
-        )
-        return x, features

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine.models.mistral4
+import engine.models.decoder
 from draft.head import FeatureDraft
 from draft.mistral_eagle import MistralEagleModel
 from engine.config import POST_NORM
@@ -172,7 +172,7 @@ def test_a_head_with_its_own_quantisation() -> None:
 
 
 def compaction_skipped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine.models.mistral4, "compact", lambda pool, batch, verdict: None)
+    patch.setattr(engine.models.decoder, "compact", lambda pool, batch, verdict: None)
 
 
 def feature_before_the_norm(patch: pytest.MonkeyPatch) -> None:

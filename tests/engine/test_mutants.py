@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import engine.kvcache
-import engine.models.llama
+import engine.models.decoder
 import engine.step
 import verify.accept
 from draft.head import FeatureDraft
@@ -34,7 +34,7 @@ def compaction_skipped(patch: pytest.MonkeyPatch) -> None:
     def nothing(pool: KVPool, batch: Batch, verdict: Verdict) -> None:
         pass
 
-    patch.setattr(engine.models.llama, "compact", nothing)
+    patch.setattr(engine.models.decoder, "compact", nothing)
 
 
 def causal_mask(patch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def causal_mask(patch: pytest.MonkeyPatch) -> None:
             inner.setattr(DraftTree, "ancestors", ancestors)
             return plan_rows(batch, tree)
 
-    patch.setattr(engine.models.llama, "plan_rows", wrong)
+    patch.setattr(engine.models.decoder, "plan_rows", wrong)
 
 
 def first_rows_to_the_head(patch: pytest.MonkeyPatch) -> None:
