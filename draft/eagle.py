@@ -23,7 +23,7 @@ from engine.nn.attention import Attention
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
-from kernels import rms_norm
+from kernels import add_rms_norm, rms_norm
 
 
 class _Layer:
@@ -47,8 +47,8 @@ class _Layer:
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
     ) -> Tensor:
         normed = x if self.input_norm is None else rms_norm(x, self.input_norm, self.eps)
-        x = x + self.attention(normed, cos_sin, pool, plan)
-        return x + self.mlp(rms_norm(x, self.post_norm, self.eps))
+        x, normed = add_rms_norm(x, self.attention(normed, cos_sin, pool, plan), self.post_norm, self.eps)
+        return x + self.mlp(normed)
 
 
 class EagleModel:

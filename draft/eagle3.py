@@ -21,7 +21,7 @@ from engine.nn.attention import Attention
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
-from kernels import rms_norm
+from kernels import add_rms_norm, rms_norm
 
 
 class Eagle3Model:
@@ -91,8 +91,9 @@ class Eagle3Model:
             ),
             dim=-1,
         )
-        hidden = feature + self.attention(x, self.rope(positions), self.pool.layer(0), plan)
-        return hidden + self.mlp(rms_norm(hidden, self.post_norm, self.eps))
+        attended = self.attention(x, self.rope(positions), self.pool.layer(0), plan)
+        hidden, normed = add_rms_norm(feature, attended, self.post_norm, self.eps)
+        return hidden + self.mlp(normed)
 
     def logits(self, feature: Tensor) -> Tensor:
         return self.lm_head(rms_norm(feature, self.norm, self.eps)).float()

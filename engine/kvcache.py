@@ -31,13 +31,16 @@ class KVPool:
         device: str,
     ) -> None:
         self.rows = torch.zeros(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
+        self._layers = [
+            (rows[0], rows[1]) for rows in self.rows
+        ]  # views, made once: a step asks for them all
 
     @staticmethod
     def bytes_per_slot(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.rows[index, 0], self.rows[index, 1]
+        return self._layers[index]
 
 
 class LatentPool:

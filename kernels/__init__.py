@@ -1,10 +1,11 @@
 """Tensors in, tensors out. Knows nothing of requests.
 
-Callers import the operations from here; which implementation runs follows from the tensors' device. Today
-every device runs the plain torch reference in ``kernels.ref`` and ``kernels.quant``, which is also the
-specification that other implementations are tested against.
+Callers import the operations from here; which implementation runs follows from the tensors (``kernels.ops``).
+The plain torch reference in ``kernels.ref``, ``kernels.mla`` and ``kernels.quant`` runs everywhere and is the
+specification; ``kernels.cpu`` has small compiled kernels for float32 on a CPU.
 """
 
+from kernels.ops import add_rms_norm, rms_norm, rope_write, silu_mul, tree_attention
 from kernels.quant import (
     dequantise_fp8,
     dequantise_nvfp4,
@@ -24,15 +25,13 @@ from kernels.ref import (
     pack_int8,
     pack_linear,
     packed_linear,
-    rms_norm,
     rope,
-    silu_mul,
-    tree_attention,
     write_rows,
 )
 
 __all__ = [
     "MAX_NOISE",
+    "add_rms_norm",
     "compact_rows",
     "dequantise_fp8",
     "dequantise_nvfp4",
@@ -50,6 +49,7 @@ __all__ = [
     "quantise_nvfp4",
     "rms_norm",
     "rope",
+    "rope_write",
     "silu_mul",
     "tree_attention",
     "write_rows",

@@ -37,6 +37,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.mul(x, mean_square.rsqrt_()).mul_(weight)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, rms_norm of it): the end of one residual block and the start of the next."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU's elementwise part: [.., 2I] holding gate then up -> silu(gate) * up, [.., I]."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -59,6 +65,28 @@ def write_rows(pool: Tensor, slots: Tensor | slice, rows: Tensor) -> None:
         pool[:, slots] = rows
     else:
         pool.index_copy_(1, slots, rows)
+
+
+def rope_write(
+    heads: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor | slice,
+) -> Tensor:
+    """Rotate queries and keys of a qkv product, store keys and values in the pools, return the queries.
+
+    heads: [B, N, H + 2 Hkv, D], queries, then keys, then values, and the caller's no longer: it may be
+    written to; cos, sin: [B, N, 1, D]; pools: [Hkv, S, D]; slots: [B * N], or a slice of as many. Returns
+    [B, N, H, D].
+    """
+    num_kv_heads, head_dim = k_pool.shape[0], heads.shape[-1]
+    rotated = rope(heads[:, :, : num_heads + num_kv_heads], cos, sin)
+    write_rows(k_pool, slots, rotated[:, :, num_heads:].reshape(-1, num_kv_heads, head_dim))
+    write_rows(v_pool, slots, heads[:, :, num_heads + num_kv_heads :].reshape(-1, num_kv_heads, head_dim))
+    return rotated[:, :, :num_heads]
 
 
 def compact_rows(pools: Tensor, source: Tensor, destination: Tensor) -> None:
@@ -192,8 +220,16 @@ def pack_half(weight: Tensor) -> Any | None:
 
 def half_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_half`` -> [.., out] float32."""
-    out: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, packed)
+    out: Tensor = _half_product()(x, packed)
     return out
+
+
+@functools.cache
+def _half_product() -> Any:
+    """The operator behind ``half_linear`` without the layer that looks for fake tensors at every call, where
+    this torch has it so: that costs a tenth of the product."""
+    operator = torch.ops.quantized.linear_dynamic_fp16.default
+    return getattr(operator, "_op", operator)
 
 
 def pack_int8(weight: Tensor) -> Any | None:

@@ -15,7 +15,7 @@ from engine.nn.attention import Attention
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
-from kernels import rms_norm
+from kernels import add_rms_norm, rms_norm
 
 
 class DecoderLayer:
@@ -44,8 +44,9 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
     ) -> Tensor:
-        x = x + self.attention(rms_norm(x, self.input_norm, self.eps), cos_sin, pool, plan)
-        return x + self.mlp(rms_norm(x, self.post_norm, self.eps))
+        attended = self.attention(rms_norm(x, self.input_norm, self.eps), cos_sin, pool, plan)
+        x, normed = add_rms_norm(x, attended, self.post_norm, self.eps)
+        return x + self.mlp(normed)
 
 
 class Llama(Decoder):

@@ -20,7 +20,7 @@ from engine.nn.mlp import SwiGLU
 from engine.nn.moe import Experts, MixtureOfExperts, Router
 from engine.nn.rope import PairRope, PairRotation
 from engine.nn.weight import Weights, dequantise
-from kernels import rms_norm
+from kernels import add_rms_norm, rms_norm
 
 
 def take_plain(weights: Weights, name: str) -> Tensor:
@@ -50,8 +50,9 @@ class DecoderLayer:
             self.mlp = _swiglu(weights, f"{prefix}.feed_forward", half)
 
     def __call__(self, x: Tensor, rotation: PairRotation, pool: Tensor, plan: RowPlan) -> Tensor:
-        x = x + self.attention(rms_norm(x, self.attention_norm, self.eps), rotation, pool, plan)
-        return x + self.mlp(rms_norm(x, self.ffn_norm, self.eps))
+        attended = self.attention(rms_norm(x, self.attention_norm, self.eps), rotation, pool, plan)
+        x, normed = add_rms_norm(x, attended, self.ffn_norm, self.eps)
+        return x + self.mlp(normed)
 
 
 def _attention(

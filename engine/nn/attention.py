@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.kvcache import RowPlan
 from engine.nn.linear import Linear
-from kernels import rope, tree_attention, write_rows
+from kernels import rope_write, tree_attention
 
 
 class Attention:
@@ -24,11 +24,6 @@ class Attention:
         read."""
         num_seqs, num_nodes = x.shape[:2]
         heads = self.qkv(x).view(num_seqs, num_nodes, -1, self.head_dim)
-        rotated = rope(heads[:, :, : self.num_heads + self.num_kv_heads], *cos_sin)
-        q, k = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
-        v = heads[:, :, self.num_heads + self.num_kv_heads :]
-        k_pool, v_pool = pool
-        write_rows(k_pool, plan.write, k.reshape(-1, self.num_kv_heads, self.head_dim))
-        write_rows(v_pool, plan.write, v.reshape(-1, self.num_kv_heads, self.head_dim))
-        out = tree_attention(q, k_pool, v_pool, plan.read, plan.bias, self.scale)
+        q = rope_write(heads, self.num_heads, *cos_sin, *pool, plan.write)
+        out = tree_attention(q, *pool, plan.read, plan.bias, self.scale)
         return self.out(out.reshape(num_seqs, num_nodes, -1))

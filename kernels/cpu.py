@@ -1,0 +1,200 @@
+"""The operations of ``cpu.c``: compiled once for this machine, called on float32 CPU tensors.
+
+A decoder layer of a small model is some thirty torch calls of a few microseconds each, half as long as its
+matrix products take; here it is ten calls. The C compiler is the system's (``$CC`` or ``cc``); the library is
+kept in ``$XDG_CACHE_HOME/haast`` under a name that depends on source, flags and CPU. Without a compiler, or
+with ``HAAST_CPU_KERNELS=0``, ``library`` returns None and the torch reference runs instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("haast")
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = (
+    *("-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-shared", "-fPIC"),
+)
+_WIDTH = 8  # floats of a vector in cpu.c
+_FLOAT_BYTES = 4
+_COMPILE_SECONDS = 60
+
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "haast_rms_norm": (_POINTER,) * 3 + (_LONG,) * 2 + (_FLOAT,),
+    "haast_add_rms_norm": (_POINTER,) * 5 + (_LONG,) * 2 + (_FLOAT,),
+    "haast_silu_mul": (_POINTER,) * 2 + (_LONG,) * 2,
+    "haast_rope_write": (_POINTER,) * 6 + (_LONG,) * 6,
+    "haast_tree_attention": (*(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, *(_LONG,) * 8, _FLOAT),
+}
+
+
+@functools.cache
+def library() -> ctypes.PyDLL | None:
+    """The compiled operations, or None where they cannot be had; says so once in the log."""
+    if os.environ.get("HAAST_CPU_KERNELS", "1") == "0":
+        return None
+    try:
+        path = _compiled()
+        # Calls take microseconds: keeping the interpreter's lock is cheaper than handing it over and back.
+        loaded = ctypes.PyDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        log.info("CPU kernels: plain torch, which is slower (%s)", reason[0] if reason else "no C compiler")
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def _compiled() -> Path:
+    """The library's file, compiled if this machine has not done so. Raises OSError or SubprocessError."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    version = subprocess.run(
+        [*compiler, "--version"], check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
+    ).stdout
+    key = "\0".join((SOURCE.read_text(), version, *FLAGS, platform.machine(), _cpu_flags()))
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(base) / "haast" / "kernels"
+    path = directory / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if path.exists():
+        return path
+    # Nobody else may put code where we load it from.
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        built = Path(scratch) / "cpu.so"
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+        built.replace(path)  # at once: another process may be doing the same
+    return path
+
+
+def _cpu_flags() -> str:
+    """What -march=native depends on: a cache directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def rms_norm(lib: ctypes.PyDLL, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As ``ref.rms_norm``; x contiguous."""
+    out, width = torch.empty_like(x), x.shape[-1]
+    lib.haast_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    return out
+
+
+def add_rms_norm(
+    lib: ctypes.PyDLL, x: Tensor, delta: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As ``ref.add_rms_norm``; x and delta contiguous."""
+    total, out, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    lib.haast_add_rms_norm(
+        x.data_ptr(),
+        delta.data_ptr(),
+        weight.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+        x.numel() // width,
+        width,
+        eps,
+    )
+    return total, out
+
+
+def silu_mul(lib: ctypes.PyDLL, gate_up: Tensor) -> Tensor:
+    """As ``ref.silu_mul``; gate_up contiguous, its halves multiples of 8."""
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty((*gate_up.shape[:-1], width))
+    lib.haast_silu_mul(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+    return out
+
+
+def rope_write(
+    lib: ctypes.PyDLL,
+    heads: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor | slice,
+) -> Tensor:
+    """As ``ref.rope_write``; everything contiguous. Turns the query heads in place."""
+    num_seqs, num_nodes, num_all, head_dim = heads.shape
+    listed, first_slot = (None, slots.start) if isinstance(slots, slice) else (slots.data_ptr(), 0)
+    lib.haast_rope_write(
+        heads.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        k_pool.data_ptr(),
+        v_pool.data_ptr(),
+        listed,
+        first_slot,
+        num_seqs * num_nodes,
+        num_heads,
+        k_pool.shape[0],
+        k_pool.shape[1],
+        head_dim,
+    )
+    return heads[:, :, :num_heads]
+
+
+def tree_attention(
+    lib: ctypes.PyDLL,
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor | tuple[slice, ...],
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """As ``ref.tree_attention``; q may be a slice of a wider [B, N, heads, D], the rest is contiguous."""
+    num_seqs, num_nodes, num_heads, head_dim = q.shape
+    num_kv_heads, num_slots = k_pool.shape[:2]
+    # Per sequence: where its list of slots lies or None, the first slot of a run, and the number of keys.
+    if isinstance(slots, tuple):
+        reads = [(None, run.start, run.stop - run.start) for run in slots]
+    else:
+        reads = [(row.data_ptr(), 0, slots.shape[1]) for row in slots]
+    out = torch.empty(num_seqs, num_nodes, num_heads, head_dim)
+    space = torch.empty(_WIDTH * (max(count for *_, count in reads) + head_dim))
+    q_at, out_at, bias_at = q.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
+    bias_stride = 0 if bias is None else bias.shape[2]
+    for seq, (listed, first_slot, num_keys) in enumerate(reads):
+        lib.haast_tree_attention(
+            q_at + _FLOAT_BYTES * seq * q.stride(0),
+            k_pool.data_ptr(),
+            v_pool.data_ptr(),
+            listed,
+            first_slot,
+            None if bias_at is None else bias_at + _FLOAT_BYTES * seq * num_nodes * bias_stride,
+            out_at + _FLOAT_BYTES * seq * out.stride(0),
+            space.data_ptr(),
+            num_nodes,
+            q.stride(1),
+            num_heads,
+            num_kv_heads,
+            num_slots,
+            num_keys,
+            bias_stride,
+            head_dim,
+            scale,
+        )
+    return out

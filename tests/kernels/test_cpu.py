@@ -1,0 +1,258 @@
+"""The compiled CPU kernels against the torch reference, and row by row against themselves.
+
+A machine without a C compiler has no such kernels; the rest of the suite then runs on the reference alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import cpu, ops, ref
+
+needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler")
+
+WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 40, 576])
+
+
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache directory, and no library remembered from before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.library.cache_clear()
+    yield tmp_path / "haast" / "kernels"
+    cpu.library.cache_clear()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(num_nodes: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    angles = normal(1, num_nodes, 1, head_dim // 2, seed=5)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+@needs_compiler
+class TestAgainstReference:
+    @settings(deadline=None)
+    @given(num_rows=st.integers(1, 5), width=WIDTHS)
+    def test_norms(self, num_rows: int, width: int) -> None:
+        x, delta, weight = (
+            normal(1, num_rows, width),
+            normal(1, num_rows, width, seed=1),
+            normal(width, seed=2),
+        )
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x, weight, 1e-5))
+        found, expected = ops.add_rms_norm(x, delta, weight, 1e-5), ref.add_rms_norm(x, delta, weight, 1e-5)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1])
+
+    def test_a_row_of_zeros_is_not_divided_by_zero(self) -> None:
+        assert torch.equal(ops.rms_norm(torch.zeros(1, 1, 16), torch.ones(16), 1e-5), torch.zeros(1, 1, 16))
+
+    @settings(deadline=None)
+    @given(
+        num_rows=st.integers(1, 4),
+        width=st.sampled_from([8, 16, 72]),
+        scale=st.sampled_from([1.0, 30.0, 1e4]),
+    )
+    def test_silu_mul(self, num_rows: int, width: int, scale: float) -> None:
+        gate_up = normal(2, num_rows, 2 * width) * scale
+        torch.testing.assert_close(ops.silu_mul(gate_up), ref.silu_mul(gate_up))
+
+    def test_silu_of_large_and_infinite_gates(self) -> None:
+        gate = torch.tensor([200.0, -200.0, 1e30, -1e30, math.inf, 0.0, -88.0, 88.0])
+        gate_up = torch.cat((gate, torch.full((8,), 2.0)))[None, None]
+        torch.testing.assert_close(ops.silu_mul(gate_up), ref.silu_mul(gate_up))
+
+    @settings(deadline=None)
+    @given(
+        num_seqs=st.integers(1, 3),
+        num_nodes=st.integers(1, 5),
+        heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
+        head_dim=st.sampled_from([2, 8, 64]),
+        in_place=st.booleans(),
+    )
+    def test_rope_write(
+        self, num_seqs: int, num_nodes: int, heads: tuple[int, int], head_dim: int, in_place: bool
+    ) -> None:
+        num_heads, num_kv_heads = heads
+        product = normal(num_seqs, num_nodes, num_heads + 2 * num_kv_heads, head_dim)
+        cos, sin = (part.expand(num_seqs, -1, -1, -1).contiguous() for part in rotation(num_nodes, head_dim))
+        pools = normal(2, num_kv_heads, 40, head_dim, seed=1)
+        count = num_seqs * num_nodes
+        slots = slice(7, 7 + count) if in_place else torch.randperm(40)[:count]
+        ours, theirs = pools.clone(), pools.clone()
+        found = ops.rope_write(product.clone(), num_heads, cos, sin, ours[0], ours[1], slots)
+        expected = ref.rope_write(product.clone(), num_heads, cos, sin, theirs[0], theirs[1], slots)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(ours, theirs)
+
+    @settings(deadline=None)
+    @given(
+        lens=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+        num_nodes=st.integers(1, 9),
+        heads=st.sampled_from([(1, 1), (4, 2), (9, 3), (16, 1)]),
+        head_dim=st.sampled_from([8, 64]),
+        in_place=st.booleans(),
+        masked=st.booleans(),
+    )
+    def test_tree_attention(
+        self,
+        lens: list[int],
+        num_nodes: int,
+        heads: tuple[int, int],
+        head_dim: int,
+        in_place: bool,
+        masked: bool,
+    ) -> None:
+        num_heads, num_kv_heads = heads
+        wide = normal(len(lens), num_nodes, num_heads + 3, head_dim)  # queries are a slice of a wider product
+        pools = normal(2, num_kv_heads, 300, head_dim, seed=1)
+        longest = max(lens)
+        bias = None
+        if masked:
+            hidden = normal(len(lens), num_nodes, longest, seed=2) > 0.5
+            hidden[..., 0] = False
+            bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
+        slots: Tensor | tuple[slice, ...]
+        if in_place:
+            slots = tuple(slice(90 * i + 3, 90 * i + 3 + length) for i, length in enumerate(lens))
+        else:
+            slots = torch.stack([torch.randperm(300)[:longest] for _ in lens])
+        given_to = (wide[:, :, :num_heads], pools[0], pools[1], slots, bias, head_dim**-0.5)
+        assert ops._attention_applies(*given_to[:5])
+        torch.testing.assert_close(ops.tree_attention(*given_to), ref.tree_attention(*given_to))
+
+    def test_a_node_that_sees_nothing_gets_zeros_and_hurts_nobody(self) -> None:
+        q, pools = normal(1, 2, 3, 8), normal(2, 1, 20, 8, seed=1)
+        bias = torch.zeros(1, 2, 6)
+        bias[0, 1] = -math.inf
+        out = ops.tree_attention(q, pools[0], pools[1], (slice(4, 10),), bias, 1.0)
+        alone = ref.tree_attention(q[:, :1], pools[0], pools[1], (slice(4, 10),), None, 1.0)
+        torch.testing.assert_close(out[:, :1], alone)
+        assert torch.equal(out[:, 1], torch.zeros(1, 3, 8))
+
+
+@needs_compiler
+class TestRowsStandAlone:
+    """A token has the same bits alone and among others: what makes speculative and plain decoding equal."""
+
+    def test_norm_silu_and_rope(self) -> None:
+        x, weight, gate_up = normal(1, 7, 40), normal(40, seed=1), normal(1, 7, 48, seed=2)
+        cos, sin = rotation(7, 8)
+        heads, pools = normal(1, 7, 4, 8, seed=3), torch.zeros(2, 1, 7, 8)
+        together = ops.rope_write(heads.clone(), 2, cos, sin, pools[0], pools[1], slice(0, 7))
+        for row in range(7):
+            at = slice(row, row + 1)
+            assert torch.equal(ops.rms_norm(x[:, at], weight, 1e-5), ops.rms_norm(x, weight, 1e-5)[:, at])
+            assert torch.equal(ops.silu_mul(gate_up[:, at]), ops.silu_mul(gate_up)[:, at])
+            own = torch.zeros(2, 1, 7, 8)
+            alone = ops.rope_write(heads[:, at].clone(), 2, cos[:, at], sin[:, at], own[0], own[1], at)
+            assert torch.equal(alone, together[:, at])
+            assert torch.equal(own[:, :, at], pools[:, :, at])
+
+    @settings(deadline=None)
+    @given(num_nodes=st.integers(2, 9), kv_len=st.integers(1, 50))
+    def test_attention_of_a_chain_equals_one_node_after_the_other(self, num_nodes: int, kv_len: int) -> None:
+        q, pools = normal(1, num_nodes, 9, 8), normal(2, 3, 80, 8, seed=1)
+        end = kv_len + num_nodes
+        order = torch.arange(end)[None] - kv_len
+        bias = torch.zeros(1, num_nodes, end).masked_fill(order > torch.arange(num_nodes)[:, None], -math.inf)
+        chain = ops.tree_attention(q, pools[0], pools[1], (slice(5, 5 + end),), bias, 0.3)
+        for node in range(num_nodes):
+            seen = (slice(5, 5 + kv_len + node + 1),)
+            alone = ops.tree_attention(q[:, node : node + 1], pools[0], pools[1], seen, None, 0.3)
+            assert torch.equal(alone[:, 0], chain[:, node])
+
+
+class TestWhatIsLeftToTorch:
+    def test_other_dtypes(self) -> None:
+        x, weight = normal(1, 2, 16).double(), normal(16).double()
+        assert ops.rms_norm(x, weight, 1e-5).dtype == torch.float64
+        assert ops.silu_mul(normal(1, 2, 16).bfloat16()).dtype == torch.bfloat16
+
+    def test_strided_input(self) -> None:
+        x, weight = normal(1, 4, 32)[..., ::2], normal(16, seed=1)
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x, weight, 1e-5))
+
+    def test_widths_that_fill_no_vector(self) -> None:
+        gate_up = normal(1, 2, 20)
+        torch.testing.assert_close(ops.silu_mul(gate_up), ref.silu_mul(gate_up))
+
+    def test_gradients(self) -> None:
+        x = normal(1, 2, 16).requires_grad_()
+        (slope,) = torch.autograd.grad(ops.rms_norm(x, torch.ones(16), 1e-5).sum(), x)
+        assert slope.abs().sum() > 0
+
+    def test_very_much_attention(self) -> None:
+        q, pools = torch.empty(1, 600, 16, 64), torch.empty(2, 1, 1000, 64)
+        assert not ops._attention_applies(q, pools[0], pools[1], (slice(0, 1000),), None)
+
+
+class TestLibrary:
+    def test_is_turned_off_by_the_environment(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HAAST_CPU_KERNELS", "0")
+        assert cpu.library() is None
+        x, weight = normal(1, 2, 16), normal(16, seed=1)
+        assert torch.equal(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x, weight, 1e-5))
+        assert not fresh_library.exists()
+
+    @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+    def test_without_a_compiler_torch_runs_and_the_log_says_so(
+        self,
+        compiler: str,
+        fresh_library: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setenv("CC", compiler)
+        with caplog.at_level(logging.INFO, "haast"):
+            assert cpu.library() is None
+        assert "plain torch" in caplog.text
+        assert ops.silu_mul(normal(1, 1, 16)).shape == (1, 1, 8)
+
+    @needs_compiler
+    def test_is_compiled_once_and_found_again(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert cpu.library() is not None
+        (built,) = fresh_library.iterdir()
+        assert stat.S_IMODE(fresh_library.stat().st_mode) == 0o700
+        cpu.library.cache_clear()
+        changed = built.stat().st_mtime_ns
+        assert cpu.library() is not None
+        assert [file.stat().st_mtime_ns for file in fresh_library.iterdir()] == [changed]
+
+    @needs_compiler
+    def test_a_changed_source_is_compiled_anew(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        assert cpu.library() is not None
+        source = tmp_path / "cpu.c"
+        source.write_text(cpu.SOURCE.read_text() + "\n/* more */\n")
+        monkeypatch.setattr(cpu, "SOURCE", source)
+        cpu.library.cache_clear()
+        assert cpu.library() is not None
+        assert len(list(fresh_library.iterdir())) == 2
+
+    def test_a_directory_that_cannot_be_written_means_torch(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "file"
+        file.write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+        assert cpu.library() is None
