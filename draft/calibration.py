@@ -67,7 +67,10 @@ class Calibration:
         return left + (right - left) * (place - low)
 
     def observe(self, tree: DraftTree, verdict: Verdict, sampling: SamplingTensors) -> None:
-        """Count every node whose parent was accepted: only there did the target judge it."""
+        """Count every node whose parent was accepted: only there did the target judge it.
+
+        Grafted nodes, which have no score, are none of the head's.
+        """
         assert tree.scores is not None
         modes = (sampling.temperature > 0).long().tolist()
         parents, depths = tree.parents.tolist(), tree.depths().tolist()
@@ -77,7 +80,7 @@ class Calibration:
         for row, path in enumerate(verdict.path.tolist()):
             accepted = set(path)
             for node in range(1, len(parents[row])):
-                if parents[row][node] in accepted and parents[row][node] >= 0:
+                if parents[row][node] in accepted and raws[row][node] > 0:
                     key = (
                         modes[row],
                         min(depths[row][node], _MAX_DEPTH) - 1,

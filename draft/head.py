@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from draft.calibration import Calibration
+from draft.ngram import Lookup, PromptLookup
 from draft.none import root_tokens
-from draft.tree import Limits, Offers, grow
+from draft.tree import Limits, Offers, graft, grow
 from engine.core import (
     Batch,
     DraftScores,
@@ -37,6 +38,7 @@ from engine.sampler import candidates
 from kernels import gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
+_SURE = 0.8  # a lookup whose first token is so likely replaces the head's tree, which costs time to grow
 _LONG = 64  # pending pairs past which a sequence is extended on its own, so that others are not padded to it
 
 
@@ -114,16 +116,19 @@ class FeatureDraft:
         self.model, self.name, self.shared_noise, self.max_len = model, name, shared_noise, max_len
         self.device = str(model.token_ids.device)
         self.calibration = Calibration(self.device)
+        self.lookup = PromptLookup()
         self._pending: dict[int, _Pending] = {}
 
     def scratch_rows(self, speculation: Speculation) -> int:
-        """The tree's own nodes for the target, or the nodes expanded while growing, whichever is more."""
+        """The tree's nodes for the target, or those expanded while growing, whichever is more."""
         if speculation.is_off:
             return 0
-        return max(speculation.nodes - 1, speculation.top_k * (speculation.depth - 1))
+        scored = speculation.nodes - 1 + speculation.lookup
+        return max(scored, speculation.top_k * (speculation.depth - 1))
 
     def forget(self, seq: Sequence) -> None:
         self._pending.pop(seq.request.id, None)
+        self.lookup.forget(seq)
 
     def _has_outgrown(self, seq: Sequence, speculation: Speculation) -> bool:
         """Whether a tree behind the sequence, its known prompt included, would reach past ``max_len``."""
@@ -173,11 +178,28 @@ class FeatureDraft:
 
     def propose(self, batch: Batch) -> DraftTree:
         """Trees for the sequences that speculate, the root alone for the others."""
+        lookups = [
+            None if spec.is_off else self.lookup.propose(seq, spec.lookup)
+            for seq, spec in zip(batch.seqs, batch.speculation, strict=True)
+        ]
         active = [
             row
             for row, (seq, spec) in enumerate(zip(batch.seqs, batch.speculation, strict=True))
-            if not spec.is_off and seq.request.id in self._pending and not self._has_outgrown(seq, spec)
+            if not spec.is_off
+            and seq.request.id in self._pending
+            and not self._has_outgrown(seq, spec)
+            and not _is_sure(lookups[row])
         ]
+        tree = self._trees(batch, active)
+        if not any(lookups):
+            return tree
+        chains = [[] if lookup is None else lookup.tokens for lookup in lookups]
+        longest = max(map(len, chains))
+        padded = [chain + [-1] * (longest - len(chain)) for chain in chains]
+        return graft(tree, torch.tensor(padded, dtype=torch.int64).to(self.device))
+
+    def _trees(self, batch: Batch, active: list[int]) -> DraftTree:
+        """The head's trees for some rows of a batch, the root alone for the others."""
         roots = root_tokens(batch)
         if not active:
             return DraftTree(roots, torch.full_like(roots, -1))
@@ -311,6 +333,10 @@ class FeatureDraft:
         mass = torch.where(greedy[..., 0], logits.logsumexp(dim=-1), scores.logsumexp(dim=-1))
         raw = torch.exp(best.values - mass[..., None])
         return Offers(tokens.gather(-1, best.indices), raw.nan_to_num(0.0))
+
+
+def _is_sure(lookup: Lookup | None) -> bool:
+    return lookup is not None and lookup.likelihood >= _SURE
 
 
 def _spread(tree: DraftTree, rows: Tensor, roots: Tensor) -> DraftTree:

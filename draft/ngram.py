@@ -1,11 +1,14 @@
 """Prompt lookup: propose what followed the last occurrence of the current n-gram (Saxena 2023, "Prompt Lookup
 Decoding").
 
-No weights and hardly any time. Good where the answer repeats the prompt (summaries, code edits), idle
-elsewhere.
+No weights and hardly any time. Good where the answer repeats the prompt or itself (summaries, code edits,
+lists), idle elsewhere. ``NgramDraft`` proposes nothing else; ``PromptLookup`` works beside a head, and says
+how likely it is right.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,14 +26,9 @@ class NgramIndex:
         self._last_end: dict[tuple[int, ...], int] = {}
         self._num_indexed = 0  # ends up to here are known
 
-    def continuation(self, tokens: list[int], num_tokens: int) -> list[int]:
-        """Up to num_tokens tokens that followed the most recent earlier occurrence of the longest known
-        suffix.
-
-        tokens: the list of the last call with more at its end. Example: [5, 6, 7, 8, 5, 6] continues after
-        the
-        earlier (5, 6) with [7, 8, 5, 6].
-        """
+    def find(self, tokens: list[int]) -> int | None:
+        """Where the most recent earlier occurrence of the longest known suffix ended: the place of the token
+        after it. tokens: the list of the last call with more at its end."""
         for end in range(
             self._num_indexed + 1, len(tokens)
         ):  # the suffix itself is not an earlier occurrence
@@ -41,8 +39,20 @@ class NgramIndex:
         for size in _SIZES:
             found = self._last_end.get(tuple(tokens[-size:])) if size < len(tokens) else None
             if found is not None:
-                return tokens[found : found + num_tokens]
-        return []
+                return found
+        return None
+
+    def continuation(self, tokens: list[int], num_tokens: int) -> list[int]:
+        """num_tokens tokens that followed that occurrence, or none. Past the end of the list they repeat, as
+        the list would if it went on so.
+
+        Example: [5, 6, 7, 8, 5, 6] continues after the earlier (5, 6) with [7, 8, 5, 6, 7, 8, ..].
+        """
+        found = self.find(tokens)
+        if found is None:
+            return []
+        period = len(tokens) - found
+        return [tokens[found + i % period] for i in range(num_tokens)]
 
 
 class NgramDraft:
@@ -81,3 +91,100 @@ class NgramDraft:
 
     def forget(self, seq: Sequence) -> None:
         self._indexes.pop(seq.request.id, None)
+
+
+MAX_MATCH = 16  # longer matches are counted with these
+_PRIOR_TRIALS = 8.0  # how many observations the prior counts for
+_DECAY = 0.998  # per settled proposal
+_LEAST_LIKELY = 0.1  # a token less likely than this is not worth its row
+
+
+class MatchRates:
+    """How often the next token is the same, given that the last m were.
+
+    The prior m / (m + 2) is close to what greedy answers of a small chat model show. A chain's later tokens
+    need no rates of their own: where its first was right, the match has grown by one.
+    """
+
+    def __init__(self) -> None:
+        length = torch.arange(MAX_MATCH + 1).double()
+        self.trials = [_PRIOR_TRIALS] * (MAX_MATCH + 1)
+        self.hits: list[float] = (_PRIOR_TRIALS * length / (length + 2)).tolist()
+        self._prior = self.hits.copy()
+
+    def __call__(self, length: int) -> float:
+        """Chance that a match of so many tokens goes on."""
+        length = min(length, MAX_MATCH)
+        return self.hits[length] / self.trials[length]
+
+    def count(self, length: int, went_on: bool) -> None:
+        """Learn from one match; what was learned before fades."""
+        length = min(length, MAX_MATCH)
+        self.trials[length] = _PRIOR_TRIALS + _DECAY * (self.trials[length] - _PRIOR_TRIALS) + 1
+        self.hits[length] = self._prior[length] + _DECAY * (self.hits[length] - self._prior[length]) + went_on
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """A chain that prompt lookup proposes, and the chance that its first token is right."""
+
+    tokens: list[int]
+    likelihood: float
+
+
+@dataclass(slots=True)
+class _State:
+    """A sequence's index, and its last proposal until the outcome is known."""
+
+    index: NgramIndex = field(default_factory=NgramIndex)
+    tokens: list[int] = field(default_factory=list)
+    start: int = 0  # which token of the sequence the proposal begins with
+    length: int = 0  # of the match before it
+
+
+class PromptLookup:
+    """Chains from the sequences' own tokens, as long as they are likely to be right."""
+
+    def __init__(self) -> None:
+        self.rates = MatchRates()
+        self._states: dict[int, _State] = {}
+
+    def propose(self, seq: Sequence, most: int) -> Lookup | None:
+        """Up to ``most`` tokens after the sequence's last, or None where nothing is found."""
+        if most < 1:
+            return None
+        state, tokens = self._states.setdefault(seq.request.id, _State()), seq.tokens
+        self._settle(state, tokens)
+        found = state.index.find(tokens)
+        if found is None:
+            return None
+        length = _match_length(tokens, found)
+        period, chance = len(tokens) - found, 1.0
+        chain: list[int] = []
+        while len(chain) < most:
+            chance *= self.rates(length + len(chain))
+            if chance < _LEAST_LIKELY:
+                break
+            chain.append(tokens[found + len(chain) % period])
+        state.tokens, state.start, state.length = chain, len(tokens), length
+        return Lookup(chain, self.rates(length)) if chain else None
+
+    def _settle(self, state: _State, tokens: list[int]) -> None:
+        """Count how far the last proposal was right."""
+        for place, (proposed, token) in enumerate(zip(state.tokens, tokens[state.start :], strict=False)):
+            self.rates.count(state.length + place, proposed == token)
+            if proposed != token:
+                break
+        state.tokens = []
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop what is kept of a sequence."""
+        self._states.pop(seq.request.id, None)
+
+
+def _match_length(tokens: list[int], found: int) -> int:
+    """How many tokens before ``found`` equal those at the end, at most MAX_MATCH."""
+    length = 0
+    while length < min(found, MAX_MATCH) and tokens[found - 1 - length] == tokens[-1 - length]:
+        length += 1
+    return length

@@ -5,6 +5,8 @@ acceptances from the root down to it, which is the chance that the step gets tha
 children of a level are expanded next, and at the end the N - 1 best of all candidates are kept. A value never
 exceeds its parent's, and ties go to the older candidate, so whatever is kept has its ancestors kept too.
 (EAGLE-2, arXiv 2406.16858, grows the same way with raw probabilities.)
+
+``graft`` adds a chain that came from elsewhere, sharing the nodes that both have.
 """
 
 from __future__ import annotations
@@ -147,3 +149,48 @@ def _keep_best(
             with_root(zero, ranks.gather(1, kept), 0),
         ),
     )
+
+
+def graft(tree: DraftTree, chains: Tensor) -> DraftTree:
+    """Trees with a chain from each root added; where tree and chain agree, they share nodes.
+
+    tree: [B, N]; chains: [B, L] int64 tokens after the root, padded with -1 at the end. Returns at most N + L
+    nodes; grafted ones have scores of 0, which no offer has. Example: root with children a and b, chain a c:
+    c becomes a child of a.
+    """
+    num_seqs, num_nodes = tree.tokens.shape
+    length = chains.shape[1]
+    tokens = torch.cat((tree.tokens, chains.clamp(min=0)), dim=1)
+    parents = torch.cat((tree.parents, torch.full_like(chains, -1)), dim=1)
+    node = torch.zeros(num_seqs, 1, dtype=torch.int64, device=tokens.device)  # where the chain has got to
+    for place in range(length):
+        wanted = chains[:, place : place + 1]
+        shared = (parents == node) & (tokens == wanted)
+        exists, real = shared.any(dim=1, keepdim=True), wanted >= 0
+        own = num_nodes + place
+        parents[:, own : own + 1] = torch.where(real & ~exists, node, -1)
+        node = torch.where(real, torch.where(exists, shared.long().argmax(1, keepdim=True), own), node)
+    scores = None
+    if tree.scores is not None:
+
+        def widened(part: Tensor) -> Tensor:
+            return torch.cat((part, part.new_zeros(num_seqs, length)), dim=1)
+
+        scores = DraftScores(widened(tree.scores.raw), widened(tree.scores.value), widened(tree.scores.rank))
+    return _without_padding(DraftTree(tokens, parents, scores))
+
+
+def _without_padding(tree: DraftTree) -> DraftTree:
+    """The same trees without the columns that are padding in all of them. Host only: a device is never waited
+    for, and keeps the shape it has."""
+    if tree.tokens.device.type != "cpu":
+        return tree
+    kept = tree.real().any(dim=0)
+    if bool(kept.all()):
+        return tree
+    moved_to = kept.cumsum(0) - 1
+    parents = torch.where(tree.parents >= 0, moved_to[tree.parents.clamp(min=0)], -1)
+    scores = None
+    if tree.scores is not None:
+        scores = DraftScores(tree.scores.raw[:, kept], tree.scores.value[:, kept], tree.scores.rank[:, kept])
+    return DraftTree(tree.tokens[:, kept], parents[:, kept], scores)

@@ -40,16 +40,33 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """How large a tree to draft for a request: ``nodes`` with the root, ``depth`` levels, ``top_k`` children
-    each."""
+    """How much to draft for a request.
+
+    A tree of ``nodes`` with the root, ``depth`` levels and ``top_k`` children each; and beside it, where the
+    text repeats itself, a chain of up to ``lookup`` tokens by prompt lookup.
+    """
 
     nodes: int = 8
     depth: int = 4
     top_k: int = 4
+    lookup: int = 0
 
     @property
     def is_off(self) -> bool:
         return self.nodes <= 1 or self.depth < 1
+
+    @property
+    def most_accepted(self) -> int:
+        """Draft tokens that one step can accept."""
+        return 0 if self.is_off else max(self.depth, self.lookup)
+
+    def limited(self, num_tokens: int) -> Speculation:
+        """The same, with no path longer than so many draft tokens."""
+        if num_tokens >= self.most_accepted:
+            return self
+        if num_tokens < 1:
+            return SPECULATION_OFF
+        return Speculation(self.nodes, min(self.depth, num_tokens), self.top_k, min(self.lookup, num_tokens))
 
 
 SPECULATION_OFF = Speculation(nodes=1, depth=0, top_k=1)

@@ -183,11 +183,7 @@ class Scheduler:
 
     def _step_speculation(self, seq: Sequence) -> Speculation:
         """What to draft now: never more tokens than the request may still emit, the bonus not counted."""
-        wanted = self._speculation(seq.request)
-        remaining = self._remaining(seq)
-        if remaining > wanted.depth or wanted.is_off:
-            return wanted
-        return Speculation(wanted.nodes, remaining - 1, wanted.top_k) if remaining > 1 else SPECULATION_OFF
+        return self._speculation(seq.request).limited(self._remaining(seq) - 1)
 
     def _remaining(self, seq: Sequence) -> int:
         return min(
@@ -294,5 +290,7 @@ def check_request(request: Request, vocab_size: int) -> None:
     if sampling.max_tokens < 1:
         refuse("max_tokens", sampling.max_tokens, "at least 1")
     spec = request.speculation
-    if spec is not None and not (1 <= spec.nodes <= 64 and 0 <= spec.depth <= 16 and 1 <= spec.top_k <= 16):
-        refuse("speculation", spec, "nodes of 1 to 64, depth of 0 to 16, top_k of 1 to 16")
+    if spec is not None and not (
+        1 <= spec.nodes <= 64 and 0 <= spec.depth <= 16 and 1 <= spec.top_k <= 16 and 0 <= spec.lookup <= 16
+    ):
+        refuse("speculation", spec, "nodes of 1 to 64, depth and lookup of 0 to 16, top_k of 1 to 16")

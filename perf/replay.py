@@ -97,7 +97,21 @@ def _step(record: dict[str, Any]) -> Step:
     reachable = step.accepted | {0}
     if not all(0 < node < len(parents) and parents[node] in reachable for node in step.accepted):
         raise ValueError(f"accepted {sorted(step.accepted)} is not a path")
-    return step
+    return _drafted_part(step)
+
+
+def _drafted_part(step: Step) -> Step:
+    """The step without nodes that prompt lookup added: they and all their descendants have no score."""
+    kept = [node for node, raw in enumerate(step.raw) if raw > 0]
+    place = {node: index for index, node in enumerate(kept)}
+    return Step(
+        tuple(-1 if node == 0 else place[step.parents[node]] for node in kept),
+        tuple(step.rank[node] for node in kept),
+        tuple(step.raw[node] for node in kept),
+        tuple(step.value[node] for node in kept),
+        frozenset(place[node] for node in step.accepted if node in place),
+        step.greedy,
+    )
 
 
 # --- sub-trees ------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class SpeculationMetrics(msgspec.Struct, kw_only=True):
     num_spec_steps: int
     num_accepted_draft_tokens: int
     num_draft_tokens: int
-    num_spec_tokens: int  # the most that one step can accept: the depth of the tree
+    num_spec_tokens: int  # the most that one step can accept: tree depth or lookup
 
 
 class Metrics(msgspec.Struct, kw_only=True):
@@ -52,10 +52,11 @@ class Metrics(msgspec.Struct, kw_only=True):
 
 @dataclass(slots=True)
 class RequestStats:
-    """Running account of one request. ``depth`` is the depth of its trees, 0 if it does not speculate."""
+    """Running account of one request. ``most_accepted``: draft tokens that a step can accept, 0 if it does not
+    speculate."""
 
     arrival: float
-    depth: int
+    most_accepted: int
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -64,7 +65,7 @@ class RequestStats:
     histogram: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.histogram = [0] * (self.depth + 1)
+        self.histogram = [0] * (self.most_accepted + 1)
 
     def record(self, stamped: StampedDelta, num_tokens: int) -> None:
         """Count one step, of which the answer took ``num_tokens`` tokens."""
@@ -117,8 +118,7 @@ def summarise(stats: Sequence[RequestStats]) -> Metrics:
 
 
 def _speculation(stats: Sequence[RequestStats]) -> SpeculationMetrics | None:
-    depth = max(one.depth for one in stats)
-    if depth == 0:
+    if all(one.most_accepted == 0 for one in stats):
         return None
     histogram = [0] * max(len(one.histogram) for one in stats)
     for one in stats:

@@ -98,7 +98,7 @@ class Output:
     ) -> None:
         self.request = request
         self.finish_reason: EndReason | None = None
-        self.stats = RequestStats(arrival, 0 if speculation.is_off else speculation.depth)
+        self.stats = RequestStats(arrival, speculation.most_accepted)
         self._reader = _reader(tokenizer, request.sampling.stop, reading)
         self._events: list[Event] = []
 

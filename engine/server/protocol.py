@@ -78,6 +78,7 @@ class SpeculationOptions(Struct, forbid_unknown_fields=True):
     nodes: Annotated[int, Meta(ge=1, le=64)] | None = None
     depth: Annotated[int, Meta(ge=1, le=16)] | None = None
     top_k: Annotated[int, Meta(ge=1, le=16)] | None = None
+    lookup: Annotated[int, Meta(ge=0, le=16)] | None = None
 
 
 class ContentPart(Struct, omit_defaults=True):
@@ -286,7 +287,10 @@ def speculation(call: GenerationRequest, default: Speculation) -> Speculation | 
     if isinstance(wanted, str):
         return SPECULATION_OFF
     return Speculation(
-        wanted.nodes or default.nodes, wanted.depth or default.depth, wanted.top_k or default.top_k
+        wanted.nodes or default.nodes,
+        wanted.depth or default.depth,
+        wanted.top_k or default.top_k,
+        default.lookup if wanted.lookup is None else wanted.lookup,
     )
 
 

@@ -190,6 +190,21 @@ def drafted_value(logits: Tensor, calibration: Calibration, speculation: Specula
     return float(tree.scores.value[0, 1:].sum())
 
 
+def test_nodes_of_prompt_lookup_teach_nothing_about_the_head() -> None:
+    """They have no score."""
+    calibration = Calibration("cpu")
+    tree = DraftTree(
+        torch.tensor([[5, 6, 7]]),
+        torch.tensor([[-1, 0, 1]]),
+        DraftScores(
+            torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]), torch.zeros(1, 3).long()
+        ),
+    )
+    verdict = Verdict(torch.tensor([[0, 1, 2]]), torch.tensor([3]), torch.tensor([8]))
+    calibration.observe(tree, verdict, sampling_tensors([SamplingParams(temperature=0)], "cpu"))
+    assert calibration.trials.sum() == 0
+
+
 @pytest.mark.parametrize("spread", [1.0, 2.5, 5.0])
 def test_a_tree_is_never_worth_less_than_the_chain_of_its_size(spread: float) -> None:
     """For every N on average over a stream, and at a beam that holds the chain also for every single tree."""

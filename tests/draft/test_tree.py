@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import draft.tree
-from draft.tree import Limits, Offers, grow
-from engine.core import DraftTree, Speculation
+from draft.tree import Limits, Offers, graft, grow
+from engine.core import DraftScores, DraftTree, Speculation
 from tests.oracles.attention import ancestors_of
 
 Path = tuple[int, ...]
@@ -236,3 +236,70 @@ def test_depths_and_ancestors_equal_a_walk_to_the_root(num_nodes: int) -> None:
             path = ancestors_of(parents, node)
             assert seen[row, node].nonzero()[:, 0].tolist() == path
             assert depths[row, node] == len(path) - 1
+
+
+# --- grafting chains
+
+
+def random_tree(draw: random.Random, num_seqs: int, num_nodes: int) -> DraftTree:
+    """Trees with few tokens to choose from, some of them shorter than others."""
+    tokens, parents = [], []
+    for _ in range(num_seqs):
+        own_tokens, own_parents = [draw.randrange(4)], [-1]
+        taken: set[tuple[int, int]] = set()
+        for node in range(1, num_nodes):
+            parent, token = draw.randrange(node), draw.randrange(4)
+            real = own_parents[parent] >= 0 or parent == 0
+            if real and (parent, token) not in taken and draw.random() < 0.9:
+                taken.add((parent, token))
+                own_parents.append(parent)
+                own_tokens.append(token)
+            else:
+                own_parents.append(-1)
+                own_tokens.append(0)
+        tokens.append(own_tokens)
+        parents.append(own_parents)
+    tree = DraftTree(torch.tensor(tokens), torch.tensor(parents))
+    raw = torch.where(tree.real(), 0.5, 0.0)
+    return DraftTree(tree.tokens, tree.parents, DraftScores(raw, raw, torch.ones_like(tree.tokens)))
+
+
+def paths(tree: DraftTree, row: int) -> list[Path]:
+    """The token path of every real node."""
+    real, tokens, parents = tree.real()[row].tolist(), tree.tokens[row].tolist(), tree.parents[row].tolist()
+    found: dict[int, Path] = {}
+    for node, parent in enumerate(parents):
+        if real[node]:
+            assert parent < node
+            found[node] = (found[parent] if parent >= 0 else ()) + (tokens[node],)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_grafted_tree_has_all_nodes_of_tree_and_chain_once(seed: int) -> None:
+    draw = random.Random(seed)
+    num_seqs, num_nodes = draw.randrange(1, 4), draw.randrange(1, 8)
+    tree = random_tree(draw, num_seqs, num_nodes)
+    chains = [[draw.randrange(4) for _ in range(draw.randrange(0, 6))] for _ in range(num_seqs)]
+    longest = max(1, *map(len, chains))
+    padded = torch.tensor([chain + [-1] * (longest - len(chain)) for chain in chains])
+    grafted = graft(tree, padded)
+    assert grafted.scores is not None
+    for row, chain in enumerate(chains):
+        root = int(tree.tokens[row, 0])
+        whole = {(root, *chain[:length]) for length in range(len(chain) + 1)}
+        before, after = paths(tree, row), paths(grafted, row)
+        assert len(set(after)) == len(after), "siblings are distinct"
+        assert set(after) == set(before) | whole
+        own = [path for path in after if path not in before]
+        real = grafted.real()[row]
+        assert sorted(grafted.scores.raw[row][real].tolist()) == [0.0] * len(own) + [0.5] * len(before)
+    assert grafted.real().any(0).all(), "a CPU scores no column of padding"
+
+
+def test_a_chain_alone_needs_no_scores() -> None:
+    roots = DraftTree(torch.tensor([[7], [8]]), torch.tensor([[-1], [-1]]))
+    grafted = graft(roots, torch.tensor([[1, 2], [3, -1]]))
+    assert grafted.scores is None
+    assert grafted.tokens[:, :2].tolist() == [[7, 1], [8, 3]]
+    assert grafted.parents.tolist() == [[-1, 0, 1], [-1, 0, -1]]

@@ -14,7 +14,7 @@ from engine.step import Engine
 from tests.engine.rig import PLAIN, TREE, Model, assert_idle, echo_model, make_engine, prompts_of
 
 MODEL: Model = echo_model(11)
-SPECS = [None, PLAIN, Speculation(4, 3, 1), Speculation(9, 3, 4)]
+SPECS = [None, PLAIN, Speculation(4, 3, 1), Speculation(9, 3, 4), Speculation(3, 2, 1, lookup=5)]
 EOS = (5, 40)
 ALONE: dict[tuple[int, SamplingParams], tuple[int, ...]] = {}
 
@@ -239,3 +239,22 @@ def test_page_pool(page_size: int, num_pages: int, ops: list[tuple[int, int]]) -
         owned = [page for pages in owners for page in pages]
         assert len(set(owned)) == len(owned)
         assert pool.num_free + len(owned) == pool.num_usable == num_pages - 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_tokens", "expected"),
+    [
+        (Speculation(8, 4, 2), 4, Speculation(8, 4, 2)),
+        (Speculation(8, 4, 2), 3, Speculation(8, 3, 2)),
+        (Speculation(8, 4, 2, lookup=9), 9, Speculation(8, 4, 2, lookup=9)),
+        (Speculation(8, 4, 2, lookup=9), 6, Speculation(8, 4, 2, lookup=6)),
+        (Speculation(8, 4, 2, lookup=9), 1, Speculation(8, 1, 2, lookup=1)),
+        (Speculation(8, 4, 2, lookup=9), 0, PLAIN),
+        (PLAIN, 5, PLAIN),
+    ],
+)
+def test_no_more_is_drafted_than_may_be_emitted(
+    spec: Speculation, num_tokens: int, expected: Speculation
+) -> None:
+    assert spec.limited(num_tokens) == expected
+    assert spec.limited(num_tokens).most_accepted <= num_tokens

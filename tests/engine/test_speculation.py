@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from draft.head import FeatureDraft
-from engine.core import Request, SamplingParams, Speculation
+from draft.tree import graft
+from engine.core import DraftTree, Request, SamplingParams, Speculation
 from tests.engine.rig import (
     CHAIN,
     PLAIN,
@@ -41,6 +43,7 @@ SPECULATIONS = {
     "deep": Speculation(6, 9, 2),
     "chain of 3": Speculation(4, 3, 1),
     "chain of 6": Speculation(7, 6, 1),
+    "lookup": Speculation(5, 3, 2, lookup=8),
 }
 FILTERS: list[dict[str, Any]] = [
     {},
@@ -118,6 +121,48 @@ def test_tokens_and_state(echo: Model, draft: str, shape: str, temperature: floa
     recording = check(echo, draft, params_of(temperature), SPECULATIONS[shape])
     if draft.startswith("eagle"):  # the test is idle unless drafts are accepted
         assert sum(c.num_accepted for c in recording.completions) >= 8
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("draft", ["eagle3", "eagle"])
+@pytest.mark.parametrize("sure", [0.0, 0.55, 2.0])
+def test_lookups_beside_a_head(
+    echo: Model, draft: str, sure: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chains instead of trees (sure of every lookup), beside them (never sure), and now this, now that."""
+    monkeypatch.setattr("draft.head._SURE", sure)
+    monkeypatch.setattr("draft.ngram._SIZES", (2, 1))  # sampled answers of a random model repeat little more
+    grafted: list[DraftTree] = []
+    rows: list[tuple[Tensor, Tensor]] = []  # [B] bool each: has nodes of the head, has a chain
+
+    def recorded(tree: DraftTree, chains: Tensor) -> DraftTree:
+        rows.append((tree.real().sum(1) > 1, chains[:, 0] >= 0))
+        grafted.append(graft(tree, chains))
+        return grafted[-1]
+
+    monkeypatch.setattr("draft.head.graft", recorded)
+    prompts = [(prompt * 3)[:24] for prompt in PROMPTS]
+    params = [SamplingParams(temperature=temperature, top_k=3, seed=i, max_tokens=30) for i in range(4)]
+    engine = make_engine(echo, draft, speculation=SPECULATIONS["lookup"])
+    recording = record(engine, prompts, params)
+    assert [c.token_ids for c in recording.completions] == plain_tokens(echo, prompts, params)
+    assert state_error(echo, recording, draft) < TOLERANCE
+    assert_idle(engine)
+    assert any(tree.parents.shape[1] > 2 for tree in grafted), "the test is idle without chains"
+    # Where a lookup is sure, the head is not asked.
+    both = torch.cat([beside[found] for beside, found in rows])
+    assert not both.any() if sure == 0.0 else both.any()
+
+
+def test_a_lookup_is_never_longer_than_the_answer_may_be(echo: Model) -> None:
+    """Nor does it read past the context: the last steps have room for fewer tokens than were found."""
+    params = SamplingParams(temperature=0, max_tokens=100)
+    engine = make_engine(echo, "eagle3", max_model_len=32, speculation=Speculation(3, 1, 1, lookup=12))
+    completions = engine.generate(PROMPTS[1:], params)
+    assert [len(c.prompt) + len(c.token_ids) for c in completions] == [32] * 3
+    assert [c.token_ids for c in completions] == [
+        c.token_ids for c in make_engine(echo, max_model_len=32).generate(PROMPTS[1:], params)
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

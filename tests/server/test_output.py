@@ -124,7 +124,7 @@ def test_figures_without_speculation_or_tokens() -> None:
     metrics = summarise([off.stats])
     assert metrics.speculative_decoding is None
     assert (metrics.mean_itl_ms, metrics.tokens_per_second, metrics.generation_time_ms) == (None, None, 0.0)
-    nothing = summarise([RequestStats(arrival=1.0, depth=2)])
+    nothing = summarise([RequestStats(arrival=1.0, most_accepted=2)])
     assert nothing.time_to_first_token_ms is None
     assert nothing.speculative_decoding is not None
     assert nothing.speculative_decoding.mean_acceptance_length is None
