@@ -24,6 +24,7 @@ from torch import Tensor
 from draft.eagle import EagleModel
 from draft.eagle3 import Eagle3Model
 from draft.head import FeatureDraft
+from engine.checkpoint.dummy import HEAD_SEED, fill_plain
 from engine.config import POST_NORM, Fields, LlamaConfig
 from engine.core import Target
 from engine.errors import CheckpointError
@@ -49,7 +50,7 @@ class HeadCheckpoint:
 
         approximate: let products of the head be rounded where that is faster (int8 on a CPU in float32).
         """
-        weights = read_weights(self.path, target.embedding.dtype, str(target.embedding.device))
+        weights = self.read(target.embedding.dtype, str(target.embedding.device))
         # Published heads often say 2048, whatever their target takes.
         positions = max(self.config.max_position_embeddings, target.max_positions)
         shape = dataclasses.replace(self.config, max_position_embeddings=positions)
@@ -72,6 +73,10 @@ class HeadCheckpoint:
             check_shapes(self.path, weights, eagle_shapes(self.config, weights))
             head = EagleModel(shape, weights, embedding, target.logits, num_slots)
         return FeatureDraft(head, f"{self.kind} ({self.path.name})", shared_noise=shared_noise)
+
+    def read(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        """Every tensor of the directory; see ``read_weights``."""
+        return read_weights(self.path, dtype, device)
 
     def _prepare_eagle3(self, weights: dict[str, Tensor], target: Target) -> None:
         """Normalise names and fill in what a checkpoint may leave out."""
@@ -136,6 +141,27 @@ def read_head(path: str | Path) -> HeadCheckpoint:
         raise source.error(_LAYER_IDS, _THREE_LAYERS)
     draft_vocab_size = fields.whole("draft_vocab_size", config.vocab_size, most=config.vocab_size)
     return HeadCheckpoint(path, "eagle3", config, layers, draft_vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class DummyHeadCheckpoint(HeadCheckpoint):
+    """A head of which only the config is read; it drafts among the first tokens of the vocabulary."""
+
+    def read(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        """Random numbers in every shape that the config asks for (engine.checkpoint.dummy)."""
+        if self.kind == "eagle":
+            return fill_plain(eagle_shapes(self.config, {}), dtype, device, HEAD_SEED)
+        shapes = eagle3_shapes(self.config, self.draft_vocab_size)
+        del shapes["d2t"]
+        weights = fill_plain(shapes, dtype, device, HEAD_SEED)
+        weights["d2t"] = torch.zeros(self.draft_vocab_size, dtype=torch.int64, device=device)
+        return weights
+
+
+def read_dummy_head(path: str | Path) -> DummyHeadCheckpoint:
+    """``read_head``, for a head whose weights are not there or not wanted."""
+    head = read_head(path)
+    return DummyHeadCheckpoint(head.path, head.kind, head.config, head.feature_layers, head.draft_vocab_size)
 
 
 def published_feature_layers(num_layers: int) -> tuple[int, int, int]:

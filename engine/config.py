@@ -76,10 +76,12 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     page_size: int = 16
     kv_cache_memory: int = 1 << 30
+    gpu_memory_utilization: float | None = None  # of a GPU's memory for all; decides kv_cache_memory if given
     speculation: Speculation = field(default_factory=Speculation)
     draft_vocab_size: int = 32768  # tokens that Mistral's head drafts among; 0: the whole vocabulary
     draft_max_model_len: int = 16384  # longer sequences are decoded plainly by Mistral's head
     spec_log: str | None = None
+    dummy_weights: bool = False  # random numbers in the shape of model and head; weight files are not read
 
     def __post_init__(self) -> None:
         for name in (
@@ -95,6 +97,12 @@ class EngineConfig:
             raise ConfigError(
                 f"draft_vocab_size is {self.draft_vocab_size} and draft_max_model_len "
                 f"{self.draft_max_model_len}, expected 0 or more and 1 or more"
+            )
+        share = self.gpu_memory_utilization
+        if share is not None and not (0 < share <= 1 and self.device.startswith("cuda")):
+            raise ConfigError(
+                f"gpu_memory_utilization is {share} on {self.device}, expected more than 0 and at most 1 "
+                "of a CUDA device's memory"
             )
         if self.max_num_batched_tokens < 2:
             raise ConfigError("max_num_batched_tokens must be at least 2, found 1")

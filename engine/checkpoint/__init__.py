@@ -10,6 +10,7 @@
 
 Where a directory has Mistral's two formats the first is read: it is the one that was not rounded again.
 ``base.py`` holds what Llama formats share; ``plan.py`` and ``stream.py`` what those of Mistral Small 4 do.
+``dummy.py`` is for models without weights, from their configuration alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.checkpoint.base import Checkpoint, MistralCheckpoint, Progress, expected_tensors
-from engine.checkpoint.hub import local_directory
+from engine.checkpoint.hub import local_directory, wants_native
 from engine.config import LlamaConfig
 from engine.errors import CheckpointError
 from engine.text.tokenizer import read_json
@@ -58,9 +59,10 @@ def _open_directory(directory: Path, name: str) -> Checkpoint | MistralCheckpoin
     from engine.checkpoint.mistral_hf import MODEL_TYPES, MistralHfCheckpoint
     from engine.checkpoint.native import NativeCheckpoint, is_native
 
-    if is_native(directory):
+    has_config = (directory / "config.json").is_file()
+    if is_native(directory) or (wants_native(directory) and not has_config):
         return NativeCheckpoint(directory, name)
-    if not (directory / "config.json").is_file():
+    if not has_config:
         found = sorted(entry.name for entry in directory.iterdir())[:8]
         raise CheckpointError(
             f"{directory}: no config.json in this directory, found {', '.join(found) or 'nothing'}"

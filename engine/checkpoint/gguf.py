@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +114,15 @@ def unpermute(rows: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.f
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """One tensor in a file, as its header describes it."""
+
+    dtype: str  # GGUF's name, as Q8_0
+    num_elements: int
+    num_bytes: int
+
+
 class GgufCheckpoint:
     """One .gguf file of a Llama model."""
 
@@ -122,6 +132,7 @@ class GgufCheckpoint:
         reader = _open(path)
         self._fields = _metadata(reader, path)
         self._stored: dict[str, ReaderTensor] = {}
+        self.stored: dict[str, StoredBlocks] = {}  # every tensor of the file, by canonical name
         factors: ReaderTensor | None = None
         for tensor in reader.tensors:
             if tensor.data_offset < reader.data_offset or tensor.data_offset % reader.alignment:
@@ -134,6 +145,9 @@ class GgufCheckpoint:
                     f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, supported: "
                     f"{', '.join(kind.name for kind in QUANT_TYPES)}"
                 )
+            self.stored[canonical_name(tensor.name)] = StoredBlocks(
+                tensor.tensor_type.name, int(tensor.n_elements), int(tensor.n_bytes)
+            )
             if tensor.name == ROPE_FACTORS:
                 factors = tensor
             else:

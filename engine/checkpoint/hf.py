@@ -57,7 +57,7 @@ class HfCheckpoint:
         self.path, self.name = path, name
         raw = read_json(path / "config.json")
         self.config = read_config(raw, str(path / "config.json"))
-        self._bos, self._eos = _token_ids(path, self.config)
+        self._token_ids = token_ids(path, self.config)
         self._stored = _read_headers(path)
         if self.config.tie_word_embeddings:
             # some writers store the tied matrix twice; the head is then the embedding by definition
@@ -86,16 +86,24 @@ class HfCheckpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the weights. Raises CheckpointError."""
-        file = self.path / "tokenizer.json"
-        if not file.is_file():
-            found = sorted(entry.name for entry in self.path.glob("*token*"))
-            raise CheckpointError(
-                f"{self.path}: no tokenizer.json, found {', '.join(found) or 'no tokenizer file'}"
-            )
-        tokenizer = Tokenizer.from_file(
-            file, self.path / "tokenizer_config.json", eos_token_ids=self._eos, bos_token_id=self._bos
+        return read_tokenizer(self.path, self.config, self._token_ids)
+
+
+def read_tokenizer(
+    directory: Path, config: LlamaConfig, ids: tuple[int | None, tuple[int, ...]]
+) -> Tokenizer:
+    """tokenizer.json of a Llama directory. ids: of ``token_ids``. Raises CheckpointError."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        found = sorted(entry.name for entry in directory.glob("*token*"))
+        raise CheckpointError(
+            f"{directory}: no tokenizer.json, found {', '.join(found) or 'no tokenizer file'}"
         )
-        return check_vocabulary(tokenizer, self.config, file)
+    bos, eos = ids
+    tokenizer = Tokenizer.from_file(
+        file, directory / "tokenizer_config.json", eos_token_ids=eos, bos_token_id=bos
+    )
+    return check_vocabulary(tokenizer, config, file)
 
 
 def read_config(raw: dict[str, Any], where: str) -> LlamaConfig:
@@ -109,7 +117,7 @@ def read_config(raw: dict[str, Any], where: str) -> LlamaConfig:
     return LlamaConfig.from_hf(raw, where)
 
 
-def _token_ids(path: Path, config: LlamaConfig) -> tuple[int | None, tuple[int, ...]]:
+def token_ids(path: Path, config: LlamaConfig) -> tuple[int | None, tuple[int, ...]]:
     """(BOS, EOS ids) of config.json and, where there is one, generation_config.json. Raises ConfigError."""
     file = path / "generation_config.json"
     extra = Fields(read_json(file) if file.is_file() else {}, str(file)).wholes(

@@ -30,17 +30,18 @@ _SMALL_FILES: Final = (
 _INDEX = "{}.safetensors.index.json"
 
 
-def local_directory(path: str | Path) -> tuple[Path, str]:
+def local_directory(path: str | Path, weights: bool = True) -> tuple[Path, str]:
     """(what there is on disk, what to call it) for a path or an ``org/name`` on the hub.
 
-    The path may turn out to be a file. Raises CheckpointError for what is neither here nor on the hub.
+    The path may turn out to be a file. weights: whether those are wanted of a repository, or small files
+    only. Raises CheckpointError for what is neither here nor on the hub.
     """
     local = Path(path).expanduser()
     if local.exists():
         return local, local.resolve().name
     if not _HUB_ID.fullmatch(str(path)):
         raise CheckpointError(f"{path}: no such file or directory, and not a hub name like 'org/name'")
-    return _download(str(path)), str(path)
+    return _download(str(path)) if weights else _snapshot(str(path), _SMALL_FILES), str(path)
 
 
 def wants_native(directory: Path) -> bool:

@@ -26,7 +26,7 @@ from engine.checkpoint.base import Progress, check_dtype
 from engine.checkpoint.mistral import read_hf_config
 from engine.checkpoint.mistral_tables import VisionShape, expected_weights
 from engine.checkpoint.native import read_tokenizer
-from engine.checkpoint.plan import FP8, PLAIN, Expected, Kind, Place, Plan, Planner, common_kind
+from engine.checkpoint.plan import FP8, PLAIN, Expected, Kind, Place, Plan, Planned, Planner, common_kind
 from engine.checkpoint.safetensors_header import Shape, Stored, read_shards
 from engine.checkpoint.stream import load
 from engine.config import Fields, Mistral4Config
@@ -102,6 +102,18 @@ class MistralHfCheckpoint:
     def tokenizer(self) -> MistralTokenizer:
         """The tokenizer beside the weights, tekken.json. Raises CheckpointError."""
         return read_tokenizer(self.path, self.config)
+
+
+def announced_weights(config: Mistral4Config, raw: Mapping[str, Any], path: Path) -> dict[str, Planned]:
+    """Every weight of a model without files, stored as its config.json announces: products in FP8 if it has a
+    quantization_config, else plain. path: of the config.json. Raises ConfigError.
+    """
+    has_inputs = _static_input_scales(raw, str(path))
+    fp8: Kind = "fp8" if Fields(raw, str(path)).inner("quantization_config").raw else "plain"
+    return {
+        name: Planned(weight, fp8, has_inputs) if weight.is_linear else Planned(weight, "plain")
+        for name, weight in expected_weights(config).items()
+    }
 
 
 def _static_input_scales(raw: Mapping[str, Any], where: str) -> bool:

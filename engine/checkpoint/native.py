@@ -33,7 +33,9 @@ from engine.checkpoint.plan import (
     Kind,
     Place,
     Plan,
+    Planned,
     Planner,
+    check_blocks,
     common_kind,
 )
 from engine.checkpoint.safetensors_header import Stored, read_shards, some
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 STEM: Final = "consolidated"
 PARAMS: Final = "params.json"
 NVFP4_FORMAT: Final = "nvfp4-pack-quantized"
+_NVFP4_PARTS: Final = (".experts.", ".shared_experts.", ".feed_forward.")
 
 _log = logging.getLogger(__name__)
 
@@ -162,6 +165,29 @@ def read_tokenizer(directory: Path, config: Mistral4Config) -> MistralTokenizer:
     return tokenizer
 
 
+def announced_weights(config: Mistral4Config, params: Mapping[str, Any], path: Path) -> dict[str, Planned]:
+    """Every weight of a model without files, stored as its params.json announces: with ``quantization`` all
+    products in FP8, with ``quantization_config`` those of experts and MLPs in NVFP4, else plain.
+
+    path: of the params.json. Raises ConfigError for quantisation that we do not implement.
+    """
+    fields = Fields(params, str(path))
+    has_inputs = _static_input_scales(params, str(path))
+    is_fp8, is_nvfp4 = bool(fields.inner("quantization").raw), bool(fields.inner("quantization_config").raw)
+    if is_fp8 and is_nvfp4:
+        raise fields.error("quantization_config", "only one of quantization and quantization_config")
+    planned: dict[str, Planned] = {}
+    for name, weight in expected_weights(config).items():
+        kind: Kind = "plain"
+        if weight.is_linear and is_fp8:
+            kind = "fp8"
+        elif weight.is_linear and is_nvfp4 and any(part in name for part in _NVFP4_PARTS):
+            kind = "nvfp4"
+            check_blocks(name, weight.shape, path)
+        planned[name] = Planned(weight, kind, has_input_scale=kind == "fp8" and has_inputs)
+    return planned
+
+
 def _static_input_scales(params: Mapping[str, Any], where: str) -> bool:
     """Whether FP8 matrices come with the scales of their inputs. Refuses quantisation we do not implement."""
     fields = Fields(params, where)
@@ -229,11 +255,7 @@ def _plan_matrix(planner: Planner, name: str, module: str, expert: int | None) -
             planner.scale(f"{module}.qscale_act", 0, Place(name, "input_scale", expert))
     else:
         rows, columns = shape
-        if columns % NVFP4_BLOCK:
-            raise CheckpointError(
-                f"{planner.where}: matrix {module} has {columns} columns, expected a multiple of "
-                f"{NVFP4_BLOCK} for NVFP4"
-            )
+        check_blocks(module, shape, planner.where)
         planner.data(f"{module}.weight_packed", (rows, columns // 2), PACKED, Place(name, "codes", expert))
         blocks = (rows, columns // NVFP4_BLOCK)
         planner.data(f"{module}.weight_scale", blocks, FP8, Place(name, "block_scales", expert))

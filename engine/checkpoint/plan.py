@@ -189,6 +189,14 @@ def common_kind(kinds: Mapping[str, Kind], where: Path) -> Kind:
     return "plain" if first is None else kinds[first]
 
 
+def check_blocks(name: str, shape: Shape, where: Path) -> None:
+    """CheckpointError for a matrix [out, in] whose rows do not divide into blocks of NVFP4."""
+    if shape[-1] % NVFP4_BLOCK:
+        raise CheckpointError(
+            f"{where}: matrix {name} has {shape[-1]} columns, expected a multiple of {NVFP4_BLOCK} for NVFP4"
+        )
+
+
 def _in_file_order(copies: list[Copy]) -> tuple[Copy, ...]:
     return tuple(sorted(copies, key=lambda copy: (str(copy.stored.file), copy.stored.offset)))
 

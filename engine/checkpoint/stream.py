@@ -48,13 +48,14 @@ def load(plan: Plan, dtype: torch.dtype, device: str, progress: Progress | None 
     """
     meter = _Meter(plan.num_bytes, progress)
     buffers = _read_scales(plan, meter)
-    buffers |= _allocate(plan, dtype, device)
+    for name, planned in plan.weights.items():
+        buffers |= allocate(name, planned, dtype, device)
     stage = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
     for fd, copy in _opened(plan.data):
         _copy(fd, copy, _pieces(copy, buffers), stage, meter)
         for piece in _pieces(copy, buffers):
             _check_values(copy, piece)
-    return {name: _assemble(name, planned, buffers, device) for name, planned in plan.weights.items()}
+    return {name: assemble(name, planned, buffers, device) for name, planned in plan.weights.items()}
 
 
 class _Meter:
@@ -69,22 +70,22 @@ class _Meter:
             self._progress(self._done, self._total)
 
 
-def _allocate(plan: Plan, dtype: torch.dtype, device: str) -> Buffers:
-    buffers: Buffers = {}
-
-    def take(name: str, part: Part, shape: Shape, dtype: torch.dtype) -> None:
-        buffers[name, part] = torch.empty(shape, dtype=dtype, device=device)
-
-    for name, planned in plan.weights.items():
-        shape = planned.expected.stacked
-        if planned.kind == "plain":
-            take(name, "values", shape, dtype)
-        elif planned.kind == "fp8":
-            take(name, "codes", shape, torch.float8_e4m3fn)
-        else:
-            take(name, "codes", (*shape[:-1], shape[-1] // 2), torch.uint8)
-            take(name, "block_scales", (*shape[:-1], shape[-1] // NVFP4_BLOCK), torch.float8_e4m3fn)
-    return buffers
+def allocate(name: str, planned: Planned, dtype: torch.dtype, device: str) -> Buffers:
+    """The final buffers of one weight, all but its scales of whole matrices; not filled yet."""
+    shape = planned.expected.stacked
+    parts: dict[Part, tuple[Shape, torch.dtype]]
+    if planned.kind == "plain":
+        parts = {"values": (shape, dtype)}
+    elif planned.kind == "fp8":
+        parts = {"codes": (shape, torch.float8_e4m3fn)}
+    else:
+        parts = {
+            "codes": ((*shape[:-1], shape[-1] // 2), torch.uint8),
+            "block_scales": ((*shape[:-1], shape[-1] // NVFP4_BLOCK), torch.float8_e4m3fn),
+        }
+    return {
+        (name, part): torch.empty(size, dtype=kind, device=device) for part, (size, kind) in parts.items()
+    }
 
 
 def _read_scales(plan: Plan, meter: _Meter) -> Buffers:
@@ -192,7 +193,8 @@ def _check_values(copy: Copy, piece: Tensor) -> None:
             raise CheckpointError(f"{stored.file}: tensor {stored.name} holds NaN, expected finite values")
 
 
-def _assemble(name: str, planned: Planned, buffers: Buffers, device: str) -> Weight:
+def assemble(name: str, planned: Planned, buffers: Buffers, device: str) -> Weight:
+    """One weight from its filled buffers and its scales, [] or [E] float32."""
     if planned.kind == "plain":
         return buffers[name, "values"]
     codes = buffers[name, "codes"]

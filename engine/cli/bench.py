@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag.replace('_', '-')} is {value}, expected at least 1")
     if args.temperature < 0:
         raise ConfigError(f"--temperature is {args.temperature}, expected at least 0")
+    if args.peer is not None and args.load_format == "dummy":
+        raise ConfigError(f"found --load-format dummy and --peer {args.peer}, whose weights would be others")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise ConfigError(f"--json {args.json}: the directory does not exist")
     path = args.prompts or latency.DEFAULT_PROMPTS

@@ -326,10 +326,10 @@ def _show_part(part: Part, console: Console) -> None:
     for title in ("parameters", "in files", "in memory"):
         table.add_column(title, justify="right")
     for group in part.groups:
-        stored = "" if group.stored_bytes is None else _size(group.stored_bytes)
         numbers = f"({group.parameters:,})" if group.name == SCALES else f"{group.parameters:,}"
         types = ", ".join(group.stored_as)
-        table.add_row(group.name, types, numbers, stored, _size(group.memory_bytes))
+        in_files, in_memory = _size(group.stored_bytes), _size(group.memory_bytes)
+        table.add_row(group.name, types, numbers, in_files, in_memory)
     table.add_section()
     table.add_row("total", "", f"{part.parameters:,}", _size(part.stored_bytes), _size(part.memory_bytes))
     console.print(table)

@@ -9,11 +9,11 @@ that the groups of a checkpoint sum to all elements and bytes of its tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from engine.checkpoint import Checkpoint, MistralCheckpoint, expected_tensors
 from engine.checkpoint.mistral_hf import MistralHfCheckpoint
 from engine.checkpoint.native import MistralHead, NativeCheckpoint
 from engine.checkpoint.plan import Copy, Plan
-from engine.checkpoint.safetensors_header import Shape, Stored, read_header
+from engine.checkpoint.safetensors_header import Stored, read_header
 from engine.cli.roofline import Reads
 from engine.config import LlamaConfig, Mistral4Config
 from engine.errors import CheckpointError
@@ -41,6 +41,7 @@ _ORDER: Final = (
 )  # fmt: skip
 _WIDTH: Final = 2  # bytes of a number in bfloat16
 _SCALE_WIDTH: Final = 4
+_WHOLE: Final = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 _FORMATS: Final = {"fp8": "FP8", "nvfp4": "NVFP4"}
 
 
@@ -51,12 +52,12 @@ class Group:
     name: str
     parameters: int = 0
     stored_as: list[str] = field(default_factory=list)
-    stored_bytes: int | None = 0  # None: the format was not looked into that far
+    stored_bytes: int = 0
     memory_bytes: int = 0
 
     def add(self, parameters: int, stored_as: str, stored_bytes: int, memory_bytes: int) -> None:
         self.parameters += parameters
-        self.stored_bytes = (self.stored_bytes or 0) + stored_bytes
+        self.stored_bytes += stored_bytes
         self.memory_bytes += memory_bytes
         if stored_as not in self.stored_as:
             self.stored_as.append(stored_as)
@@ -67,15 +68,15 @@ class Footprint:
     """The groups of one checkpoint in a fixed order, and what a step reads of them."""
 
     groups: tuple[Group, ...]
-    elements: Mapping[str, int]  # stored numbers by type, scales and all; empty for GGUF
+    elements: Mapping[str, int]  # stored numbers by type, scales and all; GGUF's blocks count what they hold
     stored_bytes: int
     routed_bytes: int  # in memory, with their scales
     table_bytes: int  # of the embedding in memory, where it is not the output matrix as well
 
     @property
     def parameters(self) -> int:
-        """Of the model, vision included, scales not."""
-        return sum(group.parameters for group in self.groups if group.name != SCALES)
+        """Of the model, vision included; neither scales nor what else is not loaded."""
+        return sum(group.parameters for group in self.groups if group.name not in (SCALES, OTHER))
 
     @property
     def memory_bytes(self) -> int:
@@ -94,6 +95,19 @@ class Footprint:
         )
 
 
+class _Counted(Protocol):
+    """What a header says of a tensor, in any format."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def num_elements(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 class _Tally:
     """Groups while they are counted."""
 
@@ -102,7 +116,7 @@ class _Tally:
         self.elements: dict[str, int] = {}
         self.stored_bytes = self.routed_bytes = 0
 
-    def add(self, group: str, stored: Stored, parameters: int, stored_as: str, memory_bytes: int) -> None:
+    def add(self, group: str, stored: _Counted, parameters: int, stored_as: str, memory_bytes: int) -> None:
         self.groups.setdefault(group, Group(group)).add(parameters, stored_as, stored.num_bytes, memory_bytes)
         self.elements[stored.dtype] = self.elements.get(stored.dtype, 0) + stored.num_elements
         self.stored_bytes += stored.num_bytes
@@ -122,10 +136,15 @@ def target_footprint(checkpoint: Checkpoint | MistralCheckpoint) -> Footprint:
     assert isinstance(config, LlamaConfig), checkpoint
     shapes = expected_tensors(config)
     untied_bytes = 0 if config.tie_word_embeddings else table_bytes
+    stored: Mapping[str, _Counted]
     if checkpoint.path.is_file():
-        return _of_gguf(checkpoint.path, shapes, untied_bytes)
-    stored = {entry.name: entry for file in _hf_files(checkpoint.path) for entry in read_header(file)}
-    return _of_tensors({name: stored[name] for name in shapes}, frozenset(), untied_bytes)
+        from engine.checkpoint.gguf import GgufCheckpoint  # here, because importing gguf takes long
+
+        assert isinstance(checkpoint, GgufCheckpoint), checkpoint
+        stored = checkpoint.stored
+    else:
+        stored = {entry.name: entry for file in _hf_files(checkpoint.path) for entry in read_header(file)}
+    return _of_tensors(stored, stored.keys() - shapes.keys(), untied_bytes)
 
 
 def head_footprint(head: HeadCheckpoint | MistralHead) -> Footprint:
@@ -138,7 +157,7 @@ def head_footprint(head: HeadCheckpoint | MistralHead) -> Footprint:
         raise CheckpointError(f"head {head.path}: no *.safetensors file, expected one beside config.json")
     stored = {entry.name.removeprefix("model."): entry for file in files for entry in read_header(file)}
     _check_llama_head(head, stored)
-    unloaded = frozenset({"t2d"} if head.kind == "eagle3" else {"lm_head.weight"})
+    unloaded = {"t2d"} if head.kind == "eagle3" else {"lm_head.weight"}
     table = stored.get("embed_tokens.weight")
     return _of_tensors(stored, unloaded, 0 if table is None else table.num_elements * _WIDTH)
 
@@ -206,27 +225,18 @@ def _memory_bytes(copy: Copy) -> int:
             return copy.stored.num_elements * _SCALE_WIDTH * len(copy.places)
 
 
-def _of_tensors(stored: Mapping[str, Stored], unloaded: frozenset[str], table_bytes: int) -> Footprint:
-    """Tensors that are not quantised, by their Hugging Face names."""
+def _of_tensors(stored: Mapping[str, _Counted], unloaded: Set[str], table_bytes: int) -> Footprint:
+    """Tensors by their Hugging Face names. On loading all numbers but whole ones become bfloat16, those of
+    GGUF's blocks too.
+    """
     tally = _Tally()
     for name, entry in stored.items():
-        width = _WIDTH if entry.dtype in ("F32", "F16", "BF16") else entry.num_bytes // entry.num_elements
-        group, memory_bytes = _group_of(name), entry.num_elements * width
         if name in unloaded:
-            group, memory_bytes = OTHER, 0
-        tally.add(group, entry, entry.num_elements, entry.dtype, memory_bytes)
+            tally.add(OTHER, entry, entry.num_elements, entry.dtype, 0)
+            continue
+        width = entry.num_bytes // entry.num_elements if entry.dtype in _WHOLE else _WIDTH
+        tally.add(_group_of(name), entry, entry.num_elements, entry.dtype, entry.num_elements * width)
     return tally.finish(table_bytes)
-
-
-def _of_gguf(file: Path, shapes: Mapping[str, Shape], table_bytes: int) -> Footprint:
-    """A GGUF file as a whole: its blocks are widened to bfloat16 on loading, whatever their type."""
-    groups: dict[str, Group] = {}
-    for name, shape in shapes.items():
-        group = groups.setdefault(_group_of(name), Group(_group_of(name), stored_bytes=None))
-        group.parameters += math.prod(shape)
-        group.memory_bytes += math.prod(shape) * _WIDTH
-    ordered = tuple(groups[name] for name in _ORDER if name in groups)
-    return Footprint(ordered, {}, file.stat().st_size, 0, table_bytes)
 
 
 @cache

@@ -6,12 +6,13 @@ after torch has been loaded.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+
+from engine.cli.parser import Parser as Parser
 
 VERBS = {
     "serve": "HTTP server with OpenAI's API",
@@ -23,39 +24,6 @@ VERBS = {
     "demo": "one answer over HTTP, with and without speculation",
     "synth": "write a random model in a published format, for tests and measurements",
 }
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there is one to show."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that refuses abbreviations and, for a flag it does not know, suggests the nearest it does."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # type: ignore[arg-type]
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # typeshed overloads it
-        """As in argparse, but unknown flags end here, where the flags of this verb are known."""
-        parsed, unknown = super().parse_known_args(args, namespace)
-        for word in unknown:
-            if word.startswith("-"):
-                self.error(f"unknown flag {word}{self._nearest(word)}")
-        return parsed, unknown
-
-    def _nearest(self, word: str) -> str:
-        flag = word.partition("=")[0]
-        known = [
-            option
-            for action in self._actions
-            if action.help != argparse.SUPPRESS
-            for option in action.option_strings
-        ]
-        close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-        return f"; did you mean {close[0]}?" if close else f"; see {self.prog} --help"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +51,7 @@ def _run(verb: str, words: list[str]) -> int:
 
     try:
         module = importlib.import_module(f"engine.cli.{verb}")
-        parser = Parser(prog=f"haast {verb}", description=VERBS[verb] + ".", formatter_class=_Formatter)
+        parser = Parser(prog=f"haast {verb}", description=VERBS[verb] + ".")
         module.add_arguments(parser)
         code: int = module.run(parser.parse_args(words))
     except EngineError as error:

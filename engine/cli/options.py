@@ -1,30 +1,45 @@
 """Flags that several verbs share: which model, how to run it, what to draft.
 
 ``add_engine_arguments`` declares them, ``engine_config`` turns them into an EngineConfig, ``open_engine``
-loads. Flag names are vLLM's where vLLM has one.
+loads. Flag names are vLLM's where vLLM has one; SGLang's names are aliases.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
+import time
+from typing import Final
 
 import torch
 
 from engine.build import Served, build
+from engine.checkpoint import open_model
+from engine.checkpoint.dummy import open_dummy
+from engine.cli import speculative
 from engine.cli.progress import LoadingBar
-from engine.config import EngineConfig
+from engine.cli.speculative import Asked, asked, check_method
+from engine.config import EngineConfig, LlamaConfig
 from engine.core import Speculation
 from engine.errors import ConfigError
 from kernels import has_fast_bfloat16
 
+log = logging.getLogger("haast")
+
+GPU_MEMORY_UTILIZATION: Final = 0.9  # where --kv-cache-memory is not given
+_QUANTIZATIONS: Final = {  # names that others have for how a checkpoint is stored
+    "fp8": "fp8",
+    "nvfp4": "nvfp4",
+    "modelopt_fp4": "nvfp4",
+    "compressed-tensors": "nvfp4",
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     """Declare MODEL and the flags of model, engine and speculation. dtype: the verb's default for --dtype."""
-    default = EngineConfig()
     group = parser.add_argument_group("model")
     group.add_argument(
         "model",
@@ -41,12 +56,30 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         "CPU without AVX-512 bfloat16, else bfloat16",
     )
     group.add_argument(
+        "--load-format",
+        choices=("auto", "safetensors", "mistral", "dummy"),
+        default="auto",
+        help="dummy fills model and head of this shape with random numbers, without reading weights, to "
+        "measure speed; any other reads the files, whose format is found out",
+    )
+    group.add_argument(
         "--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one"
     )
 
-    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--quantization",
+        metavar="KIND",
+        help="refuse the model unless it is stored so: fp8 or nvfp4; a checkpoint is always served as stored",
+    )
+    _add_step_arguments(parser.add_argument_group("engine"))
+    _add_speculation_arguments(parser.add_argument_group("speculation"))
+
+
+def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
+    default = EngineConfig()
     group.add_argument(
         "--max-model-len",
+        "--context-length",
         type=int,
         default=default.max_model_len,
         metavar="TOKENS",
@@ -54,6 +87,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
     )
     group.add_argument(
         "--max-num-seqs",
+        "--max-running-requests",
         type=int,
         default=default.max_num_seqs,
         metavar="N",
@@ -76,22 +110,49 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         help="tokens per page of the KV cache",
     )
     group.add_argument(
+        "--gpu-memory-utilization",
+        "--mem-fraction-static",
+        type=float,
+        metavar="SHARE",
+        help=f"of a GPU's memory for weights, activations and KV cache (default {GPU_MEMORY_UTILIZATION}); "
+        "no effect on a CPU or with --kv-cache-memory",
+    )
+    group.add_argument(
         "--kv-cache-memory",
+        "--kv-cache-memory-bytes",
         type=num_bytes,
-        default=default.kv_cache_memory,
         metavar="BYTES",
-        help="memory for the KV cache, as 512MiB or 2GiB",
+        help="memory for the KV cache, as 512MiB or 2GiB (default on a CPU 1GiB); on a GPU what "
+        "--gpu-memory-utilization leaves",
     )
 
-    group = parser.add_argument_group("speculation")
+
+def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
+    default = EngineConfig()
     group.add_argument(
         "--spec-model",
+        "--speculative-draft-model-path",
+        "--speculative-draft-model",
         metavar="HEAD",
         help="directory of a draft head, or 'ngram' or 'none'; without it, the shipped head "
         "with the default model and none with any other",
     )
     group.add_argument(
+        "--spec-method",
+        "--speculative-algorithm",
+        type=str.lower,
+        choices=speculative.METHODS,
+        help="what the head must be; ngram and none need no --spec-model",
+    )
+    group.add_argument(
+        "--spec-tokens",
+        type=int,
+        metavar="K",
+        help="tokens to draft: a tree of K and the root, up to K deep; with --spec-top-k 1 a chain",
+    )
+    group.add_argument(
         "--spec-nodes",
+        "--speculative-num-draft-tokens",
         type=int,
         default=None,
         metavar="N",
@@ -99,10 +160,20 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         "without AVX-512 bfloat16, where every scored node costs time)",
     )
     group.add_argument(
-        "--spec-depth", type=int, default=None, metavar="N", help="levels of the draft tree (default 4, or 3)"
+        "--spec-depth",
+        "--speculative-num-steps",
+        type=int,
+        default=None,
+        metavar="N",
+        help="levels of the draft tree (default 4, or 3)",
     )
     group.add_argument(
-        "--spec-top-k", type=int, default=None, metavar="N", help="children of a node (default 4, or 2)"
+        "--spec-top-k",
+        "--speculative-eagle-topk",
+        type=int,
+        default=None,
+        metavar="N",
+        help="children of a node (default 4, or 2)",
     )
     group.add_argument(
         "--spec-draft-vocab",
@@ -114,9 +185,17 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
     group.add_argument(
         "--spec-max-model-len",
         type=int,
-        default=default.draft_max_model_len,
         metavar="TOKENS",
-        help="such a head drafts for sequences up to this length, longer ones are decoded plainly",
+        help="such a head drafts for sequences up to this length, longer ones are decoded plainly "
+        f"(default {default.draft_max_model_len})",
+    )
+    group.add_argument(
+        speculative.FLAG,
+        "-sc",
+        metavar="JSON",
+        help="all of the above in vLLM's form; keys: model, method, num_speculative_tokens (as "
+        "--spec-tokens: a tree of that many tokens and that deep, with top_k 1 a chain), max_model_len, and "
+        "ours tree (as --spec-nodes), depth, top_k",
     )
     group.add_argument(
         "--spec-log", metavar="FILE", help="write every step's tree, verdict and times as JSONL"
@@ -125,12 +204,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The configuration that the flags describe. Raises ConfigError naming the flag."""
-    for flag, low, high in (("spec_nodes", 1, 64), ("spec_depth", 0, 16), ("spec_top_k", 1, 16)):
-        if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
-            name = flag.replace("_", "-")
-            raise ConfigError(f"--{name} is {getattr(args, flag)}, expected {low} to {high}")
+    share = args.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"--gpu-memory-utilization is {share}, expected more than 0 and at most 1")
+    default, draft = EngineConfig(), asked(args)
     device = device_name(args.device)
-    tree = default_tree(device)
+    decides = device != "cpu" and args.kv_cache_memory is None
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16_is_fast(device) else "w16a32"
@@ -142,15 +221,15 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         page_size=args.page_size,
-        kv_cache_memory=args.kv_cache_memory,
-        speculation=Speculation(
-            tree.nodes if args.spec_nodes is None else args.spec_nodes,
-            tree.depth if args.spec_depth is None else args.spec_depth,
-            tree.top_k if args.spec_top_k is None else args.spec_top_k,
-        ),
+        kv_cache_memory=default.kv_cache_memory if args.kv_cache_memory is None else args.kv_cache_memory,
+        gpu_memory_utilization=(GPU_MEMORY_UTILIZATION if share is None else share) if decides else None,
+        speculation=draft.size(default_tree(device)),
         draft_vocab_size=args.spec_draft_vocab,
-        draft_max_model_len=args.spec_max_model_len,
+        draft_max_model_len=default.draft_max_model_len
+        if draft.max_model_len is None
+        else draft.max_model_len,
         spec_log=args.spec_log,
+        dummy_weights=args.load_format == "dummy",
     )
 
 
@@ -170,13 +249,75 @@ def model_name(args: argparse.Namespace) -> str | None:
     return name
 
 
+def notes(args: argparse.Namespace, config: EngineConfig) -> list[str]:
+    """Which of the flags given have no effect, and what happens instead."""
+    if args.gpu_memory_utilization is None or config.gpu_memory_utilization is not None:
+        return []
+    where = "on a CPU" if config.device == "cpu" else "with --kv-cache-memory"
+    size = config.kv_cache_memory / (1 << 30)
+    return [
+        f"--gpu-memory-utilization {args.gpu_memory_utilization}: no effect {where}; the KV cache may take "
+        f"{size:.2f} GiB (--kv-cache-memory)"
+    ]
+
+
 def open_engine(args: argparse.Namespace) -> Served:
     """Load the model that the flags name, with a progress bar on stderr.
 
     Raises ConfigError or CheckpointError.
     """
+    config, draft, model = engine_config(args), asked(args), model_name(args)
+    _check_draft(draft, model, config)
+    if args.quantization is not None:
+        check_quantization(args.quantization, model, config.dummy_weights)
+    num_read = 0
+    started = time.perf_counter()
     with LoadingBar() as bar:
-        return build(model_name(args), args.spec_model, engine_config(args), bar.update)
+
+        def update(done: int, total: int) -> None:
+            nonlocal num_read
+            num_read = done
+            bar.update(done, total)
+
+        served = build(model, draft.head, config, update)
+    log.info(
+        "Model loading took %.2f GiB and %.1f s: %s, %s, from %s",
+        num_read / (1 << 30),
+        time.perf_counter() - started,
+        served.name,
+        config.dtype_name,
+        served.root,
+    )
+    return served
+
+
+def _check_draft(draft: Asked, model: str | None, config: EngineConfig) -> None:
+    if draft.method in ("eagle", "eagle3") and draft.head is None and model is not None:
+        raise ConfigError(f"--spec-method is {draft.method!r}, expected a draft head as --spec-model")
+    check_method(draft, config.dummy_weights)
+
+
+def check_quantization(name: str, model: str | None, dummy: bool = False) -> None:
+    """ConfigError unless a model is stored in the way that --quantization names. Reads its headers, or for a
+    dummy its config.
+    """
+    kind = _QUANTIZATIONS.get(name.lower())
+    if kind is None:
+        raise ConfigError(
+            f"--quantization is {name!r}, expected {', '.join(_QUANTIZATIONS)}; a checkpoint is served as it "
+            "is stored, so the flag can be left out"
+        )
+    checkpoint = None if model is None else (open_dummy if dummy else open_model)(model)
+    stored: set[str] = set()
+    if checkpoint is not None and not isinstance(checkpoint.config, LlamaConfig):
+        plan = checkpoint.plan
+        stored = {planned.kind for planned in plan.weights.values() if planned.expected.is_linear}
+    if kind not in stored:
+        found = " and ".join(sorted(stored - {"plain"})) or "neither FP8 nor NVFP4"
+        raise ConfigError(
+            f"--quantization is {name!r}, but {model or 'the default model'} is stored as {found}; it is "
+            "served as it is stored: leave the flag out"
+        )
 
 
 def num_bytes(text: str) -> int:

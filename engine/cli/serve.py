@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
+import re
 import sys
-import time
+from pathlib import Path
 
 import torch
 import uvloop
 
 from engine.build import Served
-from engine.cli.options import add_engine_arguments, engine_config, open_engine
+from engine.cli.compat import add_foreign_arguments, notes_of
+from engine.cli.options import add_engine_arguments, engine_config, notes, open_engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.server.app import ServerOptions
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="KEY",
         default=argparse.SUPPRESS,
-        help="a key that clients must send; may be repeated (or HAAST_API_KEY)",
+        help="a key that clients must send; may be repeated",
     )
     group.add_argument(
         "--served-model-name",
@@ -73,8 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("debug", "info", "warning", "error"),
         help="what to log",
     )
+    group.add_argument(
+        "--config", metavar="FILE", help="values of flags as YAML; the command line and HAAST_* win over it"
+    )
     # For a process that starts a server for itself: give it a pipe as stdin and hold the other end.
     group.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+    add_foreign_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,15 +94,19 @@ def run(args: argparse.Namespace) -> int:
     options = server_options(args)
     config = engine_config(args)
     log.info("haast %s, torch %s, %s", version(), torch.__version__, _device_name(config))
+    given = [str(given) for given in args.given if given.flag != "--model" or args.model is None]
+    if given:
+        log.info("Non-default arguments: %s", ", ".join(given))
+    for note in (*notes_of(args), *notes(args, config)):
+        log.info("%s", note)
     if options.host not in _LOOPBACK and not options.api_keys:
         log.warning(
             "--host %s without --api-key: whoever reaches this machine may use the model", options.host
         )
 
     def load() -> Served:
-        started = time.perf_counter()
         served = open_engine(args)
-        _describe(served, time.perf_counter() - started)
+        _describe(served)
         return served
 
     parent = sys.stdin.fileno() if args.exit_with_parent else None
@@ -105,14 +114,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def server_options(args: argparse.Namespace) -> ServerOptions:
-    """The options that the flags and HAAST_API_KEY describe. Raises ConfigError naming the flag."""
+    """The options that the flags describe. Raises ConfigError naming the flag."""
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port is {args.port}, expected 0 to 65535")
     for flag in ("max_num_queued_reqs", "sse_keep_alive_interval", "shutdown_timeout"):
         if not getattr(args, flag) >= 0:
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected 0 or more")
-    from_env = os.environ.get("HAAST_API_KEY")
-    keys = getattr(args, "api_key", [from_env] if from_env else [])
+    keys = getattr(args, "api_key", [])
     if not all(keys):
         raise ConfigError("--api-key is empty")
     return ServerOptions(
@@ -126,16 +134,15 @@ def server_options(args: argparse.Namespace) -> ServerOptions:
     )
 
 
-def _describe(served: Served, seconds: float) -> None:
+def _describe(served: Served) -> None:
     """The lines that a newcomer looks for."""
     config = served.engine.config
     pages = served.engine.scheduler.pages
     num_tokens = pages.num_usable * pages.page_size
     log.info(
-        "Model loading took %.1f s: %s, %s, from %s", seconds, served.name, config.dtype_name, served.root
-    )
-    log.info(
-        "KV cache size: %d tokens; maximum concurrency for %d tokens per request: %.2fx",
+        "Available KV cache memory: %.2f GiB; KV cache size: %d tokens; maximum concurrency for %d tokens "
+        "per request: %.2fx",
+        config.kv_cache_memory / (1 << 30),
         num_tokens,
         config.max_model_len,
         num_tokens / config.max_model_len,
@@ -146,16 +153,21 @@ def _describe(served: Served, seconds: float) -> None:
     elif tree.is_off:
         log.info("speculation: OFF (--spec-nodes %d, --spec-depth %d)", tree.nodes, tree.depth)
     else:
+        longest = getattr(served.engine.draft, "max_len", None)
         log.info(
-            "speculation: %s, %d nodes, depth %d, top-k %d",
+            "speculation: %s, %d nodes, depth %d, top-k %d%s",
             served.draft_name,
             tree.nodes,
             tree.depth,
             tree.top_k,
+            "" if longest is None else f", max position {longest}",
         )
 
 
 def _device_name(config: EngineConfig) -> str:
-    if config.device.startswith("cuda"):
-        return torch.cuda.get_device_name(config.device)
-    return f"CPU with {torch.get_num_threads()} threads"
+    """The device, and its driver's version where Linux says it."""
+    if not config.device.startswith("cuda"):
+        return f"CPU with {torch.get_num_threads()} threads"
+    name, file = torch.cuda.get_device_name(config.device), Path("/proc/driver/nvidia/version")
+    found = re.search(r"  (\d+\.[\d.]+) ", file.read_text()) if file.is_file() else None
+    return name if found is None else f"{name}, driver {found[1]}"

@@ -5,7 +5,8 @@ a server or a disk without 120 GB of weights. It answers with nonsense.
 
     tiny   2 layers of width 64, written within a second; runs on a CPU
     4gb    7 layers of width 2,048: about 4 GB in FP8, to measure loading
-    full   the published sizes. Only headers: files have their length, take up no space and read as zeros
+    full   the published sizes. Only headers: files have their length, take up no space and read as zeros;
+           ``haast serve --load-format dummy`` fills the model on its device, if there is a tokenizer
 """
 
 from __future__ import annotations
@@ -152,8 +153,10 @@ def _say_next(args: argparse.Namespace, config: Mistral4Config, headers_only: bo
     head = [] if args.head_dir is None else ["--spec-model", str(args.head_dir)]
     if headers_only:
         sys.stdout.write(shlex.join(["haast", "check", str(args.directory), *head]) + "\n")
-        return
-    if args.tekken is None:
+        if args.tekken is None:
+            return
+        head += ["--load-format", "dummy"]  # the files have no data that could be loaded
+    elif args.tekken is None:
         sys.stdout.write(
             f"Serving needs {args.directory / 'tekken.json'}; write again with --tekken FILE, so that every "
             "token has an embedding.\n"

@@ -52,8 +52,10 @@ class Metrics(msgspec.Struct, kw_only=True):
 
 @dataclass(slots=True)
 class RequestStats:
-    """Running account of one request. ``most_accepted``: draft tokens that a step can accept, 0 if it does not
-    speculate."""
+    """Running account of one request.
+
+    most_accepted: draft tokens that a step can accept, 0 if the request does not speculate.
+    """
 
     arrival: float
     most_accepted: int

@@ -313,7 +313,7 @@ def test_bad_scales_are_told_before_memory_is_taken(
         raise AssertionError("buffers were allocated")
 
     rewrite(tiny(tmp_path, layout), {name: torch.tensor([value])})
-    monkeypatch.setattr(engine.checkpoint.stream, "_allocate", allocate)
+    monkeypatch.setattr(engine.checkpoint.stream, "allocate", allocate)
     message = rf"consolidated\.safetensors: tensor {name} holds the scale {value}, expected a positive number"
     with pytest.raises(CheckpointError, match=message):
         open_model(tmp_path / "tiny").load(torch.bfloat16, "cpu")

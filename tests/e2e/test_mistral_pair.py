@@ -15,6 +15,7 @@ import pytest
 
 from tests.e2e.served import Server, events
 from tests.engine.test_build_mistral import write_pair
+from tests.server.test_launch_line import WITH_HEAD, words_of, write_long_pair
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
@@ -64,3 +65,30 @@ def test_the_model_says_what_it_is(server: Server) -> None:
     assert (card["id"], card["max_model_len"]) == ("target", 256)
     assert Path(card["root"]).name == "target"
     assert any("eagle (head)" in line for line in server.lines), server.lines
+
+
+def test_the_published_launch_line_serves(tmp_path: Path) -> None:
+    """vLLM's recipe with the program's name changed, on one GPU fewer; what is behind it suits the test."""
+    words = words_of(WITH_HEAD, write_long_pair(tmp_path, "native-fp8"))
+    running = Server(*words, "--device", "cpu", "--kv-cache-memory", "128MiB")
+    try:
+        running.wait()
+        answer = running.chat(prompt="Hi", temperature=0, ignore_eos=True, tools=[TOOL])
+        with running.open("/v1/models") as response:
+            [card] = json.load(response)["data"]
+    finally:
+        assert running.stop() == 0
+    assert card["max_model_len"] == 262144
+    assert answer["usage"]["completion_tokens"] == 48
+    assert answer["metrics"]["speculative_decoding"]["num_spec_tokens"] == 3
+    log = "".join(running.lines)
+    for said in (
+        "--max-model-len 262144 (flag)",
+        "--attention-backend FLASH_ATTN_MLA: no effect",
+        "--gpu-memory-utilization 0.8: no effect on a CPU; the KV cache may take 0.12 GiB",
+        "Model loading took 0.00 GiB and ",
+        "Available KV cache memory: 0.12 GiB; KV cache size: ",
+        "speculation: eagle (head), 4 nodes, depth 3, top-k ",
+        ", max position 65536",
+    ):
+        assert said in log, log

@@ -8,16 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from engine.build import DEFAULT_HEAD, _num_pages, default_model_path, open_head
+from engine.checkpoint.gguf import llama3_factors
 from engine.checkpoint.synthetic import write_head, write_headers, write_target
 from engine.checkpoint.synthetic_config import SMALL_4, SMALL_4_VISION, TINY, TINY_VISION, head_config
 from engine.checkpoint.synthetic_tables import Layout
 from engine.cli import main, options, serve
 from engine.cli.roofline import GPUS
-from engine.config import LlamaConfig, Mistral4Config
+from engine.config import LlamaConfig, Mistral4Config, RopeScaling
 from tests.checkpoint.files import write_gguf, write_hf
 from tests.conftest import tiny_eagle3, tiny_llama
 
@@ -201,6 +205,66 @@ def test_a_llama_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--max-model-len 512 " in report["launch"]
 
 
+@pytest.mark.parametrize(("quant", "block_bytes"), [("Q8_0", 34), ("Q4_0", 18), ("F16", 64)])
+def test_groups_of_a_gguf_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quant: str, block_bytes: int
+) -> None:
+    """Bytes of 32 numbers are those of the format's description; norms are whole floats."""
+    config, weights = tiny_llama(vocab_size=300, num_layers=2, intermediate_size=64)
+    file = write_gguf(tmp_path / "m.gguf", config, weights, quant)
+    said = check(capsys, file)["target"]
+    found = groups(said)
+    of_group = {
+        "attention": 2 * (2 * 32 * 32 + 2 * 16 * 32),
+        "dense MLP": 2 * 3 * 32 * 64,
+        "embeddings and output": 2 * 300 * 32,
+    }
+    for name, numbers in of_group.items():
+        assert (found[name]["parameters"], found[name]["stored_as"]) == (numbers, [quant])
+        assert found[name]["stored_bytes"] * 32 == numbers * block_bytes
+        assert found[name]["memory_bytes"] == 2 * numbers
+    norms = 5 * 32
+    assert found["norms and router"]["stored_bytes"] == 4 * norms
+    assert found.keys() == of_group.keys() | {"norms and router"}
+    assert said["elements"] == {"F32": norms, quant: sum(of_group.values())}
+    assert said["stored_bytes"] == sum(group["stored_bytes"] for group in said["groups"])
+    assert 0 < file.stat().st_size - said["stored_bytes"] < 20_000
+    assert main.main(["check", str(file)]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "attention" in line]
+    assert quant in row
+    assert "6,144" in row
+
+
+def test_what_a_llama_does_not_load_is_counted_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tied output stored twice, an old file's frequencies, a GGUF file's rotary factors."""
+    config, weights = tiny_llama(tie_word_embeddings=True)
+    numbers = sum(weight.numel() for weight in weights.values())
+    extra = {
+        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    said = check(capsys, write_hf(tmp_path / "hf", config, weights | extra, num_shards=2))["target"]
+    assert (said["parameters"], said["memory_bytes"]) == (numbers, 2 * numbers)
+    assert said["stored_bytes"] == 4 * (numbers + 97 * 32 + 4)
+    apart = groups(said)["not loaded"]
+    assert (apart["parameters"], apart["stored_bytes"], apart["memory_bytes"]) == (
+        97 * 32 + 4, 4 * (97 * 32 + 4), 0,
+    )  # fmt: skip
+
+    config, weights = tiny_llama(vocab_size=300, rope_theta=500_000.0)
+    numbers = sum(weight.numel() for weight in weights.values())
+    factors = llama3_factors(RopeScaling(8.0, 1.0, 4.0, 8192), config.head_dim, config.rope_theta)
+
+    def add(writer: GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+
+    said = check(capsys, write_gguf(tmp_path / "m.gguf", config, weights, change=add))["target"]
+    assert (said["parameters"], said["memory_bytes"]) == (numbers, 2 * numbers)
+    assert groups(said)["not loaded"]["stored_bytes"] == 4 * config.head_dim // 2
+
+
 def test_kv_heads_are_split_and_tied_embeddings_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +289,8 @@ def test_a_published_head_of_a_llama(tmp_path: Path, capsys: pytest.CaptureFixtu
     report = check(capsys, target, "--spec-model", head)
     found = groups(report["head"])
     assert report["head"]["architecture"] == "EAGLE-3 head"
-    assert report["head"]["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    loaded = [tensor.numel() for name, tensor in tensors.items() if name != "t2d"]
+    assert report["head"]["parameters"] == sum(loaded)
     assert found["embeddings and output"]["parameters"] == tensors["lm_head.weight"].numel()
     assert found["not loaded"]["memory_bytes"] == 0
     assert report["output_rows_bytes"] == 0
@@ -243,7 +308,13 @@ def test_the_default_pair(capsys: pytest.CaptureFixture[str]) -> None:
     report = check(capsys)
     assert report["target"]["name"] == "SmolLM2-135M-Instruct"
     assert report["target"]["parameters"] == 134_515_008
-    assert report["target"]["stored_bytes"] == default_model_path().stat().st_size
+    file_bytes = default_model_path().stat().st_size
+    assert 0 < file_bytes - report["target"]["stored_bytes"] < 2_500_000  # the tokenizer, metadata
+    found = groups(report["target"])
+    assert sum(group["stored_bytes"] for group in found.values()) == report["target"]["stored_bytes"]
+    assert found["attention"]["stored_as"] == ["Q4_1"]
+    assert found["attention"]["stored_bytes"] * 32 == found["attention"]["parameters"] * 20
+    assert found["norms and router"]["stored_as"] == ["F32"]
     assert report["head"]["name"] == DEFAULT_HEAD.name
     assert report["launch"].startswith("haast serve --max-model-len 8192 ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.checkpoint.synthetic_config import SMALL_4, TINY, head_config
 from engine.checkpoint.synthetic_tables import LAYOUTS, Layout, head_table, target_table
 from engine.cli import main, options, serve
 from engine.cli.synth import SIZES
+from engine.errors import CheckpointError
 from tests.checkpoint.mistral_files import read_all, same_bits
 from tests.text.tekken import tekken_data
 
@@ -72,6 +74,24 @@ def test_a_pair_with_a_tokenizer_is_served(tmp_path: Path, capsys: pytest.Captur
     assert served.tokenizer.vocab_size == 1_300 == open_model(target).config.vocab_size
     assert served.draft_name == "eagle (h)"
     assert served.engine.config.max_model_len == TINY.max_position_embeddings
+
+
+def test_headers_with_a_tokenizer_are_served_as_a_dummy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, head, tekken = tmp_path / "t", tmp_path / "h", tmp_path / "my-tekken.json"
+    tekken.write_text(json.dumps(tekken_data(num_vocab=300)))
+    said = synth(capsys, target, "--head-dir", head, "--tekken", tekken, "--headers-only")
+    assert said[-2] == f"haast check {target} --spec-model {head}"
+    assert said[-1].startswith(f"haast serve {target} --spec-model {head} --load-format dummy ")
+    parser = main.Parser()
+    serve.add_arguments(parser)
+    args = parser.parse_args([*said[-1].split()[2:], "--device", "cpu", "--kv-cache-memory", "64MiB"])
+    config = options.engine_config(args)
+    served = build(args.model, args.spec_model, config)
+    assert served.engine.target.embedding.any()
+    with pytest.raises(CheckpointError, match="holds the scale 0.0, expected a positive number"):
+        build(args.model, args.spec_model, dataclasses.replace(config, dummy_weights=False))
 
 
 def test_the_size_in_between_is_about_4_gb() -> None:
