@@ -66,6 +66,14 @@ class Calibration:
         right = curves.gather(-1, low[..., None] + 1)[..., 0]
         return left + (right - left) * (place - low)
 
+    def one(self, raw: float, depth: int, rank: int, sampled: bool) -> float:
+        """The same for one score, on the host."""
+        curve = self._rates[int(sampled), min(depth, _MAX_DEPTH) - 1, min(rank, _MAX_RANK - 1)]
+        place = min(max(raw * NUM_BUCKETS - 0.5, 0.0), NUM_BUCKETS - 1.0)
+        low = min(int(place), NUM_BUCKETS - 2)
+        left, right = float(curve[low]), float(curve[low + 1])
+        return left + (right - left) * (place - low)
+
     def observe(self, tree: DraftTree, verdict: Verdict, sampling: SamplingTensors) -> None:
         """Count every node whose parent was accepted: only there did the target judge it.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from draft.calibration import Calibration
 from draft.ngram import Lookup, PromptLookup
 from draft.none import root_tokens
+from draft.solo import Children, SoloRows, grow_one
 from draft.tree import Limits, Offers, graft, grow
 from engine.core import (
     Batch,
@@ -33,12 +34,14 @@ from engine.core import (
     Verdict,
     slots_of,
 )
-from engine.kvcache import KVPool, LatentPool, RowPlan, make_plan
+from engine.kvcache import KVPool, LatentPool, RowPlan, first_slot, make_plan
 from engine.sampler import candidates
 from kernels import gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
 _SURE = 0.8  # a lookup whose first token is so likely replaces the head's tree, which costs time to grow
+# Expanding a level costs a twentieth of a step or so: not worth it where it will hardly be reached.
+_LEAST_LEVEL = 0.15
 _LONG = 64  # pending pairs past which a sequence is extended on its own, so that others are not padded to it
 
 
@@ -207,6 +210,10 @@ class FeatureDraft:
             pending = self._pending[batch.seqs[row].request.id]
             if pending.num_waiting > _LONG:
                 self._extend_alone(batch, row, pending)
+        if len(batch.seqs) == 1 and self.device == "cpu":
+            start = first_slot(batch.seqs[0].pages, batch.page_size)
+            if start is not None:
+                return self._grow_alone(batch, start)
         rows = self._rows(batch, active)
         most = len(self.model.token_ids)  # a node cannot have more children than the head has tokens
         wanted = [batch.speculation[row] for row in active]
@@ -311,7 +318,53 @@ class FeatureDraft:
             return self._offers(frontier, rows, depth, limits.max_top_k)
 
         first = self._offers(frontier, rows, 0, limits.max_top_k)
-        return grow(root, first, limits, expand, lambda raw, depth: self.calibration(raw, depth, sampled))
+        return grow(
+            root,
+            first,
+            limits,
+            expand,
+            lambda raw, depth: self.calibration(raw, depth, sampled),
+            _LEAST_LEVEL,
+        )
+
+    def _grow_alone(self, batch: Batch, start: int) -> DraftTree:
+        """The tree of a batch of one on a CPU, whose row 0 lies at slot ``start``."""
+        seq, spec, pending = batch.seqs[0], batch.speculation[0], self._pending[batch.seqs[0].request.id]
+        spec = replace(spec, top_k=min(spec.top_k, len(self.model.token_ids)))
+        first, count = pending.num_rows + 1, pending.num_waiting
+        tokens, features = pending.take(count)
+        assert pending.num_rows == seq.kv_len
+        rows = _Rows(batch.kv_lens, batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
+        places = SoloRows(start, seq.kv_len)
+        positions = torch.arange(first - 1, first - 1 + count)[None]
+        frontier = self.model.forward(
+            tokens[None], self.model.inject(features[None]), positions, places.extend(first, count)
+        )[:, -1:]
+        sampled = seq.request.sampling.temperature > 0
+
+        def children(depth: int) -> list[Children]:
+            offers = self._offers(frontier, rows, depth, spec.top_k)
+            both = zip(offers.tokens[0].tolist(), offers.raw[0].tolist(), strict=True)
+            return [list(zip(tokens, raw, strict=True)) for tokens, raw in both]
+
+        def expand(tokens: list[int], parents: list[int], depth: int) -> list[Children]:
+            nonlocal frontier
+            frontier = self.model.forward(
+                torch.tensor([tokens]),
+                frontier[:, parents],
+                torch.full((1, len(tokens)), seq.kv_len + depth - 1),
+                places.expand(parents),
+            )
+            return children(depth)
+
+        return grow_one(
+            seq.tokens[-1],
+            children(0)[0],
+            spec,
+            expand,
+            lambda raw, depth, rank: self.calibration.one(raw, depth, rank, sampled),
+            _LEAST_LEVEL,
+        )
 
     def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int) -> Offers:
         """The best children of nodes at one depth: feature [b, F, H] -> offers [b, F, k]."""

@@ -55,13 +55,15 @@ Expand = Callable[[Tensor, Tensor, int], Offers]
 Value = Callable[[Tensor, int], Tensor]
 
 
-def grow(root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Value) -> DraftTree:
+def grow(
+    root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Value, least_level: float = 0.0
+) -> DraftTree:
     """Build the trees of a batch.
 
     root: [B] tokens; first: offers after the root ([B, 1, k]); expand(tokens [B, F], parents [B, F], depth)
     runs the head on chosen nodes of that depth, where parents are frontier numbers of the level before, and
     returns their offers; value(raw [B, F, k], depth) is the calibrated conditional acceptance of children at
-    that depth.
+    that depth; least_level: a level whose nodes have less value than this in sum is not expanded (on a host).
     """
     num_seqs, device = root.shape[0], root.device
     beam = limits.max_top_k
@@ -83,7 +85,7 @@ def grow(root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Val
         if depth == limits.max_depth:
             break
         best = level.topk(min(beam, level.shape[1]), dim=1)
-        if _is_settled(values, best.values[:, 0], limits):
+        if _is_settled(values, best.values, limits, least_level):
             break
         chosen = best.indices
         offers = expand(tokens[-1].gather(1, chosen), chosen // k, depth)
@@ -103,16 +105,18 @@ def grow(root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Val
     )
 
 
-def _is_settled(values: list[Tensor], best_frontier: Tensor, limits: Limits) -> bool:
-    """Whether no child of the frontier can still get among the kept nodes. Host only: a device is never
-    waited for."""
-    if best_frontier.device.type != "cpu":
+def _is_settled(values: list[Tensor], frontier: Tensor, limits: Limits, least_level: float) -> bool:
+    """Whether no child of the frontier (values [B, F], best first) can still get among the kept nodes, or all
+    of it is hardly likely. Host only: a device is never waited for."""
+    if frontier.device.type != "cpu":
         return False
+    if bool((frontier.clamp(min=0).sum(dim=1) < least_level).all()):
+        return True
     pool = torch.cat(values, 1)
     if pool.shape[1] < limits.max_nodes - 1:
         return False
     worst_kept = pool.topk(limits.max_nodes - 1, dim=1).values.gather(1, limits.nodes - 2)[:, 0]
-    return bool((best_frontier <= worst_kept).all())
+    return bool((frontier[:, 0] <= worst_kept).all())
 
 
 def _keep_best(

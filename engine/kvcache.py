@@ -113,9 +113,48 @@ def _bias(visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
+def first_slot(pages: list[int], page_size: int) -> int | None:
+    """Where row 0 of a sequence lies if its pages are consecutive, as they usually are, else None."""
+    if not pages or pages != list(range(pages[0], pages[0] + len(pages))):
+        return None
+    return pages[0] * page_size
+
+
+def tree_bias(parents: list[int], kv_len: int) -> Tensor:
+    """Mask of nodes that see ``kv_len`` rows and, behind them, themselves and their ancestors.
+
+    parents: of every node, -1 for none. Returns [1, N, kv_len + N] of 0 and -inf.
+    """
+    num_nodes = len(parents)
+    hidden = [[float("-inf")] * num_nodes]  # of "no parent"
+    for node, parent in enumerate(parents):
+        own = hidden[parent + 1].copy()
+        own[node] = 0.0
+        hidden.append(own)
+    bias = torch.zeros(1, num_nodes, kv_len + num_nodes)
+    bias[0, :, kv_len:] = torch.tensor(hidden[1:])
+    return bias
+
+
+def _plan_of_one(batch: Batch, tree: DraftTree) -> RowPlan | None:
+    """The plan for a single sequence on a CPU whose rows lie side by side, made without tensor arithmetic."""
+    if len(batch.seqs) != 1 or batch.prompt is not None or tree.tokens.device.type != "cpu":
+        return None
+    seq, num_nodes = batch.seqs[0], tree.tokens.shape[1]
+    start = first_slot(seq.pages, batch.page_size)
+    if start is None or num_nodes > len(seq.pages) * batch.page_size - seq.kv_len:
+        return None
+    end = start + seq.kv_len + num_nodes
+    bias = None if num_nodes == 1 else tree_bias(tree.parents[0].tolist(), seq.kv_len)
+    return RowPlan(slice(end - num_nodes, end), (slice(start, end),), bias)
+
+
 def plan_rows(batch: Batch, tree: DraftTree) -> RowPlan:
     """Where the nodes of a tree are written, and what each of them reads: the committed rows and its
     ancestors."""
+    plan = _plan_of_one(batch, tree)
+    if plan is not None:
+        return plan
     num_nodes = tree.tokens.shape[1]
     device = tree.tokens.device
     node = torch.arange(num_nodes, device=device)
