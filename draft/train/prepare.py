@@ -31,16 +31,16 @@ def prepare(
     """The head before its first step, on the host, and the target's parts that training reads.
 
     weights: float32, Hugging Face names; training: documents whose answers decide the draft vocabulary, of
-    ``draft_vocab`` tokens, ``eos_token_ids`` among them; init_head: the directory of a head to go on from,
-    whose draft vocabulary is kept.
+    ``draft_vocab`` tokens, ``eos_token_ids`` among them; init_head: the directory of a head to go on from.
+    Its draft vocabulary is kept if it has output rows of its own; the target's rows suit any choice.
     """
     layers = tuple(dataset.settings["feature_layers"])
+    counts = dataset.answer_counts(target.vocab_size, training)
+    vocab = choose_draft_vocab(counts, draft_vocab, eos_token_ids)
     if init_head is not None:
-        head = _existing(init_head, HeadConfig.for_target(target, layers, draft_vocab), weights)
+        head = _existing(init_head, HeadConfig.for_target(target, layers, draft_vocab), weights, vocab)
         vocab = head.draft_vocab
     else:
-        counts = dataset.answer_counts(target.vocab_size, training)
-        vocab = choose_draft_vocab(counts, draft_vocab, eos_token_ids)
         head = Eagle3Module(HeadConfig.for_target(target, layers, draft_vocab), vocab)
         read = ("model.layers.0.", f"model.layers.{target.num_layers - 1}.")
         needed = {
@@ -58,20 +58,30 @@ def prepare(
     return head, side
 
 
-def _existing(path: Path, wanted: HeadConfig, target: Mapping[str, Tensor]) -> Eagle3Module:
-    """A trained head as a module. Raises ConfigError or CheckpointError if it is not of the wanted shape."""
+def _existing(path: Path, wanted: HeadConfig, target: Mapping[str, Tensor], vocab: Tensor) -> Eagle3Module:
+    """A trained head as a module, with ``vocab`` if its output rows are the target's.
+
+    Raises ConfigError or CheckpointError if it is not of the wanted shape.
+    """
     found = read_head(path)
+    tensors = read_weights(path, torch.float32, "cpu")
+    shares_rows = "lm_head.weight" not in tensors
     for key, value, expected in (
         ("kind", found.kind, "eagle3"),
         ("feature layers", found.feature_layers, wanted.feature_layers),
-        ("draft_vocab_size", found.draft_vocab_size, wanted.draft_vocab_size),
+        (
+            "draft_vocab_size",
+            wanted.draft_vocab_size if shares_rows else found.draft_vocab_size,
+            wanted.draft_vocab_size,
+        ),
     ):
         if value != expected:
             raise ConfigError(f"--init-head {path}: its {key} is {value}, this run has {expected}")
-    tensors = read_weights(path, torch.float32, "cpu")
     tensors.pop("t2d", None)
-    ids = torch.arange(wanted.draft_vocab_size) + tensors["d2t"]
-    tensors.setdefault("lm_head.weight", lm_head_rows(target, ids).cpu())
+    places = torch.arange(wanted.draft_vocab_size)
+    if shares_rows:
+        tensors |= {"d2t": vocab - places, "lm_head.weight": lm_head_rows(target, vocab).cpu()}
+    ids = places + tensors["d2t"]
     shape = dataclasses.replace(found.config, vocab_size=wanted.draft_vocab_size)
     check_shapes(path, tensors, eagle3_shapes(shape, wanted.draft_vocab_size))
     head = Eagle3Module(wanted, ids)

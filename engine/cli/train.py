@@ -107,7 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init-head",
         type=Path,
         metavar="DIR",
-        help="start from this head, to go on with more data; without it, from the target's own layers",
+        help="start from this head, to go on with more data; one with the target's output rows gets a new "
+        "draft vocabulary; without it, from the target's own layers",
     )
     group.add_argument("--epochs", type=int, default=train.epochs)
     group.add_argument(
