@@ -91,6 +91,33 @@ class _Pending:
         return tokens[:count], features[:count]
 
 
+class Coverage:
+    """How many emitted tokens a head with a reduced vocabulary could have drafted at all."""
+
+    def __init__(self, token_ids: Tensor) -> None:
+        self.emitted, self.covered = 0, 0
+        self._ids = frozenset(token_ids.tolist())
+        self._counted: dict[int, int] = {}  # tokens of each sequence that are counted, or are its prompt
+
+    @property
+    def share(self) -> float | None:
+        """None before the first token."""
+        return self.covered / self.emitted if self.emitted else None
+
+    def count(self, seq: Sequence) -> None:
+        """Count what a sequence has emitted since the last call; the first call only starts."""
+        start = self._counted.get(seq.request.id, len(seq.tokens))
+        self._counted[seq.request.id] = len(seq.tokens)
+        self.emitted += len(seq.tokens) - start
+        self.covered += sum(token in self._ids for token in seq.tokens[start:])
+
+    def forget(self, seq: Sequence) -> None:
+        """Count the rest of a sequence, and drop it."""
+        if seq.request.id in self._counted:
+            self.count(seq)
+            del self._counted[seq.request.id]
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """Some sequences of a batch, seen by the head."""
@@ -110,7 +137,7 @@ class FeatureDraft:
     """A draft (core.Draft) around a HeadModel.
 
     shared_noise: rank candidates with the sampler's own noise; max_len: tokens of a sequence up to which the
-    head is used, None for no limit. A sequence that has outgrown it is decoded plainly and forgotten.
+    head is used, None for no limit. A sequence that has outgrown it has no trees any more, lookups only.
     """
 
     def __init__(
@@ -119,8 +146,12 @@ class FeatureDraft:
         self.model, self.name, self.shared_noise, self.max_len = model, name, shared_noise, max_len
         self.device = str(model.token_ids.device)
         self.calibration = Calibration(self.device)
+        self.coverage = Coverage(model.token_ids)
         self.lookup = PromptLookup()
         self._pending: dict[int, _Pending] = {}
+
+    def vocab_coverage(self) -> float | None:
+        return self.coverage.share
 
     def scratch_rows(self, speculation: Speculation) -> int:
         """The tree's nodes for the target, or those expanded while growing, whichever is more."""
@@ -131,6 +162,7 @@ class FeatureDraft:
 
     def forget(self, seq: Sequence) -> None:
         self._pending.pop(seq.request.id, None)
+        self.coverage.forget(seq)
         self.lookup.forget(seq)
 
     def _has_outgrown(self, seq: Sequence, speculation: Speculation) -> bool:
@@ -148,7 +180,7 @@ class FeatureDraft:
         lengths = verdict.length.tolist()
         for row, seq in enumerate(batch.seqs):
             if self._has_outgrown(seq, batch.speculation[row]):
-                self.forget(seq)
+                self._pending.pop(seq.request.id, None)
                 continue
             if batch.speculation[row].is_off and seq.request.id not in self._pending:
                 continue
@@ -207,6 +239,7 @@ class FeatureDraft:
         if not active:
             return DraftTree(roots, torch.full_like(roots, -1))
         for row in active:
+            self.coverage.count(batch.seqs[row])
             pending = self._pending[batch.seqs[row].request.id]
             if pending.num_waiting > _LONG:
                 self._extend_alone(batch, row, pending)

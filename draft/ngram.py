@@ -63,6 +63,9 @@ class NgramDraft:
 
     name = "ngram"
 
+    def vocab_coverage(self) -> float | None:
+        return None
+
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0 if speculation.is_off else speculation.nodes - 1
 

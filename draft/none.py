@@ -19,6 +19,9 @@ class NoDraft:
 
     name = "none"
 
+    def vocab_coverage(self) -> float | None:
+        return None
+
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0
 

@@ -309,6 +309,11 @@ class Target(Protocol):
 class Draft(Protocol):
     """Whatever proposes."""
 
+    def vocab_coverage(self) -> float | None:
+        """Share of the tokens emitted so far that the draft could have proposed, its vocabulary being smaller
+        than the target's; None for a draft without a vocabulary, or before the first token."""
+        ...
+
     def scratch_rows(self, speculation: Speculation) -> int:
         """KV rows past ``kv_len`` that one step may write."""
         ...

@@ -132,6 +132,10 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting)
 
+    def vocab_coverage(self) -> float | None:
+        """As ``Draft.vocab_coverage``."""
+        return self.draft.vocab_coverage()
+
     def kv_usage(self) -> float:
         """Share of the pages in use, 0 to 1."""
         pages = self.scheduler.pages

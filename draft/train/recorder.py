@@ -36,6 +36,9 @@ class FeatureRecorder:
         self._counts: dict[int, int] = {}
         self._finished: dict[int, Recording] = {}
 
+    def vocab_coverage(self) -> float | None:
+        return None
+
     def scratch_rows(self, speculation: Speculation) -> int:
         """No row past the root's is ever written."""
         return 0

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         if served.engine.step_log is not None:
             served.engine.step_log.close()
     result = {"benchmark": "latency"} | latency.report(rows) | describe(served, args, path, len(prompts))
-    result["load_before"] = load_before
+    result |= {"load_before": load_before, "draft_vocab_coverage": served.engine.vocab_coverage()}
     show(result)
     if args.json is not None:
         args.json.write_text(json.dumps(result | {"prompts": latency.per_prompt(rows)}, indent=1) + "\n")

@@ -108,6 +108,9 @@ async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> Non
             continue
         engine = runner.engine
         acceptance = f", acceptance length {1 + accepted / steps:.2f}" if steps else ""
+        coverage = engine.vocab_coverage()
+        if coverage is not None and coverage < 1:
+            acceptance += f", draft vocabulary covers {100 * coverage:.1f}%"
         log.info(
             "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s",
             prompt / interval,

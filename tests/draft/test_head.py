@@ -135,3 +135,20 @@ def test_trees_of_some_sequences_keep_their_place(draft: FeatureDraft) -> None:
     assert tree.scores is not None
     assert tree.scores.value[1].tolist() == [1] + [0] * 7
     assert bool((tree.scores.value[:, 0] == 1).all())
+
+
+def test_coverage_counts_what_a_head_could_have_drafted() -> None:
+    """Tokens after the first, of requests that speculate, whether they were drafted or not."""
+    engine = make_engine(MODEL, "eagle3", speculation=TREE)
+    assert engine.vocab_coverage() is None
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=40)
+    done = engine.generate(prompts_of([5, 9]), params)
+    engine.generate(prompts_of([4]), params, PLAIN)
+    assert isinstance(engine.draft, FeatureDraft)
+    known = set(engine.draft.model.token_ids.tolist())
+    emitted = [token for completion in done for token in completion.token_ids[1:]]
+    assert engine.draft.coverage.emitted == len(emitted)
+    share = sum(token in known for token in emitted) / len(emitted)
+    assert 0 < share < 1
+    assert engine.vocab_coverage() == share
+    assert make_engine(MODEL, "ngram", speculation=TREE).vocab_coverage() is None

@@ -214,6 +214,9 @@ class Prophet:
     def __init__(self, answers: dict[int, tuple[int, ...]], vocab_size: int, seed: int = 0) -> None:
         self._answers, self._vocab_size, self._random = answers, vocab_size, random.Random(seed)
 
+    def vocab_coverage(self) -> float | None:
+        return None
+
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0 if speculation.is_off else speculation.nodes - 1
 

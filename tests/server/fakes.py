@@ -105,6 +105,9 @@ class FakeEngine:
     def num_waiting(self) -> int:
         return 0
 
+    def vocab_coverage(self) -> float | None:
+        return 0.975
+
     def kv_usage(self) -> float:
         return 0.0
 

@@ -231,7 +231,8 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch)
             writer.write(content)
             await until(lambda: engine.added)
             await until(lambda: in_flight(api) == 0, timeout=10)
-            assert engine.aborted == [engine.added[0].id]
+            # The engine's thread may hear of it a moment later.
+            await until(lambda: engine.aborted == [engine.added[0].id], timeout=10)
             with contextlib.suppress(ConnectionError):  # the server cut the connection
                 await reader.read(1)
             writer.close()
@@ -257,4 +258,4 @@ def test_report_is_silent_when_idle(caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(scenario())
     lines = [record.message for record in caplog.records if record.message.startswith("prompt ")]
     assert len(lines) == 1
-    assert "acceptance length 3.00" in lines[0]
+    assert "acceptance length 3.00, draft vocabulary covers 97.5%" in lines[0]
