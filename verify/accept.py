@@ -24,7 +24,9 @@ def accept(tree: DraftTree, choice: Tensor) -> Verdict:
     Example: tokens [the, cat, dog, sat], parents [-1, 0, 0, 1] and choices [cat, sat, ran, down] accept nodes
     0, 1 and 3; the bonus is "down".
     """
-    num_nodes = tree.tokens.shape[1]
+    num_seqs, num_nodes = tree.tokens.shape
+    if num_seqs == 1 and tree.tokens.device.type == "cpu":
+        return _accept_one(tree, choice)
     node = torch.arange(num_nodes, device=tree.tokens.device)
     agrees = tree.tokens == choice.gather(1, tree.parents.clamp(min=0))
     agrees[:, 0] = True  # the root was chosen a step ago
@@ -36,6 +38,20 @@ def accept(tree: DraftTree, choice: Tensor) -> Verdict:
     length = on_path.sum(dim=1)
     last = ordered.gather(1, (length - 1)[:, None])
     return Verdict(torch.where(ordered < num_nodes, ordered, -1), length, choice.gather(1, last)[:, 0])
+
+
+def _accept_one(tree: DraftTree, choice: Tensor) -> Verdict:
+    """The same walk for one tree on a CPU, where a loop over a few numbers is faster than a dozen tensor
+    calls."""
+    tokens, parents, choices = tree.tokens[0].tolist(), tree.parents[0].tolist(), choice[0].tolist()
+    path = [0]
+    for node in range(1, len(tokens)):  # children come after their parents
+        if parents[node] == path[-1] and tokens[node] == choices[path[-1]]:
+            path.append(node)
+    padding = [-1] * (len(tokens) - len(path))
+    return Verdict(
+        torch.tensor([path + padding]), torch.tensor([len(path)]), torch.tensor([choices[path[-1]]])
+    )
 
 
 def accept_all(chunk: PromptChunk, choice: Tensor) -> Verdict:

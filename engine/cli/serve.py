@@ -155,11 +155,12 @@ def _describe(served: Served) -> None:
     else:
         longest = getattr(served.engine.draft, "max_len", None)
         log.info(
-            "speculation: %s, %d nodes, depth %d, top-k %d%s",
+            "speculation: %s, %d nodes, depth %d, top-k %d, lookup %d%s",
             served.draft_name,
             tree.nodes,
             tree.depth,
             tree.top_k,
+            tree.lookup,
             "" if longest is None else f", max position {longest}",
         )
 

@@ -5,7 +5,8 @@
 ``num_speculative_tokens`` (``--spec-tokens``) is what it is in vLLM, the number of drafted tokens and the
 most that a step may accept. But they are drafted as a tree of that size and depth and not as a chain, so
 that unlikely ends of the chain make room for second guesses; ``"top_k": 1`` makes it the chain. Keys of
-ours: ``tree``, the number of nodes with the root, ``depth`` and ``top_k``.
+ours: ``tree``, the number of nodes with the root, ``depth``, ``top_k``, and ``lookup``, the longest chain
+that prompt lookup may add where the text repeats itself (0 turns that off).
 
     {"num_speculative_tokens": 3}                 4 nodes, up to 3 deep
     {"num_speculative_tokens": 3, "top_k": 1}     a chain of 3
@@ -37,6 +38,7 @@ _RANGES: Final = {
     "tree": (1, 64),
     "depth": (0, 16),
     "top_k": (1, 16),
+    "lookup": (0, 16),
     "max_model_len": (1, 2**31 - 1),
     "draft_tensor_parallel_size": (1, 1),
 }
@@ -49,6 +51,7 @@ _FLAGS: Final = (
     ("spec_nodes", "--spec-nodes", "tree"),
     ("spec_depth", "--spec-depth", "depth"),
     ("spec_top_k", "--spec-top-k", "top_k"),
+    ("spec_lookup", "--spec-lookup", "lookup"),
     ("spec_max_model_len", "--spec-max-model-len", "max_model_len"),
 )
 
@@ -63,13 +66,19 @@ class Asked:
     nodes: int | None = None
     depth: int | None = None
     top_k: int | None = None
+    lookup: int | None = None
     max_model_len: int | None = None
 
     def size(self, default: Speculation) -> Speculation:
         """The tree to draft."""
         if self.num_tokens is not None:
-            default = dataclasses.replace(default, nodes=self.num_tokens + 1, depth=self.num_tokens)
-        asked = {"nodes": self.nodes, "depth": self.depth, "top_k": self.top_k}
+            default = dataclasses.replace(
+                default,
+                nodes=self.num_tokens + 1,
+                depth=self.num_tokens,
+                lookup=min(default.lookup, self.num_tokens),
+            )
+        asked = {"nodes": self.nodes, "depth": self.depth, "top_k": self.top_k, "lookup": self.lookup}
         given = {name: number for name, number in asked.items() if number is not None}
         return dataclasses.replace(default, **given)
 

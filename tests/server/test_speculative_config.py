@@ -31,6 +31,7 @@ def config(**keys: Any) -> Asked:
         ({}, DEFAULT),
         ({"num_speculative_tokens": 3}, Speculation(4, 3, 4)),
         ({"num_speculative_tokens": 3, "top_k": 1}, Speculation(4, 3, 1)),
+        ({"lookup": 12}, Speculation(8, 4, 4, lookup=12)),
         ({"num_speculative_tokens": 3, "tree": 8}, Speculation(8, 3, 4)),
         ({"num_speculative_tokens": 16, "depth": 16}, Speculation(17, 16, 4)),
         ({"tree": 64, "depth": 0, "top_k": 16}, Speculation(64, 0, 16)),
@@ -39,8 +40,10 @@ def config(**keys: Any) -> Asked:
 )
 def test_sizes(keys: dict[str, Any], size: Speculation) -> None:
     assert config(**keys).size(DEFAULT) == size
-    with_lookup = dataclasses.replace(DEFAULT, lookup=6)  # no flag's business
-    assert config(**keys).size(with_lookup) == dataclasses.replace(size, lookup=6)
+    with_lookup = dataclasses.replace(DEFAULT, lookup=6)
+    most = keys.get("num_speculative_tokens") or 6  # no more than a step may accept
+    expected = dataclasses.replace(size, lookup=keys.get("lookup", min(6, most)))
+    assert config(**keys).size(with_lookup) == expected
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,7 @@ def test_junk_is_a_config_error_or_a_size(text: str) -> None:
     assert 1 <= size.nodes <= 64
     assert 0 <= size.depth <= 16
     assert 1 <= size.top_k <= 16
+    assert 0 <= size.lookup <= 16
 
 
 @pytest.mark.parametrize(

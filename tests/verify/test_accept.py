@@ -33,7 +33,7 @@ def trees(num_nodes: int, alphabet: int) -> list[Tree]:
 
 
 def compare(cases: list[tuple[Tree, list[int]]]) -> None:
-    """One batch, padded to the largest tree, against the walk of each."""
+    """One batch, padded to the largest tree, and each tree alone, against the walk."""
     width = max(len(tokens) for (tokens, _), _ in cases)
     tree = DraftTree(
         torch.tensor([tokens + [0] * (width - len(tokens)) for (tokens, _), _ in cases]),
@@ -48,6 +48,13 @@ def compare(cases: list[tuple[Tree, list[int]]]) -> None:
         assert lengths[row] == len(path)
         assert paths[row] == path + [-1] * (width - len(path)), (tokens, parents, chosen)
         assert bonuses[row] == bonus
+        one = slice(row, row + 1)
+        alone = accept(DraftTree(tree.tokens[one], tree.parents[one]), choice[one])
+        assert (alone.path.tolist(), alone.length.tolist(), alone.bonus.tolist()) == (
+            [paths[row]],
+            [lengths[row]],
+            [bonus],
+        )
 
 
 @pytest.mark.parametrize(("num_nodes", "alphabet"), [(1, 3), (2, 3), (3, 3), (4, 3), (5, 2)])
