@@ -40,12 +40,12 @@ from engine.cli.footprint import (
     kv_token_bytes,
     target_footprint,
 )
+from engine.cli.options import GPU_MEMORY_UTILIZATION
 from engine.cli.roofline import GPUS, Gpu, floor_seconds, step_bytes
 from engine.config import EngineConfig, LlamaConfig, Mistral4Config
 from engine.errors import CheckpointError, ConfigError
+from engine.memory import GPU_RESERVE
 
-USABLE: Final = 0.9
-RESERVE_BYTES: Final = 2_000_000_000
 NUM_GPUS: Final = (1, 2, 4, 8)
 NUM_TOKENS: Final = (1, 2, 4, 8)
 CONTEXT: Final = 1024  # cached tokens of a step whose floor is given
@@ -185,7 +185,7 @@ def check(model: str | None, head: str | None = None, max_model_len: int | None 
         length = max_model_len or _launch_len(smallest.fits[0].kv_tokens, part.context)
         launch = _launch_line(model, spoken, length, kv_bytes, smallest.fits[0].kv_tokens)
     return Report(
-        part, head_part, copied, needed, USABLE, RESERVE_BYTES, CONTEXT, gpus,
+        part, head_part, copied, needed, GPU_MEMORY_UTILIZATION, GPU_RESERVE, CONTEXT, gpus,
         launch, None if smallest is None else smallest.gpu.name,
     )  # fmt: skip
 
@@ -271,7 +271,7 @@ def _fit(
     gpu: Gpu, num_gpus: int, weights: int, configs: list[LlamaConfig | Mistral4Config], needed: int
 ) -> Fit:
     kv_bytes = sum(kv_token_bytes(config, num_gpus) for config in configs)
-    left = int(gpu.memory_bytes * USABLE) - RESERVE_BYTES - -(-weights // num_gpus)
+    left = int(gpu.memory_bytes * GPU_MEMORY_UTILIZATION) - GPU_RESERVE - -(-weights // num_gpus)
     page_size = EngineConfig().page_size
     num_pages = max(left, 0) // (kv_bytes * page_size)
     tokens = max(num_pages - 1, 0) * page_size  # one page is for what belongs to nobody

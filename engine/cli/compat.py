@@ -207,6 +207,8 @@ def notes_of(args: argparse.Namespace) -> list[str]:
 
 
 def _help(row: Row) -> str:
-    does = "refused" if row.otherwise == "refuse" else "accepted"
+    does = {"refuse": "refused", "note": "accepted with a line in the log", "accept": "accepted"}[
+        row.otherwise
+    ]
     values = f"{', '.join(row.silent)} accepted, else " if row.silent else ""
     return f"{values}{does}: {row.sentence}"

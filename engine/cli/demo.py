@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.cli.client import ServerError, StreamedAnswer, session, stream_chat
+from engine.cli.environment import PREFIX
 from engine.cli.options import add_engine_arguments, engine_config, model_name
 from engine.text.output_parser import Event, TextDelta
 
@@ -30,6 +31,7 @@ _WARM_UP = {"messages": [{"role": "user", "content": "Name three colours."}], "m
 _STOP_TIMEOUT = 15.0  # seconds for the server to end after SIGTERM
 _PASSED_ON = (
     "device",
+    "load_format",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -42,6 +44,7 @@ _PASSED_ON = (
     "spec_tokens",
     "spec_nodes",
     "spec_depth",
+    "spec_lookup",
     "spec_top_k",
     "spec_draft_vocab",
     "spec_max_model_len",
@@ -128,7 +131,7 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
         *_serve_flags(args),
         stderr=asyncio.subprocess.PIPE,
         stdin=asyncio.subprocess.PIPE,  # closes when we end, even if we are killed
-        env={**os.environ, "HAAST_API_KEY": ""},
+        env=_environment(),
         start_new_session=True,
     )
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -200,6 +203,17 @@ def _serve_flags(args: argparse.Namespace) -> list[str]:
         if value is not None:
             flags.append(f"--{name.replace('_', '-')}={value}")
     return flags
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without values for flags: the shared ones are passed on, and a key, a config file or a log level
+    that hides the address are not meant for this server.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(PREFIX) or name == "HAAST_CPU_KERNELS"
+    }
 
 
 def _difference(fast: str, plain: str, dtype: str) -> str:

@@ -28,6 +28,8 @@ from engine.errors import ConfigError
 
 PREFIX: Final = "HAAST_"
 CONFIG_FLAG: Final = "--config"
+SECRET: Final = ("--api-key",)  # flags whose values are never shown
+_TAKES_JSON: Final = ("JSON", "VALUE")  # metavars of flags whose value may be an object; VALUE is foreign
 _FALSE: Final = ("0", "false", "no", "off")
 _TRUE: Final = ("1", "true", "yes", "on")
 
@@ -73,7 +75,8 @@ def settings(words: Sequence[str], options: Mapping[str, argparse.Action]) -> li
     typed = typed_actions(words, options)
     named: dict[argparse.Action, Setting] = {}
     if CONFIG_FLAG in options:
-        path = _last_value(words, CONFIG_FLAG) or os.environ.get(PREFIX + "CONFIG")
+        value = _last_value(words, CONFIG_FLAG)
+        path = os.environ.get(PREFIX + "CONFIG") if value is None else value
         if path:
             named = {setting.action: setting for setting in _from_file(Path(path), options)}
     for action in dict.fromkeys(options.values()):
@@ -127,6 +130,7 @@ def _last_value(words: Sequence[str], flag: str) -> str | None:
 
 
 def _from_file(path: Path, options: Mapping[str, argparse.Action]) -> Iterator[Setting]:
+    keys: dict[argparse.Action, object] = {}
     for key, value in _read(path).items():
         source = f"{path}: {key}"
         flag = f"--{key}".replace("_", "-")
@@ -137,6 +141,12 @@ def _from_file(path: Path, options: Mapping[str, argparse.Action]) -> Iterator[S
             raise ConfigError(
                 f"{source} is not a flag that a file may set" + (f"; did you mean {close}?" if close else "")
             )
+        if action in keys:
+            raise ConfigError(
+                f"--config {path}: found {keys[action]} and {key}, expected one of them: both set "
+                f"{flag_of(action)}"
+            )
+        keys[action] = key
         yield Setting(action, _words(action, flag, value, source), source)
 
 
@@ -146,13 +156,31 @@ def _read(path: Path) -> dict[Any, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: cannot be read as YAML: {reason:.200}") from error
+        raise ConfigError(f"--config {path}: cannot be read as YAML: {_reason(error)}") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise ConfigError(f"--config {path}: found a {type(found).__name__}, expected flags and their values")
     return found
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read. Not a word of the file is in it, for the file may hold keys."""
+    import yaml
+
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return "a character, number or date that is none, or lists too deep"
+    said = "an alias, tag, key or second document that is not understood"  # whose own words quote the file
+    if isinstance(error, yaml.parser.ParserError):
+        said = error.context or "no end of the value before"
+    elif isinstance(error, yaml.scanner.ScannerError):
+        said = " ".join(filter(None, (error.context, error.problem)))
+    mark = error.problem_mark
+    return said if mark is None else f"{said}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _words(action: argparse.Action, flag: str, value: object, source: str) -> tuple[str, ...]:
@@ -163,18 +191,22 @@ def _words(action: argparse.Action, flag: str, value: object, source: str) -> tu
             raise ConfigError(f"{source} is {value!r:.80}, expected true or false")
         return (flag,) if text in _TRUE else ()
     items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ConfigError(f"{source} is an empty list, expected a value")
     if len(items) != 1 and not (action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)):
         raise ConfigError(f"{source} is {value!r:.80}, expected one value")
-    texts = [_text(item, source) for item in items]
+    texts = [_text(action, item, source) for item in items]
     if action.nargs in ("+", "*"):
         return (flag, *(texts if isinstance(value, list) else texts[0].split()))
     return tuple(f"{flag}={text}" for text in texts)
 
 
-def _text(value: object, source: str) -> str:
+def _text(action: argparse.Action, value: object, source: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, dict):
+    if flag_of(action) in SECRET:  # a number would not be what is written: 0123 is read as 83
+        raise ConfigError(f"{source}: found a {type(value).__name__}, expected a text in quotes")
+    if isinstance(value, dict) and action.metavar in _TAKES_JSON:
         try:
             return json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:

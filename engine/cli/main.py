@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` by default) and return the exit code: 0, 1 failed, 2 wrong usage, 130
     ^C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in ("-h", "--help", "--help=all", "help"):
         sys.stdout.write(_help())
         return 0 if words else 2
     if words[0] in ("--version", "version"):

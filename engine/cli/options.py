@@ -45,7 +45,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a GGUF file or a Hugging Face directory; without it, the default pair",
+        help="a GGUF file, a Hugging Face or Mistral directory, or a hub name; without it, the default pair",
     )
     group.add_argument("--model", "--model-path", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
     group.add_argument(
@@ -176,6 +176,14 @@ def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
         help="children of a node (default 4, or 2)",
     )
     group.add_argument(
+        "--spec-lookup",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens that prompt lookup may add to a head's draft where the text repeats itself (default 8, "
+        "but no more than --spec-tokens; 0 turns it off)",
+    )
+    group.add_argument(
         "--spec-draft-vocab",
         type=int,
         default=default.draft_vocab_size,
@@ -240,13 +248,19 @@ def default_tree(device: str) -> Speculation:
     one CPU without such units that was tried, scoring eight cost half as much again as scoring one, so fewer
     are drafted.
     """
-    return Speculation() if bfloat16_is_fast(device) else Speculation(4, 3, 2)
+    return Speculation(lookup=8) if bfloat16_is_fast(device) else Speculation(4, 3, 2, lookup=8)
 
 
 def model_name(args: argparse.Namespace) -> str | None:
-    """The model asked for, None for the default pair."""
-    name: str | None = args.model if args.model is not None else args.model_flag
-    return name
+    """The model asked for, None for the default pair. Raises ConfigError if two were typed."""
+    typed: str | None = args.model
+    flag: str | None = args.model_flag
+    if typed is None:
+        return flag
+    sources = {given.flag: given.source for given in args.given}
+    if flag not in (None, typed) and sources["--model"] == "flag":
+        raise ConfigError(f"found the model {typed} and --model {flag}, expected one of them")
+    return typed
 
 
 def notes(args: argparse.Namespace, config: EngineConfig) -> list[str]:
@@ -322,9 +336,11 @@ def check_quantization(name: str, model: str | None, dummy: bool = False) -> Non
 
 def num_bytes(text: str) -> int:
     """Parse a size: '1073741824', '512MiB', '2GB', '1.5g'. Raises argparse.ArgumentTypeError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?)\s*([kmg]i?)?b?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected a number with KiB, MiB or GiB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.80} is not a size, expected a number with KiB, MiB or GiB"
+        )
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from engine.cli.environment import (
+    SECRET,
     Setting,
     flag_of,
     nearest,
@@ -31,7 +32,6 @@ from engine.errors import ConfigError
 
 FOREIGN_GROUP: Final = "flags of vLLM and SGLang"  # only in --help=all
 _HELP_ALL: Final = "--help=all"
-_SECRET: Final = ("--api-key",)
 _WIDTH: Final = 110
 _FLAG_WIDTH: Final = 33
 
@@ -59,17 +59,19 @@ class Parser(argparse.ArgumentParser):
         """As in argparse, but unknown flags end here, where the flags of this verb are known."""
         options = self._option_string_actions
         words = with_hyphens(sys.argv[1:] if args is None else list(args), options)
-        if _HELP_ALL in words and self._subparsers is None:
+        if _HELP_ALL in words and (self._subparsers is None or words[0] == _HELP_ALL):
             sys.stdout.write(super().format_help())
             self.exit()
-        try:
-            self._settings = settings(words, options)
+        try:  # but help is given whatever variables and files say
+            asks_help = options.get("--help") in typed_actions(words, options)
+            self._settings = [] if asks_help else settings(words, options)
         except ConfigError as error:
             self.error(str(error))
         parsed, unknown = super().parse_known_args(with_words(words, self._settings), namespace)
         for word in unknown:
             if word.startswith("-"):
-                self.error(f"unknown flag {word}{self._nearest(word)}")
+                name = word.partition("=")[0]  # its value may be a key
+                self.error(f"unknown flag {name}{self._nearest(name)}")
         parsed.given = (*getattr(parsed, "given", ()), *self._given(words, parsed))
         return parsed, unknown
 
@@ -77,7 +79,8 @@ class Parser(argparse.ArgumentParser):
         """One line on stderr, which says so if the value was not typed; exit code 2."""
         for setting in self._settings:
             spellings = setting.action.option_strings
-            if message.startswith((f"argument {'/'.join(spellings)}:", *(f"{flag} " for flag in spellings))):
+            said = (f"{flag}{end}" for flag in spellings for end in (" ", ":"))
+            if message.startswith((f"argument {'/'.join(spellings)}:", *said)):
                 message += f" (from {setting.source})"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -110,8 +113,8 @@ class Parser(argparse.ArgumentParser):
                 given.append(Given(flag, _spoken(flag, value), sources[action]))
         return given
 
-    def _nearest(self, word: str) -> str:
-        flag = word.partition("=")[0].replace("_", "-")
+    def _nearest(self, name: str) -> str:
+        flag = name.replace("_", "-")
         known = [
             option
             for action in self._actions
@@ -161,7 +164,7 @@ def _metavar(action: argparse.Action) -> str:
 
 
 def _spoken(flag: str, value: object) -> str:
-    if flag in _SECRET:
+    if flag in SECRET:
         return "***"
     if value is None or isinstance(value, bool):
         return ""

@@ -261,7 +261,7 @@ def test_too_little_memory_for_one_sequence(checkpoint: Checkpoint) -> None:
     with pytest.raises(
         ConfigError,
         match=rf"^kv_cache_memory of {enough - 1} bytes holds 48 tokens, less than max_model_len 64; "
-        r"512 bytes a token are needed$",
+        rf"512 bytes a token are needed, {enough} in all$",
     ):
         build_engine(checkpoint, (), "none", EngineConfig(max_model_len=64, kv_cache_memory=enough - 1))
     with pytest.raises(ConfigError, match=r"^kv_cache_memory of 1 bytes holds 0 tokens"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import build as builder
-from engine.build import (
-    DEFAULT_HEAD,
-    GPU_RESERVE,
-    activation_bytes,
-    kv_budget,
-    open_head,
-    plan_bytes,
-    weight_bytes,
-    with_kv_memory,
-)
+from engine.build import DEFAULT_HEAD, open_head
 from engine.checkpoint import open_model
 from engine.checkpoint.native import MistralHead
 from engine.checkpoint.synthetic import write_headers
@@ -30,6 +21,15 @@ from engine.checkpoint.synthetic_tables import Layout
 from engine.cli.footprint import head_footprint, target_footprint
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.memory import (
+    GPU_RESERVE,
+    activation_bytes,
+    kv_budget,
+    num_pages,
+    plan_bytes,
+    weight_bytes,
+    with_kv_memory,
+)
 from tests.checkpoint.files import write_hf
 from tests.conftest import tiny_llama
 from tests.engine.test_build_mistral import write_pair
@@ -107,7 +107,7 @@ def test_the_published_pair(published: tuple[Layout, Path, Path], monkeypatch: p
         # what is said to fit does, and a page more does not
         fits = dataclasses.replace(more, max_model_len=longest)
         assert with_kv_memory(checkpoint, draft, fits).kv_cache_memory > 0
-        assert builder._num_pages(checkpoint.config, draft, with_kv_memory(checkpoint, draft, fits)) > 0
+        assert num_pages(checkpoint.config, draft, with_kv_memory(checkpoint, draft, fits)) > 0
         assert _refused(checkpoint, draft, dataclasses.replace(more, max_model_len=longest + 1))[0] == longest
 
 
@@ -159,6 +159,15 @@ def test_weights_of_a_llama_and_its_head(tmp_path: Path) -> None:
     head = open_head(str(DEFAULT_HEAD))
     numbers = sum(group.parameters for group in head_footprint(head).groups)
     assert weight_bytes(checkpoint, head, config) - alone >= 2 * numbers
+
+
+def test_files_beside_a_dummy_head_are_not_looked_at(tmp_path: Path) -> None:
+    checkpoint, real = open_model(write_hf(tmp_path / "m", *tiny_llama())), open_head(str(DEFAULT_HEAD))
+    shutil.copy(DEFAULT_HEAD / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage")
+    config = EngineConfig(dtype=torch.bfloat16)
+    dummy = weight_bytes(checkpoint, open_head(str(tmp_path), dummy=True), config)
+    assert weight_bytes(checkpoint, "none", config) < dummy <= weight_bytes(checkpoint, real, config)
 
 
 def test_a_share_of_no_gpu_is_refused() -> None:

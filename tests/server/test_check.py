@@ -14,7 +14,7 @@ import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
-from engine.build import DEFAULT_HEAD, _num_pages, default_model_path, open_head
+from engine.build import DEFAULT_HEAD, default_model_path, open_head
 from engine.checkpoint.gguf import llama3_factors
 from engine.checkpoint.synthetic import write_head, write_headers, write_target
 from engine.checkpoint.synthetic_config import SMALL_4, SMALL_4_VISION, TINY, TINY_VISION, head_config
@@ -22,6 +22,7 @@ from engine.checkpoint.synthetic_tables import Layout
 from engine.cli import main, options, serve
 from engine.cli.roofline import GPUS
 from engine.config import LlamaConfig, Mistral4Config, RopeScaling
+from engine.memory import num_pages
 from tests.checkpoint.files import write_gguf, write_hf
 from tests.conftest import tiny_eagle3, tiny_llama
 
@@ -166,7 +167,7 @@ def _check_launch(
     config = options.engine_config(args)
     assert (args.model, args.spec_model) == (str(target), None if head is None else str(head))
     draft = "none" if head is None else open_head(str(head))
-    num_slots = _num_pages(model, draft, config) * config.page_size
+    num_slots = num_pages(model, draft, config) * config.page_size
     assert num_slots > config.max_model_len  # refused otherwise
     parts = [part for part in (report["target"], report["head"]) if part is not None]
     [gpu] = [gpu for gpu in GPUS if gpu.name == report["launch_gpu"]]
@@ -176,7 +177,7 @@ def _check_launch(
     assert config.kv_cache_memory <= left
     # none of it is in vain; and more would be, or is not there
     assert num_slots * kv_bytes == config.kv_cache_memory
-    unlimited = _num_pages(model, draft, dataclasses.replace(config, kv_cache_memory=1 << 50))
+    unlimited = num_pages(model, draft, dataclasses.replace(config, kv_cache_memory=1 << 50))
     assert num_slots == min(unlimited, int(left) // (kv_bytes * config.page_size)) * config.page_size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -56,8 +57,8 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Speculation(4, 3, 2)
-    for is_fast, dtype, tree in ((True, torch.bfloat16, Speculation()), (False, torch.float32, small)):
+    large, small = Speculation(lookup=8), Speculation(4, 3, 2, lookup=8)
+    for is_fast, dtype, tree in ((True, torch.bfloat16, large), (False, torch.float32, small)):
         monkeypatch.setattr(options, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
         config = options.engine_config(parse(serve, "--device", "cpu"))
         assert (config.dtype, config.speculation, config.max_model_len) == (dtype, tree, 2048)
@@ -93,7 +94,7 @@ def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (("--spec-draft-vocab", "-1"), ("--spec-max-model-len", "0")):
         with pytest.raises(ConfigError, match="draft_vocab_size is .* expected 0 or more and 1 or more"):
             options.engine_config(parse(serve, *wrong))
-    assert config.speculation == Speculation(4, 3, 2)
+    assert config.speculation == Speculation(4, 3, 2, lookup=8)
     assert options.model_name(args) == "a.gguf"
     assert options.model_name(parse(serve, "--model-path", "b")) == "b"
     assert options.model_name(parse(serve)) is None
@@ -108,7 +109,7 @@ def test_num_bytes(text: str, size: int) -> None:
     assert options.num_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "-1", "5TB", "GiB", "1e9"])
+@pytest.mark.parametrize("text", ["", "-1", "5TB", "GiB", "1e9", "9" * 400])
 def test_num_bytes_refuses(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         options.num_bytes(text)
@@ -350,13 +351,27 @@ def test_demo_says_why_the_server_died(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_demo_passes_its_flags_on() -> None:
-    args = parse(demo, "m.gguf", "--spec-model", "ngram", "--kv-cache-memory", "1GiB", "--spec-nodes", "3")
+    args = parse(demo, "m.gguf", "--spec-model", "ngram", "--kv-cache-memory", "1GiB", "--spec-nodes", "3",
+                 "--load-format", "dummy")  # fmt: skip
     passed = parse(serve, *demo._serve_flags(args))
     assert options.engine_config(passed) == options.engine_config(args)
     assert options.model_name(passed) == "m.gguf"
     assert (passed.spec_model, passed.port) == ("ngram", 0)
     assert passed.exit_with_parent
     assert not parse(serve).exit_with_parent
+    parser = argparse.ArgumentParser()
+    options.add_engine_arguments(parser)
+    dests = {action.dest for action in parser._actions} - {"help", "model", "model_flag"}
+    assert dests == set(demo._PASSED_ON)
+
+
+def test_the_demos_server_has_flags_from_the_demo_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAAST_LOG_LEVEL", "error")  # would hide the address that the demo waits for
+    monkeypatch.setenv("HAAST_CONFIG", "/no/such/file")
+    monkeypatch.setenv("HAAST_CPU_KERNELS", "0")  # no flag
+    found = demo._environment()
+    assert {name for name in found if name.startswith("HAAST_")} == {"HAAST_CPU_KERNELS"}
+    assert found["PATH"] == os.environ["PATH"]
 
 
 def test_a_server_ends_when_its_stdin_closes() -> None:

@@ -108,9 +108,13 @@ def test_the_published_line(line: str, pair: tuple[str, str], monkeypatch: pytes
     draft = asked(args)
     if line == WITH_HEAD:
         assert (draft.head, draft.method, config.draft_max_model_len) == (pair[1], "eagle", 65536)
-        assert config.speculation == Speculation(4, 3, 4)
+        assert config.speculation == Speculation(4, 3, 4, lookup=3)
     else:
-        assert (draft.head, config.draft_max_model_len, config.speculation) == (None, 16384, Speculation())
+        assert (draft.head, config.draft_max_model_len, config.speculation) == (
+            None,
+            16384,
+            Speculation(lookup=8),
+        )
     [attention] = compat.notes_of(args)
     backend = "TRITON_MLA" if line == NVFP4 else "FLASH_ATTN_MLA"
     assert attention.startswith(f"--attention-backend {backend}: no effect")
@@ -133,7 +137,7 @@ def test_a_line_for_sglang(pair: tuple[str, str]) -> None:
     config, draft = options.engine_config(args), asked(args)
     assert (options.model_name(args), draft.head, draft.method) == (*pair, "eagle")
     assert (config.max_model_len, config.max_num_seqs) == (4096, 32)
-    assert config.speculation == Speculation(3, 2, 1)
+    assert config.speculation == Speculation(3, 2, 1, lookup=8)
     assert args.gpu_memory_utilization == 0.85
     assert not compat.notes_of(args)
 
@@ -168,6 +172,15 @@ def test_a_context_longer_than_the_models(pair: tuple[str, str], capsys: pytest.
     assert main.main(words) == 1
     said = capsys.readouterr().err
     assert "max_model_len is 2000000, but target was made for at most 1048576 positions" in said
+
+
+def test_two_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="found the model a and --model b, expected one of them"):
+        options.model_name(parse("a", "--model", "b"))
+    assert options.model_name(parse("a", "--model", "a")) == "a"
+    monkeypatch.setenv("HAAST_MODEL", "b")
+    assert options.model_name(parse("a")) == "a"
+    assert options.model_name(parse()) == "b"
 
 
 def test_the_start_says_what_is_not_default(

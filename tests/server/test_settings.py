@@ -77,7 +77,7 @@ def test_a_value_that_looks_like_a_flag_stays_as_it_is() -> None:
 )
 def test_unknown_flags(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, word)
-    assert said == f"haast serve: error: unknown flag {word}; {hint}"
+    assert said == f"haast serve: error: unknown flag {word.partition('=')[0]}; {hint}"
 
 
 def test_no_flag_is_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +165,7 @@ def test_every_shape_of_value_in_variables(monkeypatch: pytest.MonkeyPatch) -> N
         ("ENFORCE_EAGER", "maybe", "HAAST_ENFORCE_EAGER is 'maybe', expected true or false"),
         ("LOG_LEVEL", "loud", "(from HAAST_LOG_LEVEL)"),
         ("TENSOR_PARALLEL_SIZE", "2", "(from HAAST_TENSOR_PARALLEL_SIZE)"),
+        ("TRUST_REMOTE_CODE", "1", "(from HAAST_TRUST_REMOTE_CODE)"),
         ("CONFIG", "/no/such/file", "--config /no/such/file: cannot be read as YAML"),
     ],
 )
@@ -193,6 +194,12 @@ def test_bad_variables_are_named(
         ("port: null", "port is None, expected a number or a text"),
         ("quantization: no", "quantization is False, expected a number or a text; texts may need quotes"),
         ("enforce-eager: 2", "enforce-eager is 2, expected true or false"),
+        ("host: {a: b}", "host is {'a': 'b'}, expected a number or a text"),
+        ("api-key: []", "api-key is an empty list, expected a value"),
+        ("api-key: 0123", "api-key: found a int, expected a text in quotes"),
+        ("max-model-len: 3\ncontext_length: 5", "max-model-len and context_length, expected one of them"),
+        ("\tport: 3", r"found character '\t' that cannot start any token, line 1, column 1"),
+        ("port: 3\nport", "could not find expected ':', line 2, column 5"),
         ("port: eight", "invalid int value: 'eight' (from "),
         ("tensor-parallel-size: 2", "haast runs on one GPU"),
     ],
@@ -204,6 +211,38 @@ def test_bad_files_are_named(
     said = refusal(capsys, "--config", file)
     assert message in said
     assert file in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "api-key: [hunter2",
+        'api-key: "hunter2\nport: 1',
+        "api-key: [a, [hunter2]]",
+        "api-key: {hunter2: 3}",
+        "api-key: *hunter2",
+        "api-key: !hunter2 a",
+        "api-key: !hunter2!a b",
+        "api-key: &hunter2 [&hunter2 a]",
+        "api-key: hunter2\n---\nhunter2",
+        "api-key: {[hunter2]: 1}",
+        "api-key: 0x_\nport: hunter2",
+    ],
+)
+def test_no_mistake_in_a_file_shows_a_key(
+    text: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "hunter2" not in refusal(capsys, "--config", write(text))
+
+
+def test_an_unknown_flags_value_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "haast serve: error: unknown flag --apikey; did you mean --api-key?"
+    assert refusal(capsys, "--apikey=hunter2") == said
+
+
+def test_an_empty_config_on_the_command_line_wins_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAAST_CONFIG", "/no/such/file")
+    assert parse("--config=").port == 8000
 
 
 def test_an_empty_file_says_nothing(write: Write) -> None:
@@ -229,6 +268,28 @@ def test_a_verb_under_a_verb_reads_variables_too(monkeypatch: pytest.MonkeyPatch
 
 
 # --- help
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--help=all"])
+def test_help_is_given_whatever_else_is_wrong(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HAAST_CONFIG", "/no/such/file")
+    monkeypatch.setenv("HAAST_ENFORCE_EAGER", "maybe")
+    with pytest.raises(SystemExit) as caught:
+        main.main(["serve", flag])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: haast serve [")
+
+
+def test_all_of_the_help_is_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--help=all"]) == 0
+    assert capsys.readouterr().out.startswith("usage: haast VERB")
+    for words in (["bench"], ["bench", "latency"]):
+        with pytest.raises(SystemExit) as caught:
+            main.main([*words, "--help=all"])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: haast {' '.join(words)} [")
 
 
 def test_help_fits_on_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
