@@ -159,8 +159,8 @@ def graft(tree: DraftTree, chains: Tensor) -> DraftTree:
     """Trees with a chain from each root added; where tree and chain agree, they share nodes.
 
     tree: [B, N]; chains: [B, L] int64 tokens after the root, padded with -1 at the end. Returns at most N + L
-    nodes; grafted ones have scores of 0, which no offer has. Example: root with children a and b, chain a c:
-    c becomes a child of a.
+    nodes, padding last; grafted ones have scores of 0, which no offer has. Example: root with children a and
+    b, chain a c: c becomes a child of a.
     """
     num_seqs, num_nodes = tree.tokens.shape
     length = chains.shape[1]
@@ -181,20 +181,31 @@ def graft(tree: DraftTree, chains: Tensor) -> DraftTree:
             return torch.cat((part, part.new_zeros(num_seqs, length)), dim=1)
 
         scores = DraftScores(widened(tree.scores.raw), widened(tree.scores.value), widened(tree.scores.rank))
-    return _without_padding(DraftTree(tokens, parents, scores))
+    return _padding_last(DraftTree(tokens, parents, scores))
 
 
-def _without_padding(tree: DraftTree) -> DraftTree:
-    """The same trees without the columns that are padding in all of them. Host only: a device is never waited
-    for, and keeps the shape it has."""
-    if tree.tokens.device.type != "cpu":
+def _padding_last(tree: DraftTree) -> DraftTree:
+    """The same trees with every sequence's nodes in front: node i takes row ``kv_len + i``, and a sequence
+    has reserved rows for its own nodes alone, however large others of the batch are.
+
+    A device is never waited for and keeps the shape it has; on a host, columns without any node go.
+    """
+    real = tree.real()
+    on_host = tree.tokens.device.type == "cpu"
+    if on_host and bool(real.all()):
         return tree
-    kept = tree.real().any(dim=0)
-    if bool(kept.all()):
-        return tree
-    moved_to = kept.cumsum(0) - 1
-    parents = torch.where(tree.parents >= 0, moved_to[tree.parents.clamp(min=0)], -1)
+    order = real.long().argsort(dim=1, descending=True, stable=True)
+    if on_host:
+        order = order[:, : int(real.sum(dim=1).max())]
+    place = torch.zeros_like(tree.parents)
+    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    parents = tree.parents.gather(1, order)
+    parents = torch.where(parents >= 0, place.gather(1, parents.clamp(min=0)), -1)
     scores = None
     if tree.scores is not None:
-        scores = DraftScores(tree.scores.raw[:, kept], tree.scores.value[:, kept], tree.scores.rank[:, kept])
-    return DraftTree(tree.tokens[:, kept], parents[:, kept], scores)
+        scores = DraftScores(
+            tree.scores.raw.gather(1, order),
+            tree.scores.value.gather(1, order),
+            tree.scores.rank.gather(1, order),
+        )
+    return DraftTree(tree.tokens.gather(1, order), parents, scores)

@@ -161,7 +161,8 @@ class DraftTree:
     """Node 0 is the root: the last committed token, not yet in the KV cache.
 
     Padding nodes (ragged trees in one batch) have parent -1 and an index past 0: they descend from nothing,
-    so they can never be accepted. Everything else about a tree is derived from ``parents``.
+    so they can never be accepted. They come last: a sequence has reserved rows for its own nodes alone.
+    Everything else about a tree is derived from ``parents``.
     """
 
     tokens: Tensor  # [B, N] int64

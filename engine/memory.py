@@ -142,7 +142,8 @@ def activation_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) 
     mask      of a prompt chunk over all rows: float32, and a copy in the activations' type
     stream    of a chunk: residual, projections and a dense MLP, together below 20 widths a token
     experts   of a chunk: each chosen expert's output, and twice that in float32 while they are summed
-    logits    of the trees of all sequences: float32, and four such copies while tokens are chosen
+    logits    of the trees of all sequences, chains of prompt lookup with them: float32, and four such copies
+              while tokens are chosen
 
     A batch of trees over sequences of very different length can take more: shorter ones are padded.
     """
@@ -150,7 +151,8 @@ def activation_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) 
     num_chosen = model.num_experts_per_tok if isinstance(model, Mistral4Config) else 0
     stream = rows * model.hidden_size * 20 * width
     experts = rows * model.hidden_size * num_chosen * (width + 8)
-    logits = config.max_num_seqs * config.speculation.nodes * model.vocab_size * 4 * 5
+    num_nodes = config.max_num_seqs * (config.speculation.nodes + config.speculation.lookup)
+    logits = num_nodes * model.vocab_size * 4 * 5
     return _mask_bytes(config, config.max_model_len) + stream + experts + logits
 
 

@@ -26,8 +26,10 @@ static inline float sum(vec v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-/* e^x to about 1e-7, and exactly 0 below -87, where e^x leaves the normal numbers. x <= 88. */
+/* e^x to about 1e-7, and exactly 0 from -87 down, where e^x leaves the normal numbers. x <= 88; NaN stays NaN. */
 static inline vec expv(vec x) {
+    const ivec vanishes = x <= -87.0f;
+    x = (vec)((ivec)x & ~vanishes); /* or n would not fit its place in the exponent */
     const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
     vec n = (x * 1.44269504f + magic) - magic;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n ln 2, ln 2 in two parts */
@@ -39,8 +41,7 @@ static inline vec expv(vec x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     ivec bits = (ivec)p + (__builtin_convertvector(n, ivec) << 23);
-    ivec normal = x > -87.0f;
-    return (vec)(bits & normal);
+    return (vec)(bits & ~vanishes);
 }
 
 /* Sum of squares of d floats; d need not be a multiple of the width. */
@@ -189,7 +190,7 @@ void haast_tree_attention(const float *q, const float *k_pool, const float *v_po
             }
             scores(query, keys, slots, first_slot, weights, len, d);
             vec total = exponentials(weights, bias ? row_bias : 0, len);
-            ivec sees = total > 0.0f;
+            ivec sees = total != 0.0f; /* NaN too: what is not a number shall not look like one */
             for (int64_t part = 0; part < d; part += WIDTH) {
                 vec sums[WIDTH] = {{0}};
                 for (int64_t i = 0; i < len; i++) {

@@ -52,8 +52,9 @@ def library() -> ctypes.PyDLL | None:
         path = _compiled()
         # Calls take microseconds: keeping the interpreter's lock is cheaper than handing it over and back.
         loaded = ctypes.PyDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: $CC has an open quote
+        failed = isinstance(error, subprocess.CalledProcessError) and error.stderr.strip()
+        reason = (failed or str(error)).strip().splitlines()
         log.info("CPU kernels: plain torch, which is slower (%s)", reason[0] if reason else "no C compiler")
         return None
     for name, arguments in _SIGNATURES.items():
@@ -63,25 +64,43 @@ def library() -> ctypes.PyDLL | None:
 
 
 def _compiled() -> Path:
-    """The library's file, compiled if this machine has not done so. Raises OSError or SubprocessError."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    version = subprocess.run(
-        [*compiler, "--version"], check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
-    ).stdout
+    """The library's file, compiled if this machine has not done so. Raises OSError, ValueError or
+    SubprocessError."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    version = _output([*compiler, "--version"])
     key = "\0".join((SOURCE.read_text(), version, *FLAGS, platform.machine(), _cpu_flags()))
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "haast" / "kernels"
+    directory = _directory()
     path = directory / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if path.exists():
         return path
-    # Nobody else may put code where we load it from.
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         built = Path(scratch) / "cpu.so"
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+        _output([*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"])
         built.replace(path)  # at once: another process may be doing the same
     return path
+
+
+def _output(command: list[str]) -> str:
+    """What a command says; its bytes need not be text of this locale."""
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=_COMPILE_SECONDS
+    ).stdout
+
+
+def _directory() -> Path:
+    """Where libraries are kept, made if missing. Raises OSError where others could put theirs there."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # neither $HOME nor an entry in the list of users, as in many containers
+        raise FileNotFoundError("no home directory; set XDG_CACHE_HOME") from error
+    directory = base / "haast" / "kernels"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # The base may be open to everybody, like /tmp: then the names in it may be somebody else's.
+    for folder, writable in ((directory, 0o022), (directory.parent, 0o002)):
+        found = folder.stat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & writable:
+            raise PermissionError(f"{folder}: others may write there, so nothing is loaded from it")
+    return directory
 
 
 def _cpu_flags() -> str:
@@ -173,8 +192,9 @@ def tree_attention(
         reads = [(None, run.start, run.stop - run.start) for run in slots]
     else:
         reads = [(row.data_ptr(), 0, slots.shape[1]) for row in slots]
-    out = torch.empty(num_seqs, num_nodes, num_heads, head_dim)
-    space = torch.empty(_WIDTH * (max(count for *_, count in reads) + head_dim))
+    # Not torch.empty: its dtype is whatever somebody has made the default.
+    out = k_pool.new_empty(num_seqs, num_nodes, num_heads, head_dim)
+    space = k_pool.new_empty(_WIDTH * (max(count for *_, count in reads) + head_dim))
     q_at, out_at, bias_at = q.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
     bias_stride = 0 if bias is None else bias.shape[2]
     for seq, (listed, first_slot, num_keys) in enumerate(reads):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels import cpu, ref
 
-# Past this many multiply-adds of one attention, torch's products on all cores beat ours on one.
+# Past this many multiply-adds of one attention, torch's products on all cores beat ours on one. A tree gets
+# there at a shorter context than its tokens alone; between the two their results agree but for rounding.
 _MUCH_ATTENTION = 1 << 24
 
 
@@ -54,9 +55,7 @@ def rope_write(
     slots: Tensor | slice,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values; returns the queries [B, N, H, D]."""
-    lib = None
-    if _is_plain(heads) and _is_plain(cos) and _is_plain(sin) and _is_plain(k_pool) and _is_plain(v_pool):
-        lib = cpu.library()
+    lib = cpu.library() if _rotation_applies(heads, num_heads, cos, sin, k_pool, v_pool, slots) else None
     if lib is None:
         return ref.rope_write(heads, num_heads, cos, sin, k_pool, v_pool, slots)
     return cpu.rope_write(lib, heads, num_heads, cos, sin, k_pool, v_pool, slots)
@@ -77,16 +76,55 @@ def tree_attention(
     return cpu.tree_attention(lib, q, k_pool, v_pool, slots, bias, scale)
 
 
+def _rotation_applies(
+    heads: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor | slice,
+) -> bool:
+    """Whether the compiled rotation takes these. It checks no bounds, and does not broadcast."""
+    num_seqs, num_nodes, num_all, head_dim = heads.shape
+    num_rows, (num_kv_heads, num_slots, _) = num_seqs * num_nodes, k_pool.shape
+    if isinstance(slots, Tensor):
+        reachable = _are_slots(slots) and slots.numel() == num_rows
+    else:
+        reachable = 0 <= slots.start == slots.stop - num_rows and slots.stop <= num_slots
+    return (
+        reachable
+        and head_dim % 2 == 0
+        and num_all == num_heads + 2 * num_kv_heads
+        and cos.numel() == sin.numel() == num_rows * head_dim
+        and _is_plain(heads)
+        and _is_plain(cos)
+        and _is_plain(sin)
+        and _is_plain(k_pool)
+        and _is_plain(v_pool)
+    )
+
+
+def _are_slots(slots: Tensor) -> bool:
+    """Whether a list of slots can be read as it lies. That all are within the pool is its maker's promise."""
+    return slots.dtype is torch.int64 and slots.is_cpu and slots.is_contiguous()
+
+
 def _attention_applies(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor | tuple[slice, ...], bias: Tensor | None
 ) -> bool:
-    """Whether the compiled attention takes these, and is the faster one."""
-    head_dim = q.shape[3]
+    """Whether the compiled attention takes these, and is the faster one. It checks no bounds, and does not
+    broadcast."""
+    num_seqs, num_nodes, _, head_dim = q.shape
     rows_apart = q.dtype is torch.float32 and q.is_cpu and q.stride(3) == 1 and q.stride(2) == head_dim
     if isinstance(slots, Tensor):
-        longest, readable = slots.shape[1], slots.is_contiguous()
+        longest, readable = slots.shape[1], slots.shape[0] == num_seqs and _are_slots(slots)
     else:
-        longest, readable = max(run.stop - run.start for run in slots), True
+        longest, num_slots = max(run.stop - run.start for run in slots), k_pool.shape[1]
+        readable = len(slots) == num_seqs and all(run.start >= 0 and run.stop <= num_slots for run in slots)
+    if bias is not None:
+        bias_len = bias.shape[-1]
+        readable = readable and bias_len >= longest and bias.numel() == num_seqs * num_nodes * bias_len
     return (
         rows_apart
         and readable

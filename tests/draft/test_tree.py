@@ -293,6 +293,7 @@ def test_a_grafted_tree_has_all_nodes_of_tree_and_chain_once(seed: int) -> None:
         assert set(after) == set(before) | whole
         own = [path for path in after if path not in before]
         real = grafted.real()[row]
+        assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
         assert sorted(grafted.scores.raw[row][real].tolist()) == [0.0] * len(own) + [0.5] * len(before)
     assert grafted.real().any(0).all(), "a CPU scores no column of padding"
 

@@ -189,6 +189,10 @@ def assert_idle(engine: Engine) -> None:
     assert pages.num_free == pages.num_usable
     if isinstance(engine.draft, FeatureDraft):
         assert engine.draft._pending == {}
+        assert engine.draft.lookup._states == {}
+        assert engine.draft.coverage._counted == {}
+    elif isinstance(engine.draft, NgramDraft):
+        assert engine.draft._indexes == {}
 
 
 def plain_tokens(

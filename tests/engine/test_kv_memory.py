@@ -20,6 +20,7 @@ from engine.checkpoint.synthetic_config import SMALL_4, SMALL_4_VISION, head_con
 from engine.checkpoint.synthetic_tables import Layout
 from engine.cli.footprint import head_footprint, target_footprint
 from engine.config import EngineConfig
+from engine.core import Speculation
 from engine.errors import ConfigError
 from engine.memory import (
     GPU_RESERVE,
@@ -67,6 +68,14 @@ def test_a_budget_never_promises_what_is_not_there(
     taken = budget + weights + activations + GPU_RESERVE
     assert taken <= share * total
     assert taken <= free
+
+
+def test_nodes_of_prompt_lookup_have_logits_too() -> None:
+    model, _ = tiny_llama(0)
+    plain = EngineConfig(max_num_seqs=3, speculation=Speculation(4, 3, 2))
+    wider = dataclasses.replace(plain, speculation=Speculation(4, 3, 2, lookup=8))
+    more = activation_bytes(model, wider) - activation_bytes(model, plain)
+    assert more == 3 * 8 * model.vocab_size * 4 * 5
 
 
 def test_the_published_pair(published: tuple[Layout, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

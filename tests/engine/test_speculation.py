@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draft.head import FeatureDraft
 from draft.tree import graft
-from engine.core import DraftTree, Request, SamplingParams, Speculation
+from engine.core import Batch, DraftTree, Request, SamplingParams, Speculation
 from tests.engine.rig import (
     CHAIN,
     PLAIN,
@@ -152,6 +152,34 @@ def test_lookups_beside_a_head(
     # Where a lookup is sure, the head is not asked.
     both = torch.cat([beside[found] for beside, found in rows])
     assert not both.any() if sure == 0.0 else both.any()
+
+
+@pytest.mark.parametrize("draft", ["eagle3", "eagle"])
+def test_chains_beside_larger_trees_stay_in_their_own_rows(
+    echo: Model, draft: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small tree with a chain next to a large one: its nodes have no more rows than it asked for."""
+    monkeypatch.setattr("draft.head._SURE", 2.0)
+    prompts = [[5, 6, 7, 8] * 5, PROMPTS[1]]
+    params = [SamplingParams(temperature=0, max_tokens=40)] * 2
+    sizes = [Speculation(2, 1, 1, lookup=6), Speculation(30, 3, 6)]
+    engine = make_engine(echo, draft, page_size=1, num_pages=200)
+    propose, grafted = engine.draft.propose, []
+
+    def checked(batch: Batch) -> DraftTree:
+        tree = propose(batch)
+        for row, (seq, real) in enumerate(zip(batch.seqs, tree.real().tolist(), strict=True)):
+            assert seq.kv_len + max(node for node, is_real in enumerate(real) if is_real) < len(seq.pages)
+            assert real == sorted(real, reverse=True), "padding comes last"
+            if seq.request.id == 0 and len(batch.seqs) == 2:
+                grafted.append(int(tree.real()[row].sum()) > 2)
+        return tree
+
+    monkeypatch.setattr(engine.draft, "propose", checked)
+    recording = record(engine, prompts, params, sizes)
+    assert [c.token_ids for c in recording.completions] == plain_tokens(echo, prompts, params)
+    assert state_error(echo, recording, draft) < TOLERANCE
+    assert any(grafted), "the test is idle without chains"
 
 
 def test_a_lookup_is_never_longer_than_the_answer_may_be(echo: Model) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,26 @@ class TestAgainstReference:
         torch.testing.assert_close(out[:, :1], alone)
         assert torch.equal(out[:, 1], torch.zeros(1, 3, 8))
 
+    def test_what_is_not_a_number_does_not_vanish(self) -> None:
+        """A broken weight must be seen in the answer, as it is with torch."""
+        q, pools = normal(1, 2, 3, 8), normal(2, 1, 20, 8, seed=1).abs()
+        for broken in (math.nan, math.inf):
+            q[0, 1, 1, 3] = broken
+            given_to = (q, pools[0], pools[1], (slice(4, 10),), None, 1.0)
+            found, expected = ops.tree_attention(*given_to).isnan(), ref.tree_attention(*given_to).isnan()
+            assert torch.equal(found, expected)
+            assert found.any(-1).sum() == 1
+
+    def test_the_default_dtype_is_none_of_ours(self) -> None:
+        q, pools = normal(1, 2, 3, 8), normal(2, 1, 20, 8, seed=1)
+        expected = ref.tree_attention(q, pools[0], pools[1], (slice(4, 10),), None, 1.0)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = ops.tree_attention(q, pools[0], pools[1], (slice(4, 10),), None, 1.0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected)
+
 
 @needs_compiler
 class TestRowsStandAlone:
@@ -191,6 +212,40 @@ class TestWhatIsLeftToTorch:
         gate_up = normal(1, 2, 20)
         torch.testing.assert_close(ops.silu_mul(gate_up), ref.silu_mul(gate_up))
 
+    def test_slots_that_are_no_list_of_64_bits(self) -> None:
+        """Read as addresses they would lead anywhere."""
+        heads, (cos, sin) = normal(1, 4, 4, 8), rotation(4, 8)
+        strided = torch.arange(16)[::2]
+        pools = normal(2, 1, 20, 8, seed=1)
+        ours, theirs = pools.clone(), pools.clone()
+        ops.rope_write(heads.clone(), 2, cos, sin, ours[0], ours[1], strided[:4])
+        ref.rope_write(heads.clone(), 2, cos, sin, theirs[0], theirs[1], strided[:4])
+        torch.testing.assert_close(ours, theirs)
+        for slots in (strided[None], strided[None].int()):
+            given_to = (heads[:, :, :2], pools[0], pools[1], slots, None, 1.0)
+            torch.testing.assert_close(ops.tree_attention(*given_to), ref.tree_attention(*given_to))
+
+    @pytest.mark.parametrize("slots", [slice(18, 22), slice(4, 7), torch.arange(3)], ids=str)
+    def test_rows_that_do_not_fit_are_refused(self, slots: Tensor | slice) -> None:
+        """Past the pool's end, or not as many as there are nodes: nothing may be written past an end."""
+        heads, (cos, sin), pools = normal(1, 4, 4, 8), rotation(4, 8), torch.zeros(3, 1, 20, 8)
+        with pytest.raises((RuntimeError, IndexError)):
+            ops.rope_write(heads, 2, cos, sin, pools[0], pools[1], slots)
+        assert torch.equal(pools[2], torch.zeros(1, 20, 8))
+
+    def test_broadcast_rotations_and_masks(self) -> None:
+        heads, (cos, sin) = normal(2, 3, 4, 8), rotation(3, 8)
+        pools = normal(2, 1, 20, 8, seed=1)
+        ours, theirs = pools.clone(), pools.clone()
+        found = ops.rope_write(heads.clone(), 2, cos, sin, ours[0], ours[1], slice(4, 10))
+        expected = ref.rope_write(heads.clone(), 2, cos, sin, theirs[0], theirs[1], slice(4, 10))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(ours, theirs)
+        bias = torch.zeros(1, 3, 6).masked_fill(normal(1, 3, 6, seed=3) > 0.5, -math.inf)
+        slots = torch.arange(12).view(2, 6)
+        given_to = (heads[:, :, :2], pools[0], pools[1], slots, bias, 1.0)
+        torch.testing.assert_close(ops.tree_attention(*given_to), ref.tree_attention(*given_to))
+
     def test_gradients(self) -> None:
         x = normal(1, 2, 16).requires_grad_()
         (slope,) = torch.autograd.grad(ops.rms_norm(x, torch.ones(16), 1e-5).sum(), x)
@@ -211,7 +266,7 @@ class TestLibrary:
         assert torch.equal(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x, weight, 1e-5))
         assert not fresh_library.exists()
 
-    @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+    @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc 'open quote"])
     def test_without_a_compiler_torch_runs_and_the_log_says_so(
         self,
         compiler: str,
@@ -224,6 +279,69 @@ class TestLibrary:
             assert cpu.library() is None
         assert "plain torch" in caplog.text
         assert ops.silu_mul(normal(1, 1, 16)).shape == (1, 1, 8)
+
+    def test_a_compiler_may_fail_in_any_language(
+        self,
+        fresh_library: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        compiler = tmp_path / "compiler"
+        compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { printf "\\344rger\\n" >&2; exit 1; }\n')
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+        with caplog.at_level(logging.INFO, "haast"):
+            assert cpu.library() is None
+        assert "rger" in caplog.text
+
+    def test_without_a_home_torch_runs(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As in a container whose user is a bare number."""
+
+        def unknown(uid: int) -> None:
+            raise KeyError(uid)
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr("pwd.getpwuid", unknown)
+        with caplog.at_level(logging.INFO, "haast"):
+            assert cpu.library() is None
+        assert "plain torch" in caplog.text
+
+    @needs_compiler
+    def test_an_empty_choice_of_compiler_is_none(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CC", "")
+        assert cpu.library() is not None
+
+    @needs_compiler
+    @pytest.mark.parametrize(
+        ("folder", "mode"), [(".", 0o777), (".", 0o770), ("..", 0o777)], ids=["open", "group", "open parent"]
+    )
+    def test_nothing_is_loaded_from_where_others_may_write(
+        self, folder: str, mode: int, fresh_library: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert cpu.library() is not None
+        cpu.library.cache_clear()
+        (fresh_library / folder).chmod(mode)
+        with caplog.at_level(logging.INFO, "haast"):
+            assert cpu.library() is None
+        assert "others may write" in caplog.text
+
+    @needs_compiler
+    def test_nothing_is_loaded_from_somebody_elses_directory(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert cpu.library() is not None
+        cpu.library.cache_clear()
+        owner = fresh_library.stat().st_uid
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+        if owner == 0:  # what root owns is trusted: give it away
+            os.chown(fresh_library, 4711, -1)
+        assert cpu.library() is None
 
     @needs_compiler
     def test_is_compiled_once_and_found_again(
