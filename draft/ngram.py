@@ -56,7 +56,10 @@ class NgramIndex:
 
 
 class NgramDraft:
-    """A draft (core.Draft) that proposes one chain from the sequence's own tokens."""
+    """A draft (core.Draft) that proposes one chain from the sequence's own tokens.
+
+    It is as long as the deepest path of the tree it stands for, or as ``lookup`` if that is more.
+    """
 
     def __init__(self) -> None:
         self._indexes: dict[int, NgramIndex] = {}
@@ -67,14 +70,14 @@ class NgramDraft:
         return None
 
     def scratch_rows(self, speculation: Speculation) -> int:
-        return 0 if speculation.is_off else speculation.nodes - 1
+        return 0 if speculation.is_off else max(speculation.nodes - 1, speculation.lookup)
 
     def propose(self, batch: Batch) -> DraftTree:
         chains = [
             []
             if spec.is_off
             else self._indexes.setdefault(seq.request.id, NgramIndex()).continuation(
-                seq.tokens, min(spec.nodes - 1, spec.depth)
+                seq.tokens, spec.most_accepted
             )
             for seq, spec in zip(batch.seqs, batch.speculation, strict=True)
         ]

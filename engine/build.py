@@ -31,6 +31,7 @@ from engine.nn.weight import tensors_only
 from engine.pages import PagePool
 from engine.step import Engine
 from engine.text.conversation import AnyTokenizer
+from kernels import kernels_for
 from verify.stats import StepLog
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -116,6 +117,8 @@ def build_engine(
             f"max_model_len is {config.max_model_len}, but {checkpoint.name} was made for at most "
             f"{model.max_position_embeddings} positions"
         )
+    if config.device == "cpu":
+        kernels_for(config.dtype)  # compiled now, once per machine, and not in somebody's first step
     if isinstance(draft, HeadCheckpoint):
         feature_layers = draft.feature_layers or published_feature_layers(model.num_layers)
         if any(not -1 <= layer <= model.num_layers for layer in feature_layers):

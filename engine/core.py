@@ -58,11 +58,11 @@ class Speculation:
     @property
     def most_accepted(self) -> int:
         """Draft tokens that one step can accept."""
-        return 0 if self.is_off else max(self.depth, self.lookup)
+        return 0 if self.is_off else max(min(self.depth, self.nodes - 1), self.lookup)
 
     def limited(self, num_tokens: int) -> Speculation:
         """The same, with no path longer than so many draft tokens."""
-        if num_tokens >= self.most_accepted:
+        if num_tokens >= max(self.depth, self.lookup):
             return self
         if num_tokens < 1:
             return SPECULATION_OFF

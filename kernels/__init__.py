@@ -5,6 +5,7 @@ The plain torch reference in ``kernels.ref``, ``kernels.mla`` and ``kernels.quan
 specification; ``kernels.cpu`` has small compiled kernels for float32 on a CPU.
 """
 
+from kernels.cpu import kernels_for
 from kernels.ops import add_rms_norm, rms_norm, rope_write, silu_mul, tree_attention
 from kernels.quant import (
     dequantise_fp8,
@@ -40,6 +41,7 @@ __all__ = [
     "half_linear",
     "has_fast_bfloat16",
     "int8_linear",
+    "kernels_for",
     "nvfp4_linear",
     "pack_half",
     "pack_int8",

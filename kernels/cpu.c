@@ -1,7 +1,8 @@
-/* The small operations of a step on a CPU in float32, each one call where plain torch needs four to ten.
+/* The small operations of a step on a CPU, each one call where plain torch needs four to ten.
  *
  * kernels/cpu.py compiles this file once per machine and calls it; kernels/ref.py says what each function
- * computes. A row's result does not depend on how many rows a call has: sums run over the same lanes in the same
+ * computes. Tensors are float32 or bfloat16 (cpu_ops.h is compiled for either), arithmetic is always float32,
+ * rounded once at the end. A row's result does not depend on how many rows a call has: sums run over the same lanes in the same
  * order, and keys that a row may not see add exact zeros. So a token scored alone and in a tree gets the same bits.
  *
  * Vectors are GCC's and Clang's generic ones, eight floats wide, whatever the machine's registers are. Fused
@@ -44,79 +45,21 @@ static inline vec expv(vec x) {
     return (vec)(bits & ~vanishes);
 }
 
-/* Sum of squares of d floats; d need not be a multiple of the width. */
-static float sum_of_squares(const float *x, int64_t d) {
-    vec low = {0}, high = {0};
-    int64_t i = 0;
-    for (; i + 2 * WIDTH <= d; i += 2 * WIDTH) {
-        vec a = load(x + i), b = load(x + i + WIDTH);
-        low += a * a;
-        high += b * b;
-    }
-    float rest = 0;
-    for (; i < d; i++) rest += x[i] * x[i];
-    return sum(low + high) + rest;
+typedef uint16_t bf16;
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-static void normalise(const float *x, const float *weight, float *out, int64_t d, float eps) {
-    float scale = 1.0f / sqrtf(sum_of_squares(x, d) / (float)d + eps);
-    for (int64_t i = 0; i < d; i++) out[i] = x[i] * scale * weight[i];
-}
-
-/* x, out: [n, d]; weight: [d]. */
-void haast_rms_norm(const float *x, const float *weight, float *out, int64_t n, int64_t d, float eps) {
-    for (int64_t row = 0; row < n; row++) normalise(x + row * d, weight, out + row * d, d, eps);
-}
-
-/* total = x + delta, out = rms_norm(total). All [n, d]. */
-void haast_add_rms_norm(const float *x, const float *delta, const float *weight, float *total, float *out,
-                        int64_t n, int64_t d, float eps) {
-    for (int64_t row = 0; row < n; row++) {
-        const float *a = x + row * d, *b = delta + row * d;
-        float *t = total + row * d;
-        for (int64_t i = 0; i < d; i++) t[i] = a[i] + b[i];
-        normalise(t, weight, out + row * d, d, eps);
-    }
-}
-
-/* gate_up: [n, 2d], gate first; out: [n, d]. d is a multiple of the width. */
-void haast_silu_mul(const float *gate_up, float *out, int64_t n, int64_t d) {
-    for (int64_t row = 0; row < n; row++) {
-        const float *gate = gate_up + row * 2 * d, *up = gate + d;
-        for (int64_t i = 0; i < d; i += WIDTH) {
-            vec g = load(gate + i);
-            vec least = splat(-88.0f); /* e^88 is the largest that is asked for */
-            vec clamped = (vec)(((ivec)g & (g > least)) | ((ivec)least & ~(g > least)));
-            store(out + row * d + i, g / (1.0f + expv(-clamped)) * load(up + i));
-        }
-    }
-}
-
-/* Rotate the query and key heads of n rows by halves; queries stay in place, keys and values go to their slots.
- *
- * heads: [n, num_heads + 2 num_kv_heads, d]; cos, sin: [n, d], the first half of sin negated; pools:
- * [num_kv_heads, num_slots, d]; slots: [n], or NULL where row i goes to first_slot + i. d is even. */
-void haast_rope_write(float *heads, const float *cos, const float *sin, float *k_pool, float *v_pool,
-                      const int64_t *slots, int64_t first_slot, int64_t n, int64_t num_heads,
-                      int64_t num_kv_heads, int64_t num_slots, int64_t d) {
-    int64_t half = d / 2;
-    for (int64_t row = 0; row < n; row++) {
-        float *own = heads + row * (num_heads + 2 * num_kv_heads) * d;
-        const float *c = cos + row * d, *s = sin + row * d;
-        int64_t slot = slots ? slots[row] : first_slot + row;
-        for (int64_t head = 0; head < num_heads + num_kv_heads; head++) {
-            float *x = own + head * d;
-            float *out = head < num_heads ? x : k_pool + ((head - num_heads) * num_slots + slot) * d;
-            for (int64_t i = 0; i < half; i++) {
-                float a = x[i], b = x[i + half];
-                out[i] = a * c[i] + b * s[i];
-                out[i + half] = b * c[i + half] + a * s[i + half];
-            }
-        }
-        for (int64_t head = 0; head < num_kv_heads; head++)
-            memcpy(v_pool + (head * num_slots + slot) * d,
-                   own + (num_heads + num_kv_heads + head) * d, sizeof(float) * d);
-    }
+/* To the nearest, ties to even; a NaN stays one. */
+static inline bf16 narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bf16)(x != x ? bits >> 16 | 0x40 : rounded);
 }
 
 /* weights[i]: scores of key i for the rows of a block -> e^(score + bias - the row's largest). Returns the sums. */
@@ -160,49 +103,42 @@ static void scores(const float *query, const float *keys, const int64_t *slots, 
     }
 }
 
-/* Attention of the nodes of one sequence over its rows of the pools.
- *
- * q: n rows of num_heads heads of d, q_stride floats from row to row; pools: [num_kv_heads, num_slots, d]; slots:
- * [len], or NULL where key i lies at first_slot + i; bias: [n, bias_stride] of 0 and -inf, or NULL; out: [n,
- * num_heads, d]; space: WIDTH * (len + d) floats. d is a multiple of the width.
- *
- * The query rows that share a KV head lie side by side in vectors, WIDTH at a time, so nothing is ever summed
- * across a vector. A block that is not full repeats its last row. */
-void haast_tree_attention(const float *q, const float *k_pool, const float *v_pool, const int64_t *slots,
-                          int64_t first_slot, const float *bias, float *out, float *space, int64_t n,
-                          int64_t q_stride, int64_t num_heads, int64_t num_kv_heads, int64_t num_slots,
-                          int64_t len, int64_t bias_stride, int64_t d, float scale) {
-    int64_t group = num_heads / num_kv_heads, num_rows = group * n;
-    float *weights = space, *query = space + WIDTH * len;
-    for (int64_t head = 0; head < num_kv_heads; head++) {
-        const float *keys = k_pool + head * num_slots * d, *values = v_pool + head * num_slots * d;
-        for (int64_t first = 0; first < num_rows; first += WIDTH) {
-            const float *row_bias[WIDTH];
-            float *to[WIDTH];
-            int count = num_rows - first < WIDTH ? (int)(num_rows - first) : WIDTH;
-            for (int j = 0; j < WIDTH; j++) {
-                int64_t row = first + (j < count ? j : count - 1), node = row / group;
-                int64_t own = head * group + row % group;
-                const float *from = q + node * q_stride + own * d;
-                for (int64_t c = 0; c < d; c++) query[c * WIDTH + j] = from[c] * scale;
-                row_bias[j] = bias ? bias + node * bias_stride : 0;
-                to[j] = out + (node * num_heads + own) * d;
-            }
-            scores(query, keys, slots, first_slot, weights, len, d);
-            vec total = exponentials(weights, bias ? row_bias : 0, len);
-            ivec sees = total != 0.0f; /* NaN too: what is not a number shall not look like one */
-            for (int64_t part = 0; part < d; part += WIDTH) {
-                vec sums[WIDTH] = {{0}};
-                for (int64_t i = 0; i < len; i++) {
-                    const float *value = values + (slots ? slots[i] : first_slot + i) * d + part;
-                    vec w = load(weights + i * WIDTH);
-                    for (int c = 0; c < WIDTH; c++) sums[c] += value[c] * w;
-                }
-                for (int c = 0; c < WIDTH; c++) {
-                    vec mean = (vec)((ivec)(sums[c] / total) & sees);
-                    for (int j = 0; j < count; j++) to[j][part + c] = mean[j];
-                }
-            }
+/* Attention of up to WIDTH query rows that share a KV head; mixed: [WIDTH][d] of their outputs. */
+static void attend(const float *query, const float *keys, const float *values, const int64_t *slots,
+                   int64_t first_slot, const float *bias[WIDTH], float *mixed, float *weights, int64_t len,
+                   int64_t d) {
+    scores(query, keys, slots, first_slot, weights, len, d);
+    vec total = exponentials(weights, bias, len);
+    ivec sees = total != 0.0f; /* NaN too: what is not a number shall not look like one */
+    for (int64_t part = 0; part < d; part += WIDTH) {
+        vec sums[WIDTH] = {{0}};
+        for (int64_t i = 0; i < len; i++) {
+            const float *value = values + (slots ? slots[i] : first_slot + i) * d + part;
+            vec w = load(weights + i * WIDTH);
+            for (int c = 0; c < WIDTH; c++) sums[c] += value[c] * w;
+        }
+        for (int c = 0; c < WIDTH; c++) {
+            vec mean = (vec)((ivec)(sums[c] / total) & sees);
+            for (int j = 0; j < WIDTH; j++) mixed[j * d + part + c] = mean[j];
         }
     }
 }
+
+#define ELEM float
+#define NAME(op) haast_##op##_float32
+#define GET(p) (*(p))
+#define PUT(p, x) (*(p) = (x))
+#define IS_FLOAT 1
+#include "cpu_ops.h"
+#undef ELEM
+#undef NAME
+#undef GET
+#undef PUT
+#undef IS_FLOAT
+
+#define ELEM bf16
+#define NAME(op) haast_##op##_bfloat16
+#define GET(p) widen(*(p))
+#define PUT(p, x) (*(p) = narrow(x))
+#define IS_FLOAT 0
+#include "cpu_ops.h"

@@ -1,9 +1,9 @@
-"""The operations of ``cpu.c``: compiled once for this machine, called on float32 CPU tensors.
+"""The operations of ``cpu.c``: compiled once for this machine, called on float32 and bfloat16 CPU tensors.
 
 A decoder layer of a small model is some thirty torch calls of a few microseconds each, half as long as its
 matrix products take; here it is ten calls. The C compiler is the system's (``$CC`` or ``cc``); the library is
 kept in ``$XDG_CACHE_HOME/haast`` under a name that depends on source, flags and CPU. Without a compiler, or
-with ``HAAST_CPU_KERNELS=0``, ``library`` returns None and the torch reference runs instead.
+with ``HAAST_CPU_KERNELS=0``, ``kernels_for`` returns None and the torch reference runs instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,29 +27,46 @@ from torch import Tensor
 log = logging.getLogger("haast")
 
 SOURCE = Path(__file__).with_name("cpu.c")
+INCLUDED = Path(__file__).with_name("cpu_ops.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-fno-math-errno"),
     *("-shared", "-fPIC"),
 )
 _WIDTH = 8  # floats of a vector in cpu.c
-_FLOAT_BYTES = 4
 _COMPILE_SECONDS = 60
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "haast_rms_norm": (_POINTER,) * 3 + (_LONG,) * 2 + (_FLOAT,),
-    "haast_add_rms_norm": (_POINTER,) * 5 + (_LONG,) * 2 + (_FLOAT,),
-    "haast_silu_mul": (_POINTER,) * 2 + (_LONG,) * 2,
-    "haast_rope_write": (_POINTER,) * 6 + (_LONG,) * 6,
-    "haast_tree_attention": (*(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, *(_LONG,) * 8, _FLOAT),
+    "rms_norm": (_POINTER,) * 3 + (_LONG,) * 2 + (_FLOAT,),
+    "add_rms_norm": (_POINTER,) * 5 + (_LONG,) * 2 + (_FLOAT,),
+    "silu_mul": (_POINTER,) * 2 + (_LONG,) * 2,
+    "rope_write": (_POINTER,) * 6 + (_LONG,) * 6,
+    "tree_attention": (*(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, *(_LONG,) * 8, _FLOAT),
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The compiled operations for tensors of one dtype."""
+
+    dtype: torch.dtype
+    rms_norm: Callable[..., None]
+    add_rms_norm: Callable[..., None]
+    silu_mul: Callable[..., None]
+    rope_write: Callable[..., None]
+    tree_attention: Callable[..., None]
+
+
+def kernels_for(dtype: torch.dtype) -> Kernels | None:
+    """The operations for a dtype, or None where there are none."""
+    return _load().get(dtype)
+
+
 @functools.cache
-def library() -> ctypes.PyDLL | None:
-    """The compiled operations, or None where they cannot be had; says so once in the log."""
+def _load() -> dict[torch.dtype, Kernels]:
+    """What could be compiled; nothing, and a line in the log, where that is impossible."""
     if os.environ.get("HAAST_CPU_KERNELS", "1") == "0":
-        return None
+        return {}
     try:
         path = _compiled()
         # Calls take microseconds: keeping the interpreter's lock is cheaper than handing it over and back.
@@ -56,19 +75,26 @@ def library() -> ctypes.PyDLL | None:
         failed = isinstance(error, subprocess.CalledProcessError) and error.stderr.strip()
         reason = (failed or str(error)).strip().splitlines()
         log.info("CPU kernels: plain torch, which is slower (%s)", reason[0] if reason else "no C compiler")
-        return None
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
-    return loaded
+        return {}
+
+    def function(name: str, dtype: str) -> Callable[..., None]:
+        found = getattr(loaded, f"haast_{name}_{dtype}")
+        found.argtypes, found.restype = _SIGNATURES[name], None
+        compiled: Callable[..., None] = found
+        return compiled
+
+    return {
+        dtype: Kernels(dtype, **{name: function(name, str(dtype)[len("torch.") :]) for name in _SIGNATURES})
+        for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 def _compiled() -> Path:
     """The library's file, compiled if this machine has not done so. Raises OSError, ValueError or
     SubprocessError."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    version = _output([*compiler, "--version"])
-    key = "\0".join((SOURCE.read_text(), version, *FLAGS, platform.machine(), _cpu_flags()))
+    version, sources = _output([*compiler, "--version"]), (SOURCE.read_text(), INCLUDED.read_text())
+    key = "\0".join((*sources, version, *FLAGS, platform.machine(), _cpu_flags()))
     directory = _directory()
     path = directory / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if path.exists():
@@ -112,19 +138,19 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def rms_norm(lib: ctypes.PyDLL, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As ``ref.rms_norm``; x contiguous."""
     out, width = torch.empty_like(x), x.shape[-1]
-    lib.haast_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    kernels.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
     return out
 
 
 def add_rms_norm(
-    lib: ctypes.PyDLL, x: Tensor, delta: Tensor, weight: Tensor, eps: float
+    kernels: Kernels, x: Tensor, delta: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As ``ref.add_rms_norm``; x and delta contiguous."""
     total, out, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-    lib.haast_add_rms_norm(
+    kernels.add_rms_norm(
         x.data_ptr(),
         delta.data_ptr(),
         weight.data_ptr(),
@@ -137,16 +163,16 @@ def add_rms_norm(
     return total, out
 
 
-def silu_mul(lib: ctypes.PyDLL, gate_up: Tensor) -> Tensor:
+def silu_mul(kernels: Kernels, gate_up: Tensor) -> Tensor:
     """As ``ref.silu_mul``; gate_up contiguous, its halves multiples of 8."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
-    lib.haast_silu_mul(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+    kernels.silu_mul(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
     return out
 
 
 def rope_write(
-    lib: ctypes.PyDLL,
+    kernels: Kernels,
     heads: Tensor,
     num_heads: int,
     cos: Tensor,
@@ -158,7 +184,7 @@ def rope_write(
     """As ``ref.rope_write``; everything contiguous. Turns the query heads in place."""
     num_seqs, num_nodes, num_all, head_dim = heads.shape
     listed, first_slot = (None, slots.start) if isinstance(slots, slice) else (slots.data_ptr(), 0)
-    lib.haast_rope_write(
+    kernels.rope_write(
         heads.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
@@ -176,7 +202,7 @@ def rope_write(
 
 
 def tree_attention(
-    lib: ctypes.PyDLL,
+    kernels: Kernels,
     q: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
@@ -192,20 +218,22 @@ def tree_attention(
         reads = [(None, run.start, run.stop - run.start) for run in slots]
     else:
         reads = [(row.data_ptr(), 0, slots.shape[1]) for row in slots]
-    # Not torch.empty: its dtype is whatever somebody has made the default.
-    out = k_pool.new_empty(num_seqs, num_nodes, num_heads, head_dim)
-    space = k_pool.new_empty(_WIDTH * (max(count for *_, count in reads) + head_dim))
+    longest = max(count for *_, count in reads)
+    out = q.new_empty(num_seqs, num_nodes, num_heads, head_dim)
+    widened = 0 if q.dtype is torch.float32 else 2 * longest * head_dim
+    # The dtype is named: torch's default is whatever somebody has made it.
+    space = torch.empty(_WIDTH * (longest + 2 * head_dim) + widened, dtype=torch.float32)
     q_at, out_at, bias_at = q.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
-    bias_stride = 0 if bias is None else bias.shape[2]
+    bias_stride, size = 0 if bias is None else bias.shape[2], q.element_size()
     for seq, (listed, first_slot, num_keys) in enumerate(reads):
-        lib.haast_tree_attention(
-            q_at + _FLOAT_BYTES * seq * q.stride(0),
+        kernels.tree_attention(
+            q_at + size * seq * q.stride(0),
             k_pool.data_ptr(),
             v_pool.data_ptr(),
             listed,
             first_slot,
-            None if bias_at is None else bias_at + _FLOAT_BYTES * seq * num_nodes * bias_stride,
-            out_at + _FLOAT_BYTES * seq * out.stride(0),
+            None if bias_at is None else bias_at + 4 * seq * num_nodes * bias_stride,
+            out_at + size * seq * out.stride(0),
             space.data_ptr(),
             num_nodes,
             q.stride(1),

@@ -15,10 +15,17 @@ from kernels import cpu, ref
 _MUCH_ATTENTION = 1 << 24
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether the compiled kernels may touch a tensor: float32 on a CPU, contiguous, without gradients."""
+def _kernels_for(x: Tensor) -> cpu.Kernels | None:
+    """The compiled kernels, if they may touch this tensor: on a CPU, contiguous, without gradients."""
+    if not (x.is_cpu and x.is_contiguous()) or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    return cpu.kernels_for(x.dtype)
+
+
+def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor may be handed on together with others of a dtype."""
     return (
-        x.dtype is torch.float32
+        x.dtype is dtype
         and x.is_cpu
         and x.is_contiguous()
         and not (x.requires_grad and torch.is_grad_enabled())
@@ -27,22 +34,24 @@ def _is_plain(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension."""
-    lib = cpu.library() if _is_plain(x) and _is_plain(weight) else None
-    return ref.rms_norm(x, weight, eps) if lib is None else cpu.rms_norm(lib, x, weight, eps)
+    kernels = _kernels_for(x)
+    if kernels is None or not _is_plain(weight, x.dtype):
+        return ref.rms_norm(x, weight, eps)
+    return cpu.rms_norm(kernels, x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + delta, rms_norm of it)."""
-    lib = cpu.library() if _is_plain(x) and _is_plain(delta) and _is_plain(weight) else None
-    if lib is None:
+    kernels = _kernels_for(x)
+    if kernels is None or not (_is_plain(delta, x.dtype) and _is_plain(weight, x.dtype)):
         return ref.add_rms_norm(x, delta, weight, eps)
-    return cpu.add_rms_norm(lib, x, delta, weight, eps)
+    return cpu.add_rms_norm(kernels, x, delta, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[.., 2I] holding gate then up -> silu(gate) * up, [.., I]."""
-    lib = cpu.library() if gate_up.shape[-1] % 16 == 0 and _is_plain(gate_up) else None
-    return ref.silu_mul(gate_up) if lib is None else cpu.silu_mul(lib, gate_up)
+    kernels = _kernels_for(gate_up) if gate_up.shape[-1] % 16 == 0 else None
+    return ref.silu_mul(gate_up) if kernels is None else cpu.silu_mul(kernels, gate_up)
 
 
 def rope_write(
@@ -55,10 +64,10 @@ def rope_write(
     slots: Tensor | slice,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values; returns the queries [B, N, H, D]."""
-    lib = cpu.library() if _rotation_applies(heads, num_heads, cos, sin, k_pool, v_pool, slots) else None
-    if lib is None:
+    kernels = _kernels_for(heads)
+    if kernels is None or not _rotation_applies(heads, num_heads, cos, sin, k_pool, v_pool, slots):
         return ref.rope_write(heads, num_heads, cos, sin, k_pool, v_pool, slots)
-    return cpu.rope_write(lib, heads, num_heads, cos, sin, k_pool, v_pool, slots)
+    return cpu.rope_write(kernels, heads, num_heads, cos, sin, k_pool, v_pool, slots)
 
 
 def tree_attention(
@@ -70,10 +79,10 @@ def tree_attention(
     scale: float,
 ) -> Tensor:
     """Attention of tree nodes over their rows of the pool."""
-    lib = cpu.library() if _attention_applies(q, k_pool, v_pool, slots, bias) else None
-    if lib is None:
+    kernels = cpu.kernels_for(q.dtype) if _attention_applies(q, k_pool, v_pool, slots, bias) else None
+    if kernels is None:
         return ref.tree_attention(q, k_pool, v_pool, slots, bias, scale)
-    return cpu.tree_attention(lib, q, k_pool, v_pool, slots, bias, scale)
+    return cpu.tree_attention(kernels, q, k_pool, v_pool, slots, bias, scale)
 
 
 def _rotation_applies(
@@ -97,11 +106,10 @@ def _rotation_applies(
         and head_dim % 2 == 0
         and num_all == num_heads + 2 * num_kv_heads
         and cos.numel() == sin.numel() == num_rows * head_dim
-        and _is_plain(heads)
-        and _is_plain(cos)
-        and _is_plain(sin)
-        and _is_plain(k_pool)
-        and _is_plain(v_pool)
+        and _is_plain(cos, heads.dtype)
+        and _is_plain(sin, heads.dtype)
+        and _is_plain(k_pool, heads.dtype)
+        and _is_plain(v_pool, heads.dtype)
     )
 
 
@@ -116,7 +124,7 @@ def _attention_applies(
     """Whether the compiled attention takes these, and is the faster one. It checks no bounds, and does not
     broadcast."""
     num_seqs, num_nodes, _, head_dim = q.shape
-    rows_apart = q.dtype is torch.float32 and q.is_cpu and q.stride(3) == 1 and q.stride(2) == head_dim
+    rows_apart = q.is_cpu and q.stride(3) == 1 and q.stride(2) == head_dim
     if isinstance(slots, Tensor):
         longest, readable = slots.shape[1], slots.shape[0] == num_seqs and _are_slots(slots)
     else:
@@ -130,8 +138,8 @@ def _attention_applies(
         and readable
         and head_dim % 8 == 0
         and q.numel() * longest <= _MUCH_ATTENTION
-        and _is_plain(k_pool)
-        and _is_plain(v_pool)
-        and (bias is None or _is_plain(bias))
+        and _is_plain(k_pool, q.dtype)
+        and _is_plain(v_pool, q.dtype)
+        and (bias is None or _is_plain(bias, torch.float32))
         and not (q.requires_grad and torch.is_grad_enabled())
     )

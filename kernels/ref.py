@@ -193,8 +193,16 @@ def has_fast_bfloat16() -> bool:
 
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     """x [.., in] times a weight from ``pack_linear`` -> [.., out]."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+    out: Tensor = _direct("mkldnn", "_linear_pointwise")(x, packed, None, "none", [], "")
     return out
+
+
+@functools.cache
+def _direct(library: str, name: str) -> Any:
+    """An operator without the layer that looks for fake tensors at every call, where this torch has it so:
+    that costs a tenth of a small product."""
+    operator = getattr(getattr(torch.ops, library), name).default
+    return getattr(operator, "_op", operator)
 
 
 _LARGEST_FLOAT16 = 65504.0
@@ -220,16 +228,8 @@ def pack_half(weight: Tensor) -> Any | None:
 
 def half_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_half`` -> [.., out] float32."""
-    out: Tensor = _half_product()(x, packed)
+    out: Tensor = _direct("quantized", "linear_dynamic_fp16")(x, packed)
     return out
-
-
-@functools.cache
-def _half_product() -> Any:
-    """The operator behind ``half_linear`` without the layer that looks for fake tensors at every call, where
-    this torch has it so: that costs a tenth of the product."""
-    operator = torch.ops.quantized.linear_dynamic_fp16.default
-    return getattr(operator, "_op", operator)
 
 
 def pack_int8(weight: Tensor) -> Any | None:
@@ -254,7 +254,7 @@ def pack_int8(weight: Tensor) -> Any | None:
 
 def int8_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_int8`` -> [.., out]."""
-    out: Tensor = torch.ops.quantized.linear_dynamic.default(x.contiguous(), packed, True)
+    out: Tensor = _direct("quantized", "linear_dynamic")(x.contiguous(), packed, True)
     return out
 
 

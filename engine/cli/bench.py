@@ -7,6 +7,7 @@ is one JSON object, whatever else is printed, so ``haast bench latency | tail -1
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -172,7 +173,7 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
     found = {
         "model": served.name,
         "draft": served.draft_name,
-        "speculation": {"nodes": size.nodes, "depth": size.depth, "top_k": size.top_k},
+        "speculation": dataclasses.asdict(size),
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
         "repeats": args.repeats,
@@ -210,7 +211,7 @@ def show(result: Mapping[str, Any]) -> None:
         columns.insert(2, (f"{name} tok/s", f"{name}_tok_s"))
         columns.insert(3, (f"plain vs {name}", f"plain_vs_{name}"))
     size = result["speculation"]
-    tree = f"{size['nodes']}/{size['depth']}/{size['top_k']}"
+    tree = f"{size['nodes']}/{size['depth']}/{size['top_k']}, lookup {size['lookup']}"
     table = Table(
         caption=(
             f"{result['model']}, draft {result['draft']}, tree {tree}, {result['dtype']}, "

@@ -20,22 +20,32 @@ from torch import Tensor
 
 from kernels import cpu, ops, ref
 
-needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(cpu.kernels_for(torch.float32) is None, reason="no C compiler")
 
 WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 40, 576])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @pytest.fixture
 def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache directory, and no library remembered from before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu.library.cache_clear()
+    cpu._load.cache_clear()
     yield tmp_path / "haast" / "kernels"
-    cpu.library.cache_clear()
+    cpu._load.cache_clear()
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Whether a result is that of float32 arithmetic on the same numbers, rounded once to its own dtype.
+
+    expected: computed by the reference in float32.
+    """
+    step = torch.finfo(found.dtype).eps if found.dtype != torch.float32 else 4e-6
+    torch.testing.assert_close(found.float(), expected, rtol=step, atol=step)
 
 
 def rotation(num_nodes: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -47,17 +57,14 @@ def rotation(num_nodes: int, head_dim: int) -> tuple[Tensor, Tensor]:
 @needs_compiler
 class TestAgainstReference:
     @settings(deadline=None)
-    @given(num_rows=st.integers(1, 5), width=WIDTHS)
-    def test_norms(self, num_rows: int, width: int) -> None:
-        x, delta, weight = (
-            normal(1, num_rows, width),
-            normal(1, num_rows, width, seed=1),
-            normal(width, seed=2),
-        )
-        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x, weight, 1e-5))
-        found, expected = ops.add_rms_norm(x, delta, weight, 1e-5), ref.add_rms_norm(x, delta, weight, 1e-5)
-        assert torch.equal(found[0], expected[0])
-        torch.testing.assert_close(found[1], expected[1])
+    @given(num_rows=st.integers(1, 5), width=WIDTHS, dtype=DTYPES)
+    def test_norms(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
+        x, delta = normal(1, num_rows, width).to(dtype), normal(1, num_rows, width, seed=1).to(dtype)
+        weight = normal(width, seed=2).to(dtype)
+        close(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x.float(), weight.float(), 1e-5))
+        total, found = ops.add_rms_norm(x, delta, weight, 1e-5)
+        assert torch.equal(total, x + delta)
+        assert torch.equal(found, ops.rms_norm(total, weight, 1e-5))
 
     def test_a_row_of_zeros_is_not_divided_by_zero(self) -> None:
         assert torch.equal(ops.rms_norm(torch.zeros(1, 1, 16), torch.ones(16), 1e-5), torch.zeros(1, 1, 16))
@@ -67,10 +74,11 @@ class TestAgainstReference:
         num_rows=st.integers(1, 4),
         width=st.sampled_from([8, 16, 72]),
         scale=st.sampled_from([1.0, 30.0, 1e4]),
+        dtype=DTYPES,
     )
-    def test_silu_mul(self, num_rows: int, width: int, scale: float) -> None:
-        gate_up = normal(2, num_rows, 2 * width) * scale
-        torch.testing.assert_close(ops.silu_mul(gate_up), ref.silu_mul(gate_up))
+    def test_silu_mul(self, num_rows: int, width: int, scale: float, dtype: torch.dtype) -> None:
+        gate_up = (normal(2, num_rows, 2 * width) * scale).to(dtype)
+        close(ops.silu_mul(gate_up), ref.silu_mul(gate_up.float()))
 
     def test_silu_of_large_and_infinite_gates(self) -> None:
         gate = torch.tensor([200.0, -200.0, 1e30, -1e30, math.inf, 0.0, -88.0, 88.0])
@@ -84,21 +92,30 @@ class TestAgainstReference:
         heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
         head_dim=st.sampled_from([2, 8, 64]),
         in_place=st.booleans(),
+        dtype=DTYPES,
     )
     def test_rope_write(
-        self, num_seqs: int, num_nodes: int, heads: tuple[int, int], head_dim: int, in_place: bool
+        self,
+        num_seqs: int,
+        num_nodes: int,
+        heads: tuple[int, int],
+        head_dim: int,
+        in_place: bool,
+        dtype: torch.dtype,
     ) -> None:
         num_heads, num_kv_heads = heads
-        product = normal(num_seqs, num_nodes, num_heads + 2 * num_kv_heads, head_dim)
-        cos, sin = (part.expand(num_seqs, -1, -1, -1).contiguous() for part in rotation(num_nodes, head_dim))
-        pools = normal(2, num_kv_heads, 40, head_dim, seed=1)
+        product = normal(num_seqs, num_nodes, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+        cos, sin = (
+            part.expand(num_seqs, -1, -1, -1).contiguous().to(dtype) for part in rotation(num_nodes, head_dim)
+        )
+        pools = normal(2, num_kv_heads, 40, head_dim, seed=1).to(dtype)
         count = num_seqs * num_nodes
         slots = slice(7, 7 + count) if in_place else torch.randperm(40)[:count]
-        ours, theirs = pools.clone(), pools.clone()
+        ours, theirs = pools.clone(), pools.float()
         found = ops.rope_write(product.clone(), num_heads, cos, sin, ours[0], ours[1], slots)
-        expected = ref.rope_write(product.clone(), num_heads, cos, sin, theirs[0], theirs[1], slots)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(ours, theirs)
+        wide = (product.float(), num_heads, cos.float(), sin.float())
+        close(found, ref.rope_write(*wide, theirs[0], theirs[1], slots))
+        close(ours, theirs)
 
     @settings(deadline=None)
     @given(
@@ -108,6 +125,7 @@ class TestAgainstReference:
         head_dim=st.sampled_from([8, 64]),
         in_place=st.booleans(),
         masked=st.booleans(),
+        dtype=DTYPES,
     )
     def test_tree_attention(
         self,
@@ -117,10 +135,12 @@ class TestAgainstReference:
         head_dim: int,
         in_place: bool,
         masked: bool,
+        dtype: torch.dtype,
     ) -> None:
         num_heads, num_kv_heads = heads
-        wide = normal(len(lens), num_nodes, num_heads + 3, head_dim)  # queries are a slice of a wider product
-        pools = normal(2, num_kv_heads, 300, head_dim, seed=1)
+        # queries are a slice of a wider product
+        product = normal(len(lens), num_nodes, num_heads + 3, head_dim).to(dtype)
+        pools = normal(2, num_kv_heads, 300, head_dim, seed=1).to(dtype)
         longest = max(lens)
         bias = None
         if masked:
@@ -132,9 +152,12 @@ class TestAgainstReference:
             slots = tuple(slice(90 * i + 3, 90 * i + 3 + length) for i, length in enumerate(lens))
         else:
             slots = torch.stack([torch.randperm(300)[:longest] for _ in lens])
-        given_to = (wide[:, :, :num_heads], pools[0], pools[1], slots, bias, head_dim**-0.5)
-        assert ops._attention_applies(*given_to[:5])
-        torch.testing.assert_close(ops.tree_attention(*given_to), ref.tree_attention(*given_to))
+        queries, scale = product[:, :, :num_heads], head_dim**-0.5
+        assert ops._attention_applies(queries, pools[0], pools[1], slots, bias)
+        close(
+            ops.tree_attention(queries, pools[0], pools[1], slots, bias, scale),
+            ref.tree_attention(queries.float(), pools[0].float(), pools[1].float(), slots, bias, scale),
+        )
 
     def test_a_node_that_sees_nothing_gets_zeros_and_hurts_nobody(self) -> None:
         q, pools = normal(1, 2, 3, 8), normal(2, 1, 20, 8, seed=1)
@@ -164,6 +187,18 @@ class TestAgainstReference:
         finally:
             torch.set_default_dtype(torch.float32)
         torch.testing.assert_close(found, expected)
+
+
+@needs_compiler
+class TestBfloat16:
+    def test_rounding_is_that_of_torch(self) -> None:
+        """To nearest even; infinities and NaN included."""
+        special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38])
+        x = torch.cat((normal(4000) * 10, special)).bfloat16()[None, None]
+        delta = torch.cat((normal(4000, seed=1) / 30, torch.zeros(6))).bfloat16()[None, None]
+        total, _ = ops.add_rms_norm(x, delta, torch.ones(x.shape[-1], dtype=torch.bfloat16), 1e-5)
+        torch.testing.assert_close(total, x + delta, rtol=0, atol=0, equal_nan=True)
+        assert not torch.equal(total.float(), x.float() + delta.float()), "the test is idle without rounding"
 
 
 @needs_compiler
@@ -202,7 +237,9 @@ class TestWhatIsLeftToTorch:
     def test_other_dtypes(self) -> None:
         x, weight = normal(1, 2, 16).double(), normal(16).double()
         assert ops.rms_norm(x, weight, 1e-5).dtype == torch.float64
-        assert ops.silu_mul(normal(1, 2, 16).bfloat16()).dtype == torch.bfloat16
+        assert ops.silu_mul(normal(1, 2, 16).half()).dtype == torch.float16
+        mixed = (normal(1, 2, 16), normal(1, 2, 16, seed=1), normal(16).bfloat16(), 1e-5)
+        assert torch.equal(ops.add_rms_norm(*mixed)[1], ref.add_rms_norm(*mixed)[1])
 
     def test_strided_input(self) -> None:
         x, weight = normal(1, 4, 32)[..., ::2], normal(16, seed=1)
@@ -261,7 +298,7 @@ class TestLibrary:
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HAAST_CPU_KERNELS", "0")
-        assert cpu.library() is None
+        assert cpu.kernels_for(torch.float32) is None
         x, weight = normal(1, 2, 16), normal(16, seed=1)
         assert torch.equal(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x, weight, 1e-5))
         assert not fresh_library.exists()
@@ -276,7 +313,7 @@ class TestLibrary:
     ) -> None:
         monkeypatch.setenv("CC", compiler)
         with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.library() is None
+            assert cpu.kernels_for(torch.float32) is None
         assert "plain torch" in caplog.text
         assert ops.silu_mul(normal(1, 1, 16)).shape == (1, 1, 8)
 
@@ -292,7 +329,7 @@ class TestLibrary:
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
         with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.library() is None
+            assert cpu.kernels_for(torch.float32) is None
         assert "rger" in caplog.text
 
     def test_without_a_home_torch_runs(
@@ -307,7 +344,7 @@ class TestLibrary:
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.setattr("pwd.getpwuid", unknown)
         with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.library() is None
+            assert cpu.kernels_for(torch.float32) is None
         assert "plain torch" in caplog.text
 
     @needs_compiler
@@ -315,7 +352,7 @@ class TestLibrary:
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("CC", "")
-        assert cpu.library() is not None
+        assert cpu.kernels_for(torch.float32) is not None
 
     @needs_compiler
     @pytest.mark.parametrize(
@@ -324,47 +361,49 @@ class TestLibrary:
     def test_nothing_is_loaded_from_where_others_may_write(
         self, folder: str, mode: int, fresh_library: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        assert cpu.library() is not None
-        cpu.library.cache_clear()
+        assert cpu.kernels_for(torch.float32) is not None
+        cpu._load.cache_clear()
         (fresh_library / folder).chmod(mode)
         with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.library() is None
+            assert cpu.kernels_for(torch.float32) is None
         assert "others may write" in caplog.text
 
     @needs_compiler
     def test_nothing_is_loaded_from_somebody_elses_directory(
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert cpu.library() is not None
-        cpu.library.cache_clear()
+        assert cpu.kernels_for(torch.float32) is not None
+        cpu._load.cache_clear()
         owner = fresh_library.stat().st_uid
         monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
         if owner == 0:  # what root owns is trusted: give it away
             os.chown(fresh_library, 4711, -1)
-        assert cpu.library() is None
+        assert cpu.kernels_for(torch.float32) is None
 
     @needs_compiler
     def test_is_compiled_once_and_found_again(
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert cpu.library() is not None
+        assert cpu.kernels_for(torch.float32) is not None
         (built,) = fresh_library.iterdir()
         assert stat.S_IMODE(fresh_library.stat().st_mode) == 0o700
-        cpu.library.cache_clear()
+        cpu._load.cache_clear()
         changed = built.stat().st_mtime_ns
-        assert cpu.library() is not None
+        assert cpu.kernels_for(torch.float32) is not None
         assert [file.stat().st_mtime_ns for file in fresh_library.iterdir()] == [changed]
 
     @needs_compiler
     def test_a_changed_source_is_compiled_anew(
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        assert cpu.library() is not None
+        assert cpu.kernels_for(torch.float32) is not None
         source = tmp_path / "cpu.c"
-        source.write_text(cpu.SOURCE.read_text() + "\n/* more */\n")
+        source.write_text(cpu.SOURCE.read_text())
+        (tmp_path / cpu.INCLUDED.name).write_text(cpu.INCLUDED.read_text() + "\n/* more */\n")
+        monkeypatch.setattr(cpu, "INCLUDED", tmp_path / cpu.INCLUDED.name)
         monkeypatch.setattr(cpu, "SOURCE", source)
-        cpu.library.cache_clear()
-        assert cpu.library() is not None
+        cpu._load.cache_clear()
+        assert cpu.kernels_for(torch.float32) is not None
         assert len(list(fresh_library.iterdir())) == 2
 
     def test_a_directory_that_cannot_be_written_means_torch(
@@ -373,4 +412,4 @@ class TestLibrary:
         file = tmp_path / "file"
         file.write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-        assert cpu.library() is None
+        assert cpu.kernels_for(torch.float32) is None
