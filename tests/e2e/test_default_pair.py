@@ -65,8 +65,8 @@ def test_streams_one_event_per_step_and_then_says_what_speculation_saved(server:
     assert text == server.chat(prompt=PROMPT, temperature=0)["choices"][0]["message"]["content"]
     speculation = usage["metrics"]["speculative_decoding"]
     num_tokens = usage["usage"]["completion_tokens"]
-    # The prefill emits the first token, every decode step one more than it accepted. A last step that may emit
-    # one token only drafts nothing.
+    # The prefill emits the first token, every decode step one more than it accepted. A last step that may
+    # emit one token only drafts nothing.
     plain_steps = num_tokens - 1 - speculation["num_spec_steps"] - speculation["num_accepted_draft_tokens"]
     assert plain_steps in (0, 1)
     assert speculation["mean_acceptance_length"] > 1.2, "the shipped head accepts next to nothing"
