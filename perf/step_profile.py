@@ -1,11 +1,10 @@
 """Where the time of a step goes: ``python -m perf.step_profile [--spec-model HEAD] [--json FILE]``.
 
 Runs the default pair at batch 1, plain and speculative, twice each: once by the clock for the phases of the
-step
-(draft, verify, rest), once under torch's profiler for the operations inside. The profiler slows small
-operations
-down, so its figures are given as shares of the profiled time only. The last line of stdout is one JSON
-object.
+step (draft, verify, rest), once under torch's profiler for the operations inside. The profiler slows small
+operations down, so its figures are given as shares of the profiled time only; kernels compiled by
+``kernels.cpu`` and the interpreter's own time are no operators of torch and in none of the shares. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
