@@ -2,11 +2,11 @@
 
 Callers import the operations from here; which implementation runs follows from the tensors (``kernels.ops``).
 The plain torch reference in ``kernels.ref``, ``kernels.mla`` and ``kernels.quant`` runs everywhere and is the
-specification; ``kernels.cpu`` has small compiled kernels for float32 on a CPU.
+specification; ``kernels.cpu`` has small compiled kernels for a CPU.
 """
 
 from kernels.cpu import kernels_for
-from kernels.ops import add_rms_norm, rms_norm, rope_write, silu_mul, tree_attention
+from kernels.ops import add_rms_norm, half_linear, pack_half, rms_norm, rope_write, silu_mul, tree_attention
 from kernels.quant import (
     dequantise_fp8,
     dequantise_nvfp4,
@@ -19,10 +19,8 @@ from kernels.ref import (
     MAX_NOISE,
     compact_rows,
     gumbel_noise,
-    half_linear,
     has_fast_bfloat16,
     int8_linear,
-    pack_half,
     pack_int8,
     pack_linear,
     packed_linear,

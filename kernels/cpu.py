@@ -1,4 +1,4 @@
-"""The operations of ``cpu.c``: compiled once for this machine, called on float32 and bfloat16 CPU tensors.
+"""The operations of ``cpu.c`` and ``cpu_half.c``: compiled once for this machine, called on CPU tensors.
 
 A decoder layer of a small model is some thirty torch calls of a few microseconds each, half as long as its
 matrix products take; here it is ten calls. The C compiler is the system's (``$CC`` or ``cc``); the library is
@@ -26,13 +26,16 @@ from torch import Tensor
 
 log = logging.getLogger("haast")
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = (Path(__file__).with_name("cpu.c"), Path(__file__).with_name("cpu_half.c"))
 INCLUDED = Path(__file__).with_name("cpu_ops.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-fno-math-errno"),
     *("-shared", "-fPIC"),
 )
+_OPENMP = "-fopenmp"
 _WIDTH = 8  # floats of a vector in cpu.c
+_PANEL = 16  # outputs of a panel in cpu_half.c
+_FEW_ROWS = 32  # up to here a product is over too soon to hand over the interpreter's lock meanwhile
 _COMPILE_SECONDS = 60
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -43,6 +46,7 @@ _SIGNATURES = {
     "rope_write": (_POINTER,) * 6 + (_LONG,) * 6,
     "tree_attention": (*(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, *(_LONG,) * 8, _FLOAT),
 }
+_HALF_LINEAR = (_POINTER,) * 4 + (_LONG,) * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +61,39 @@ class Kernels:
     tree_attention: Callable[..., None]
 
 
+@dataclass(frozen=True, slots=True)
+class HalfKernels:
+    """Products with a float16 matrix: the same function twice."""
+
+    short: Callable[..., None]  # keeps the interpreter's lock
+    long: Callable[..., None]  # hands it over, so that other threads go on meanwhile
+
+
 def kernels_for(dtype: torch.dtype) -> Kernels | None:
     """The operations for a dtype, or None where there are none."""
-    return _load().get(dtype)
+    path = _library()
+    return None if path is None else _load(path).get(dtype)
 
 
 @functools.cache
-def _load() -> dict[torch.dtype, Kernels]:
-    """What could be compiled; nothing, and a line in the log, where that is impossible."""
-    if os.environ.get("HAAST_CPU_KERNELS", "1") == "0":
-        return {}
+def half_kernels() -> HalfKernels | None:
+    """The float16 product, or None where it was not compiled for this machine or has no threads to run on."""
+    path = _library()
+    if path is None:
+        return None
+    # Calls take microseconds: keeping the interpreter's lock is cheaper than handing it over and back.
     try:
-        path = _compiled()
-        # Calls take microseconds: keeping the interpreter's lock is cheaper than handing it over and back.
-        loaded = ctypes.PyDLL(str(path))
-    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: $CC has an open quote
-        failed = isinstance(error, subprocess.CalledProcessError) and error.stderr.strip()
-        reason = (failed or str(error)).strip().splitlines()
-        log.info("CPU kernels: plain torch, which is slower (%s)", reason[0] if reason else "no C compiler")
-        return {}
+        short, long = ctypes.PyDLL(str(path)).haast_half_linear, ctypes.CDLL(str(path)).haast_half_linear
+    except AttributeError:
+        return None
+    for function in (short, long):
+        function.argtypes, function.restype = _HALF_LINEAR, None
+    return HalfKernels(short, long)
+
+
+@functools.cache
+def _load(path: Path) -> dict[torch.dtype, Kernels]:
+    loaded = ctypes.PyDLL(str(path))
 
     def function(name: str, dtype: str) -> Callable[..., None]:
         found = getattr(loaded, f"haast_{name}_{dtype}")
@@ -89,21 +107,55 @@ def _load() -> dict[torch.dtype, Kernels]:
     }
 
 
+@functools.cache
+def _library() -> Path | None:
+    """What could be compiled; None, and a line in the log, where that is impossible."""
+    if os.environ.get("HAAST_CPU_KERNELS", "1") == "0":
+        return None
+    try:
+        path = _compiled()
+        ctypes.PyDLL(str(path))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: $CC has an open quote
+        failed = isinstance(error, subprocess.CalledProcessError) and error.stderr.strip()
+        reason = (failed or str(error)).strip().splitlines()
+        log.info("CPU kernels: plain torch, which is slower (%s)", reason[0] if reason else "no C compiler")
+        return None
+    return path
+
+
 def _compiled() -> Path:
     """The library's file, compiled if this machine has not done so. Raises OSError, ValueError or
     SubprocessError."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    version, sources = _output([*compiler, "--version"]), (SOURCE.read_text(), INCLUDED.read_text())
-    key = "\0".join((*sources, version, *FLAGS, platform.machine(), _cpu_flags()))
+    flags = (*FLAGS, _OPENMP) if _shares_openmp() else FLAGS
+    version = _output([*compiler, "--version"])
+    sources = [file.read_text() for file in (*SOURCES, INCLUDED)]
+    key = "\0".join((*sources, version, *flags, platform.machine(), _cpu_flags()))
     directory = _directory()
     path = directory / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         built = Path(scratch) / "cpu.so"
-        _output([*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"])
+        command = [*compiler, *map(str, SOURCES), "-o", str(built), "-lm"]
+        try:
+            _output([*command, *flags])
+        except subprocess.CalledProcessError:
+            if flags == FLAGS:
+                raise
+            _output([*command, *FLAGS])  # a compiler without OpenMP: everything but the product
         built.replace(path)  # at once: another process may be doing the same
     return path
+
+
+def _shares_openmp() -> bool:
+    """Whether torch runs on GCC's OpenMP, which our library then finds loaded under the same name. A second
+    runtime would bring a second pool of threads, and each would wait on the cores that the other needs."""
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+    except (OSError, AttributeError):  # AttributeError: not a system with such libraries
+        return False
+    return True
 
 
 def _output(command: list[str]) -> str:
@@ -245,4 +297,43 @@ def tree_attention(
             head_dim,
             scale,
         )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class HalfMatrix:
+    """A float16 matrix [out, in] as ``cpu_half.c`` reads it."""
+
+    kernels: HalfKernels
+    panels: Tensor  # [ceil(out / PANEL), in, PANEL] float16, padded with zeros
+    num_outputs: int
+
+
+def pack_half(kernels: HalfKernels, weight: Tensor) -> HalfMatrix:
+    """Round a matrix [out, in] to float16 and lay it out in panels."""
+    num_outputs, num_inputs = weight.shape
+    num_panels = -(-num_outputs // _PANEL)
+    padded = weight.new_zeros(num_panels * _PANEL, num_inputs, dtype=torch.float16)
+    padded[:num_outputs] = weight
+    panels = padded.view(num_panels, _PANEL, num_inputs).transpose(1, 2).contiguous()
+    return HalfMatrix(kernels, panels, num_outputs)
+
+
+def half_linear(x: Tensor, matrix: HalfMatrix) -> Tensor:
+    """As ``ref.half_linear``; x contiguous."""
+    num_inputs, num_outputs = x.shape[-1], matrix.num_outputs
+    num_rows = x.numel() // num_inputs
+    out = x.new_empty((*x.shape[:-1], num_outputs))
+    space = None if num_outputs % _PANEL == 0 else x.new_empty(num_rows * _PANEL)
+    multiply = matrix.kernels.short if num_rows <= _FEW_ROWS else matrix.kernels.long
+    multiply(
+        x.data_ptr(),
+        matrix.panels.data_ptr(),
+        out.data_ptr(),
+        None if space is None else space.data_ptr(),
+        num_rows,
+        num_inputs,
+        num_outputs,
+        torch.get_num_threads(),
+    )
     return out

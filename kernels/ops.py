@@ -5,6 +5,8 @@ Every function has the signature and meaning of its twin in ``kernels.ref``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,28 @@ def tree_attention(
     if kernels is None:
         return ref.tree_attention(q, k_pool, v_pool, slots, bias, scale)
     return cpu.tree_attention(kernels, q, k_pool, v_pool, slots, bias, scale)
+
+
+def pack_half(weight: Tensor) -> Any | None:
+    """Round a [out, in] float32 CPU weight to float16 and pack it for ``half_linear``.
+
+    None where nothing here multiplies it, or the weight's range does not allow it.
+    """
+    kernels = cpu.half_kernels()
+    if kernels is None or not ref.fits_half(weight):
+        return ref.pack_half(weight)
+    return cpu.pack_half(kernels, weight)
+
+
+def half_linear(x: Tensor, packed: Any) -> Tensor:
+    """x [.., in] float32 times a weight from ``pack_half`` -> [.., out] float32."""
+    if isinstance(packed, cpu.HalfMatrix):
+        assert x.is_cpu
+        assert x.dtype is torch.float32
+        assert x.shape[-1] == packed.panels.shape[1]
+        assert not (x.requires_grad and torch.is_grad_enabled()), "the product has no gradient"
+        return cpu.half_linear(x.contiguous(), packed)
+    return ref.half_linear(x, packed)
 
 
 def _rotation_applies(

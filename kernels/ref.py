@@ -208,6 +208,13 @@ def _direct(library: str, name: str) -> Any:
 _LARGEST_FLOAT16 = 65504.0
 
 
+def fits_half(weight: Tensor) -> bool:
+    """Whether a weight is float32 on a CPU and within float16's range."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    return float(torch.linalg.vector_norm(weight, float("inf"))) <= _LARGEST_FLOAT16
+
+
 def pack_half(weight: Tensor) -> Any | None:
     """Round a [out, in] float32 CPU weight to float16 and pack it.
 
@@ -216,9 +223,7 @@ def pack_half(weight: Tensor) -> Any | None:
     For CPUs without bfloat16 units: products with it read half the bytes of float32 ones and are no less
     precise, since each element is widened again on its way into a float32 multiply-add (FBGEMM's FP16 GEMM).
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    if float(torch.linalg.vector_norm(weight, float("inf"))) > _LARGEST_FLOAT16:
+    if not fits_half(weight):
         return None
     try:
         return torch.ops.quantized.linear_prepack_fp16(weight, None)

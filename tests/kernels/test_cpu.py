@@ -26,13 +26,18 @@ WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 40, 576])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
+def forget_library() -> None:
+    for remembered in (cpu._library, cpu._load, cpu.half_kernels):
+        remembered.cache_clear()
+
+
 @pytest.fixture
 def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache directory, and no library remembered from before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu._load.cache_clear()
+    forget_library()
     yield tmp_path / "haast" / "kernels"
-    cpu._load.cache_clear()
+    forget_library()
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -233,6 +238,62 @@ class TestRowsStandAlone:
             assert torch.equal(alone[:, 0], chain[:, node])
 
 
+needs_half = pytest.mark.skipif(cpu.half_kernels() is None, reason="no C compiler with OpenMP, or no float16")
+
+
+@needs_half
+class TestHalf:
+    @settings(deadline=None)
+    @given(
+        num_rows=st.one_of(st.integers(1, 14), st.sampled_from([33, 97, 200])),
+        num_inputs=st.sampled_from([1, 7, 64, 576]),
+        num_outputs=st.sampled_from([1, 15, 16, 17, 64, 80, 200]),
+        threads=st.sampled_from([1, 2, 3]),
+    )
+    def test_is_the_product_and_its_rows_stand_alone(
+        self, num_rows: int, num_inputs: int, num_outputs: int, threads: int
+    ) -> None:
+        weight, x = normal(num_outputs, num_inputs), normal(num_rows, num_inputs, seed=1)
+        packed = ops.pack_half(weight)
+        assert isinstance(packed, cpu.HalfMatrix)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found = ops.half_linear(x, packed)
+        finally:
+            torch.set_num_threads(before)
+        rounded = weight.half().double()
+        torch.testing.assert_close(found.double(), x.double() @ rounded.T, rtol=1e-5, atol=1e-4)
+        alone = torch.cat([ops.half_linear(row[None], packed) for row in x[-7:]])
+        assert torch.equal(alone, found[-7:])
+
+    def test_every_float16_is_widened_exactly(self) -> None:
+        bits = torch.arange(-(1 << 15), 1 << 15).short().view(torch.float16)
+        weight = bits[bits.isfinite()].float()[:, None]
+        packed = ops.pack_half(weight)
+        assert torch.equal(ops.half_linear(torch.ones(1, 1), packed)[0], weight[:, 0])
+
+    def test_any_shape_and_layout_of_rows(self) -> None:
+        weight, x = normal(40, 24), normal(24, 3, 5, seed=1).permute(1, 2, 0)
+        packed = ops.pack_half(weight)
+        found = ops.half_linear(x, packed)
+        assert found.shape == (3, 5, 40)
+        torch.testing.assert_close(found, x @ weight.half().float().T, rtol=1e-5, atol=1e-5)
+        assert ops.half_linear(x[:0], packed).shape == (0, 5, 40)
+
+    def test_what_is_not_a_number_does_not_vanish(self) -> None:
+        x = normal(2, 16)
+        x[1, 3] = math.nan
+        found = ops.half_linear(x, ops.pack_half(normal(32, 16, seed=1)))
+        assert found[0].isfinite().all()
+        assert found[1].isnan().all()
+
+    def test_gradients_are_not_dropped_in_silence(self) -> None:
+        packed = ops.pack_half(normal(16, 8))
+        with pytest.raises(AssertionError, match="gradient"):
+            ops.half_linear(normal(1, 8).requires_grad_(), packed)
+
+
 class TestWhatIsLeftToTorch:
     def test_other_dtypes(self) -> None:
         x, weight = normal(1, 2, 16).double(), normal(16).double()
@@ -362,7 +423,7 @@ class TestLibrary:
         self, folder: str, mode: int, fresh_library: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         assert cpu.kernels_for(torch.float32) is not None
-        cpu._load.cache_clear()
+        forget_library()
         (fresh_library / folder).chmod(mode)
         with caplog.at_level(logging.INFO, "haast"):
             assert cpu.kernels_for(torch.float32) is None
@@ -373,7 +434,7 @@ class TestLibrary:
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert cpu.kernels_for(torch.float32) is not None
-        cpu._load.cache_clear()
+        forget_library()
         owner = fresh_library.stat().st_uid
         monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
         if owner == 0:  # what root owns is trusted: give it away
@@ -387,7 +448,7 @@ class TestLibrary:
         assert cpu.kernels_for(torch.float32) is not None
         (built,) = fresh_library.iterdir()
         assert stat.S_IMODE(fresh_library.stat().st_mode) == 0o700
-        cpu._load.cache_clear()
+        forget_library()
         changed = built.stat().st_mtime_ns
         assert cpu.kernels_for(torch.float32) is not None
         assert [file.stat().st_mtime_ns for file in fresh_library.iterdir()] == [changed]
@@ -397,14 +458,35 @@ class TestLibrary:
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         assert cpu.kernels_for(torch.float32) is not None
-        source = tmp_path / "cpu.c"
-        source.write_text(cpu.SOURCE.read_text())
-        (tmp_path / cpu.INCLUDED.name).write_text(cpu.INCLUDED.read_text() + "\n/* more */\n")
-        monkeypatch.setattr(cpu, "INCLUDED", tmp_path / cpu.INCLUDED.name)
-        monkeypatch.setattr(cpu, "SOURCE", source)
-        cpu._load.cache_clear()
+        copies = [tmp_path / file.name for file in (*cpu.SOURCES, cpu.INCLUDED)]
+        for file, copy in zip((*cpu.SOURCES, cpu.INCLUDED), copies, strict=True):
+            copy.write_text(file.read_text())
+        copies[-1].write_text(copies[-1].read_text() + "\n/* more */\n")
+        monkeypatch.setattr(cpu, "SOURCES", tuple(copies[:-1]))
+        monkeypatch.setattr(cpu, "INCLUDED", copies[-1])
+        forget_library()
         assert cpu.kernels_for(torch.float32) is not None
         assert len(list(fresh_library.iterdir())) == 2
+
+    @needs_compiler
+    def test_a_compiler_without_openmp_compiles_the_rest(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        compiler = tmp_path / "cc"
+        compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+        assert cpu.kernels_for(torch.float32) is not None
+        assert cpu.half_kernels() is None
+        assert not isinstance(ops.pack_half(torch.zeros(8, 8)), cpu.HalfMatrix)
+
+    @needs_compiler
+    def test_beside_another_openmp_the_product_is_torchs(
+        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cpu, "_shares_openmp", lambda: False)
+        assert cpu.kernels_for(torch.float32) is not None
+        assert cpu.half_kernels() is None
 
     def test_a_directory_that_cannot_be_written_means_torch(
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
