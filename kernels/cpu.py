@@ -1,4 +1,4 @@
-"""The operations of ``cpu.c`` and ``cpu_half.c``: compiled once for this machine, called on CPU tensors.
+"""The operations of ``cpu.c`` and what it includes: compiled once for this machine, called on CPU tensors.
 
 A decoder layer of a small model is some thirty torch calls of a few microseconds each, half as long as its
 matrix products take; here it is ten calls. The C compiler is the system's (``$CC`` or ``cc``); the library is
@@ -17,25 +17,26 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger("haast")
 
-SOURCES = (Path(__file__).with_name("cpu.c"), Path(__file__).with_name("cpu_half.c"))
-INCLUDED = Path(__file__).with_name("cpu_ops.h")
+SOURCE = Path(__file__).with_name("cpu.c")
+INCLUDED = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in ("ops", "half", "layer"))
 FLAGS = (
     *("-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-fno-math-errno"),
     *("-shared", "-fPIC"),
 )
 _OPENMP = "-fopenmp"
-_WIDTH = 8  # floats of a vector in cpu.c
-_PANEL = 16  # outputs of a panel in cpu_half.c
-_FEW_ROWS = 32  # up to here a product is over too soon to hand over the interpreter's lock meanwhile
+WIDTH = 8  # floats of a vector in cpu.c
+PANEL = 16  # outputs of a panel in cpu_half.h
+FEW_ROWS = 32  # up to here a call is over too soon to hand over the interpreter's lock meanwhile
 _COMPILE_SECONDS = 60
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -78,22 +79,29 @@ def kernels_for(dtype: torch.dtype) -> Kernels | None:
 @functools.cache
 def half_kernels() -> HalfKernels | None:
     """The float16 product, or None where it was not compiled for this machine or has no threads to run on."""
+    functions = threaded("half_linear", _HALF_LINEAR)
+    return None if functions is None else HalfKernels(*functions)
+
+
+def threaded(name: str, signature: Sequence[Any]) -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """A function that runs on all threads, or None if there is none: once keeping the interpreter's lock,
+    which is cheaper for calls of microseconds, and once handing it over."""
     path = _library()
     if path is None:
         return None
-    # Calls take microseconds: keeping the interpreter's lock is cheaper than handing it over and back.
-    try:
-        short, long = ctypes.PyDLL(str(path)).haast_half_linear, ctypes.CDLL(str(path)).haast_half_linear
-    except AttributeError:
-        return None
-    for function in (short, long):
-        function.argtypes, function.restype = _HALF_LINEAR, None
-    return HalfKernels(short, long)
+    found = []
+    for library in (ctypes.PyDLL, ctypes.CDLL):
+        function = getattr(library(str(path)), f"haast_{name}", None)
+        if function is None:
+            return None
+        function.argtypes, function.restype = signature, None
+        found.append(function)
+    return found[0], found[1]
 
 
 @functools.cache
 def _load(path: Path) -> dict[torch.dtype, Kernels]:
-    loaded = ctypes.PyDLL(str(path))
+    loaded = ctypes.PyDLL(str(path))  # see ``threaded``: none of these takes longer than microseconds
 
     def function(name: str, dtype: str) -> Callable[..., None]:
         found = getattr(loaded, f"haast_{name}_{dtype}")
@@ -129,7 +137,7 @@ def _compiled() -> Path:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     flags = (*FLAGS, _OPENMP) if _shares_openmp() else FLAGS
     version = _output([*compiler, "--version"])
-    sources = [file.read_text() for file in (*SOURCES, INCLUDED)]
+    sources = [file.read_text() for file in (SOURCE, *INCLUDED)]
     key = "\0".join((*sources, version, *flags, platform.machine(), _cpu_flags()))
     directory = _directory()
     path = directory / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
@@ -137,7 +145,7 @@ def _compiled() -> Path:
         return path
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         built = Path(scratch) / "cpu.so"
-        command = [*compiler, *map(str, SOURCES), "-o", str(built), "-lm"]
+        command = [*compiler, str(SOURCE), "-o", str(built), "-lm"]
         try:
             _output([*command, *flags])
         except subprocess.CalledProcessError:
@@ -274,7 +282,7 @@ def tree_attention(
     out = q.new_empty(num_seqs, num_nodes, num_heads, head_dim)
     widened = 0 if q.dtype is torch.float32 else 2 * longest * head_dim
     # The dtype is named: torch's default is whatever somebody has made it.
-    space = torch.empty(_WIDTH * (longest + 2 * head_dim) + widened, dtype=torch.float32)
+    space = torch.empty(WIDTH * (longest + 2 * head_dim) + widened, dtype=torch.float32)
     q_at, out_at, bias_at = q.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
     bias_stride, size = 0 if bias is None else bias.shape[2], q.element_size()
     for seq, (listed, first_slot, num_keys) in enumerate(reads):
@@ -302,7 +310,7 @@ def tree_attention(
 
 @dataclass(frozen=True, slots=True)
 class HalfMatrix:
-    """A float16 matrix [out, in] as ``cpu_half.c`` reads it."""
+    """A float16 matrix [out, in] as ``cpu_half.h`` reads it."""
 
     kernels: HalfKernels
     panels: Tensor  # [ceil(out / PANEL), in, PANEL] float16, padded with zeros
@@ -312,10 +320,10 @@ class HalfMatrix:
 def pack_half(kernels: HalfKernels, weight: Tensor) -> HalfMatrix:
     """Round a matrix [out, in] to float16 and lay it out in panels."""
     num_outputs, num_inputs = weight.shape
-    num_panels = -(-num_outputs // _PANEL)
-    padded = weight.new_zeros(num_panels * _PANEL, num_inputs, dtype=torch.float16)
+    num_panels = -(-num_outputs // PANEL)
+    padded = weight.new_zeros(num_panels * PANEL, num_inputs, dtype=torch.float16)
     padded[:num_outputs] = weight
-    panels = padded.view(num_panels, _PANEL, num_inputs).transpose(1, 2).contiguous()
+    panels = padded.view(num_panels, PANEL, num_inputs).transpose(1, 2).contiguous()
     return HalfMatrix(kernels, panels, num_outputs)
 
 
@@ -324,8 +332,8 @@ def half_linear(x: Tensor, matrix: HalfMatrix) -> Tensor:
     num_inputs, num_outputs = x.shape[-1], matrix.num_outputs
     num_rows = x.numel() // num_inputs
     out = x.new_empty((*x.shape[:-1], num_outputs))
-    space = None if num_outputs % _PANEL == 0 else x.new_empty(num_rows * _PANEL)
-    multiply = matrix.kernels.short if num_rows <= _FEW_ROWS else matrix.kernels.long
+    space = None if num_outputs % PANEL == 0 else x.new_empty(num_rows * PANEL)
+    multiply = matrix.kernels.short if num_rows <= FEW_ROWS else matrix.kernels.long
     multiply(
         x.data_ptr(),
         matrix.panels.data_ptr(),

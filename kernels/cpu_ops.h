@@ -34,20 +34,22 @@ void NAME(add_rms_norm)(const ELEM *x, const ELEM *delta, const ELEM *weight, EL
     }
 }
 
+/* out = silu(gate) * up, `count` elements, a multiple of the width; up lies `apart` elements behind gate. */
+static void NAME(silu_mul_part)(const ELEM *gate, int64_t apart, ELEM *out, int64_t count) {
+    const vec least = splat(-88.0f); /* e^88 is the largest that is asked for */
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        float wide[WIDTH];
+        for (int j = 0; j < WIDTH; j++) wide[j] = GET(gate + i + j);
+        vec g = load(wide);
+        vec clamped = (vec)(((ivec)g & (g > least)) | ((ivec)least & ~(g > least)));
+        store(wide, g / (1.0f + expv(-clamped)));
+        for (int j = 0; j < WIDTH; j++) PUT(out + i + j, wide[j] * GET(gate + apart + i + j));
+    }
+}
+
 /* gate_up: [n, 2d], gate first; out: [n, d]. d is a multiple of the width. */
 void NAME(silu_mul)(const ELEM *gate_up, ELEM *out, int64_t n, int64_t d) {
-    const vec least = splat(-88.0f); /* e^88 is the largest that is asked for */
-    for (int64_t row = 0; row < n; row++) {
-        const ELEM *gate = gate_up + row * 2 * d, *up = gate + d;
-        for (int64_t i = 0; i < d; i += WIDTH) {
-            float wide[WIDTH];
-            for (int j = 0; j < WIDTH; j++) wide[j] = GET(gate + i + j);
-            vec g = load(wide);
-            vec clamped = (vec)(((ivec)g & (g > least)) | ((ivec)least & ~(g > least)));
-            store(wide, g / (1.0f + expv(-clamped)));
-            for (int j = 0; j < WIDTH; j++) PUT(out + row * d + i + j, wide[j] * GET(up + i + j));
-        }
-    }
+    for (int64_t row = 0; row < n; row++) NAME(silu_mul_part)(gate_up + row * 2 * d, d, out + row * d, d);
 }
 
 /* Rotate the query and key heads of n rows by halves; queries stay in place, keys and values go to their slots.
@@ -77,6 +79,29 @@ void NAME(rope_write)(ELEM *heads, const ELEM *cos, const ELEM *sin, ELEM *k_poo
     }
 }
 
+/* Attention of one block of query rows, from row `first` on, of those that share a KV head; see tree_attention. keys,
+ * values: float32, the head's own; space: WIDTH * (len + 2 d) floats. A block that is not full repeats its last row. */
+static void NAME(attend_block)(const ELEM *q, int64_t q_stride, const float *keys, const float *values,
+                               const int64_t *slots, int64_t first_slot, const float *bias, int64_t bias_stride,
+                               ELEM *out, float *space, int64_t n, int64_t num_heads, int64_t group, int64_t head,
+                               int64_t first, int64_t len, int64_t d, float scale) {
+    float *weights = space, *query = weights + WIDTH * len, *mixed = query + WIDTH * d;
+    const float *row_bias[WIDTH];
+    int count = group * n - first < WIDTH ? (int)(group * n - first) : WIDTH;
+    for (int j = 0; j < WIDTH; j++) {
+        int64_t row = first + (j < count ? j : count - 1);
+        const ELEM *from = q + row / group * q_stride + (head * group + row % group) * d;
+        for (int64_t c = 0; c < d; c++) query[c * WIDTH + j] = GET(from + c) * scale;
+        row_bias[j] = bias ? bias + row / group * bias_stride : 0;
+    }
+    attend(query, keys, values, slots, first_slot, bias ? row_bias : 0, mixed, weights, len, d);
+    for (int j = 0; j < count; j++) {
+        int64_t row = first + j;
+        ELEM *to = out + (row / group * num_heads + head * group + row % group) * d;
+        for (int64_t c = 0; c < d; c++) PUT(to + c, mixed[j * d + c]);
+    }
+}
+
 /* Attention of the nodes of one sequence over its rows of the pools.
  *
  * q: n rows of num_heads heads of d, q_stride elements from row to row; pools: [num_kv_heads, num_slots, d];
@@ -85,13 +110,12 @@ void NAME(rope_write)(ELEM *heads, const ELEM *cos, const ELEM *sin, ELEM *k_poo
  * multiple of the width.
  *
  * The query rows that share a KV head lie side by side in vectors, WIDTH at a time, so nothing is ever summed
- * across a vector. A block that is not full repeats its last row. */
+ * across a vector. */
 void NAME(tree_attention)(const ELEM *q, const ELEM *k_pool, const ELEM *v_pool, const int64_t *slots,
                           int64_t first_slot, const float *bias, ELEM *out, float *space, int64_t n,
                           int64_t q_stride, int64_t num_heads, int64_t num_kv_heads, int64_t num_slots,
                           int64_t len, int64_t bias_stride, int64_t d, float scale) {
-    int64_t group = num_heads / num_kv_heads, num_rows = group * n;
-    float *weights = space, *query = weights + WIDTH * len, *mixed = query + WIDTH * d;
+    int64_t group = num_heads / num_kv_heads;
     for (int64_t head = 0; head < num_kv_heads; head++) {
         const ELEM *own_k = k_pool + head * num_slots * d, *own_v = v_pool + head * num_slots * d;
 #if IS_FLOAT
@@ -99,7 +123,7 @@ void NAME(tree_attention)(const ELEM *q, const ELEM *k_pool, const ELEM *v_pool,
         const int64_t *listed = slots;
         int64_t start = first_slot;
 #else /* widened and gathered once, for all query rows of the head */
-        float *keys = mixed + WIDTH * d, *values = keys + len * d;
+        float *keys = space + WIDTH * (len + 2 * d), *values = keys + len * d;
         const int64_t *listed = 0;
         int64_t start = 0;
         for (int64_t i = 0; i < len; i++) {
@@ -110,21 +134,8 @@ void NAME(tree_attention)(const ELEM *q, const ELEM *k_pool, const ELEM *v_pool,
             }
         }
 #endif
-        for (int64_t first = 0; first < num_rows; first += WIDTH) {
-            const float *row_bias[WIDTH];
-            int count = num_rows - first < WIDTH ? (int)(num_rows - first) : WIDTH;
-            for (int j = 0; j < WIDTH; j++) {
-                int64_t row = first + (j < count ? j : count - 1);
-                const ELEM *from = q + row / group * q_stride + (head * group + row % group) * d;
-                for (int64_t c = 0; c < d; c++) query[c * WIDTH + j] = GET(from + c) * scale;
-                row_bias[j] = bias ? bias + row / group * bias_stride : 0;
-            }
-            attend(query, keys, values, listed, start, bias ? row_bias : 0, mixed, weights, len, d);
-            for (int j = 0; j < count; j++) {
-                int64_t row = first + j;
-                ELEM *to = out + (row / group * num_heads + head * group + row % group) * d;
-                for (int64_t c = 0; c < d; c++) PUT(to + c, mixed[j * d + c]);
-            }
-        }
+        for (int64_t first = 0; first < group * n; first += WIDTH)
+            NAME(attend_block)(q, q_stride, keys, values, listed, start, bias, bias_stride, out, space, n, num_heads,
+                               group, head, first, len, d, scale);
     }
 }

@@ -458,12 +458,13 @@ class TestLibrary:
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         assert cpu.kernels_for(torch.float32) is not None
-        copies = [tmp_path / file.name for file in (*cpu.SOURCES, cpu.INCLUDED)]
-        for file, copy in zip((*cpu.SOURCES, cpu.INCLUDED), copies, strict=True):
+        files = (cpu.SOURCE, *cpu.INCLUDED)
+        copies = [tmp_path / file.name for file in files]
+        for file, copy in zip(files, copies, strict=True):
             copy.write_text(file.read_text())
         copies[-1].write_text(copies[-1].read_text() + "\n/* more */\n")
-        monkeypatch.setattr(cpu, "SOURCES", tuple(copies[:-1]))
-        monkeypatch.setattr(cpu, "INCLUDED", copies[-1])
+        monkeypatch.setattr(cpu, "SOURCE", copies[0])
+        monkeypatch.setattr(cpu, "INCLUDED", tuple(copies[1:]))
         forget_library()
         assert cpu.kernels_for(torch.float32) is not None
         assert len(list(fresh_library.iterdir())) == 2

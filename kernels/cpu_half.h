@@ -1,37 +1,28 @@
-/* Products of float32 rows with a float16 matrix, for the few rows of a decode step.
+/* Products of float32 rows with a float16 matrix, for the few rows of a decode step: included by cpu.c.
  *
  * Few rows are bound by memory: the matrix is read once, in the order in which it lies. It is packed in panels of
- * PANEL outputs, [panel][input][PANEL], so that one input's weights for a panel are one cache line's half; a tile
- * keeps the sums of some rows and panels in registers while it walks the inputs. With one or two rows a tile reads
- * several panels side by side, because a core that follows four streams gets a third more out of the memory than
- * with one. Weights are widened on their way into float32 multiply-adds.
+ * PANEL outputs, [panel][input][PANEL]; a tile keeps the sums of some rows and panels in registers while it walks the
+ * inputs. With one or two rows a tile reads several panels side by side, because a core that follows several streams
+ * gets a third more out of the memory than with one. Weights are widened on their way into float32 multiply-adds.
  *
  * Every sum runs over the inputs in their order, in one register lane, whatever the tile: a row gets the same bits
- * alone and among others, and with any number of threads. (These are also the bits of FBGEMM's float16 product up
- * to 512 inputs, which this replaces.) OpenMP's threads are torch's own: kernels/cpu.py sees to it that both use
- * one runtime, so that no second pool of threads waits beside the first.
+ * alone and among others, and with any number of threads. OpenMP's threads are torch's own: kernels/cpu.py sees to it
+ * that both use one runtime, so that no second pool of threads waits beside the first.
  */
-
-#include <stdint.h>
-#include <string.h>
-
-#if defined(_OPENMP) && (defined(__F16C__) || defined(__aarch64__))
 
 #include <omp.h>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
-#define WIDTH 8
 #define PANEL (2 * WIDTH)
 #define MOST_ROWS 6     /* of a tile: 12 sums, 2 weights and an input fit 16 registers */
 #define ROWS_AT_ONCE 96 /* of a long product, whose inputs then stay in the second-level cache */
 #define AHEAD 512       /* elements by which a panel is fetched ahead */
 
-typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t half; /* the bits */
 
-static inline vec widen(const half *p) {
+static inline vec widen_half(const half *p) {
 #if defined(__F16C__)
     return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
@@ -55,16 +46,16 @@ static inline __attribute__((always_inline)) void tile(const float *x, const hal
         for (int p = 0; p < panels; p++) {
             const half *at = w + (p * inputs + i) * PANEL;
             __builtin_prefetch(at + AHEAD);
-            weights[2 * p] = widen(at);
-            weights[2 * p + 1] = widen(at + WIDTH);
+            weights[2 * p] = widen_half(at);
+            weights[2 * p + 1] = widen_half(at + WIDTH);
         }
         for (int r = 0; r < rows; r++) {
-            vec input = x[r * inputs + i] - (vec){0};
+            vec input = splat(x[r * inputs + i]);
             for (int v = 0; v < 2 * panels; v++) sums[r][v] += input * weights[v];
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < 2 * panels; v++) memcpy(out + r * out_stride + v * WIDTH, &sums[r][v], sizeof(vec));
+        for (int v = 0; v < 2 * panels; v++) store(out + r * out_stride + v * WIDTH, sums[r][v]);
 }
 
 /* Up to MOST_ROWS rows against panels [first, last). */
@@ -124,5 +115,3 @@ void haast_half_linear(const float *x, const half *w, float *out, float *space, 
         }
     }
 }
-
-#endif

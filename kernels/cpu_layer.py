@@ -1,0 +1,195 @@
+"""Whole decoder layers in one call each: ``cpu_layer.h``, for Llama-style layers with float16 matrices.
+
+A layer of a small model is ten operations of ten to a hundred microseconds, and a third of its time is the
+way to them: through the interpreter, and through threads that fall asleep and wake up. A ``FusedLayer`` holds
+what never changes, ``LayerRows`` what is the same for all layers of one forward. The bits are those of the
+operations one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels import cpu
+
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("input_norm", "post_norm", "qkv", "out", "gate_up", "down")),
+        *((name, _LONG) for name in ("hidden", "num_heads", "num_kv_heads", "head_dim", "inner")),
+        *((name, _FLOAT) for name in ("eps", "scale")),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("num_rows", "num_parts", "longest", "num_slots", "threads")),
+        *((name, _POINTER) for name in ("parts", "cos", "sin", "slots")),
+        ("first_slot", _LONG),
+        ("space", _POINTER),
+    )
+
+
+_SIGNATURE = (_POINTER,) * 6
+
+
+class Part(Protocol):
+    """Neighbouring rows that attend together: b sequences of n rows each."""
+
+    @property
+    def num_seqs(self) -> int: ...
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def read(self) -> Tensor | tuple[slice, ...]:
+        """[b, L] int64 slots, or one run per sequence of at most L."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[b, n, L] of 0 and -inf, or None where every row sees all that its sequence reads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """Widths of a layer; ``inner`` is that of its feed-forward block."""
+
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    inner: int
+
+    def space(self, num_rows: int, longest: int, threads: int) -> int:
+        """Floats of scratch memory of a call: see ``haast_decoder_layer``."""
+        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        attention = cpu.WIDTH * (longest + 2 * self.head_dim)
+        return num_rows * (3 * self.hidden + heads + 3 * self.inner) + threads * attention
+
+
+class LayerRows:
+    """The rows of one forward, for all of its layers: where they are written and what they read."""
+
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        rotation: tuple[Tensor, Tensor],
+        write: Tensor | slice,
+        parts: Sequence[Part],
+        num_slots: int,
+    ) -> None:
+        """rotation: cos and sin, [T, .., D] float32, the first half of sin negated; write: [T] slots, or a
+        run; parts: all T rows, in order; num_slots: S of the pools."""
+        cos, sin = rotation
+        listed: list[list[int]] = []
+        for part in parts:
+            listed += _sequences(part, sum(sequence[1] for sequence in listed))
+        num_rows, longest = len(cos), max(sequence[4] for sequence in listed)
+        assert sum(sequence[1] for sequence in listed) == num_rows, "the parts have other rows"
+        table = torch.tensor(listed)
+        threads = torch.get_num_threads()
+        # The dtype is named: torch's default is whatever somebody has made it.
+        space = torch.empty(sizes.space(num_rows, longest, threads), dtype=torch.float32)
+        self.num_rows, self.num_slots = num_rows, num_slots
+        self.is_long = num_rows > cpu.FEW_ROWS
+        self._held = (cos, sin, write, parts, table, space)  # what the addresses below lead to
+        self._struct = _Rows(
+            num_rows,
+            len(listed),
+            longest,
+            num_slots,
+            threads,
+            table.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            None if isinstance(write, slice) else write.data_ptr(),
+            write.start if isinstance(write, slice) else 0,
+            space.data_ptr(),
+        )
+        self.address = ctypes.addressof(self._struct)
+
+
+def _sequences(part: Part, first_row: int) -> list[list[int]]:
+    """Each sequence of a part as ``haast_part`` has it."""
+    bias_stride = 0 if part.bias is None else part.bias.shape[2]
+    bias = 0 if part.bias is None else part.bias.data_ptr()
+    found = []
+    for number in range(part.num_seqs):
+        if isinstance(part.read, tuple):
+            run = part.read[number]
+            read = [0, run.start, run.stop - run.start]
+        else:
+            read = [part.read[number].data_ptr(), 0, part.read.shape[1]]
+        own_bias = bias + 4 * number * part.num_nodes * bias_stride
+        found.append([first_row + number * part.num_nodes, part.num_nodes, *read, own_bias, bias_stride])
+    return found
+
+
+class FusedLayer:
+    """x + attention(norm x), then that + mlp(norm of that). See ``fused_layer``."""
+
+    def __init__(
+        self,
+        functions: tuple[Callable[..., None], Callable[..., None]],
+        norms: tuple[Tensor, Tensor],
+        matrices: tuple[cpu.HalfMatrix, ...],
+        sizes: LayerSizes,
+        eps: float,
+        scale: float,
+    ) -> None:
+        self._short, self._long = functions
+        self._held = norms, matrices  # what the addresses below lead to
+        self._struct = _Layer(
+            *(norm.data_ptr() for norm in norms),
+            *(matrix.panels.data_ptr() for matrix in matrices),
+            sizes.hidden,
+            sizes.num_heads,
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            sizes.inner,
+            eps,
+            scale,
+        )
+        self._address = ctypes.addressof(self._struct)
+
+    def __call__(self, x: Tensor, pool: tuple[Tensor, Tensor], rows: LayerRows) -> Tensor:
+        """x: [T, hidden] float32, contiguous; pool: K and V, each [Hkv, S, D] -> [T, hidden]."""
+        assert x.is_contiguous()
+        assert len(x) == rows.num_rows
+        assert all(part.is_contiguous() and part.shape[1] == rows.num_slots for part in pool)
+        out = torch.empty_like(x)
+        run = self._long if rows.is_long else self._short
+        run(self._address, rows.address, x.data_ptr(), out.data_ptr(), pool[0].data_ptr(), pool[1].data_ptr())
+        return out
+
+
+def fused_layer(
+    norms: tuple[Tensor, Tensor],
+    matrices: tuple[object, object, object, object],
+    sizes: LayerSizes,
+    eps: float,
+    scale: float,
+) -> FusedLayer | None:
+    """A layer made of its parts, or None where it cannot be one call.
+
+    norms: before attention and before the feed-forward block, [hidden] float32; matrices: query, key and
+    value together, output, gate and up together, down, each as packed by ``ops.pack_half``; scale: of the
+    scores.
+    """
+    functions = cpu.threaded("decoder_layer", _SIGNATURE)
+    packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.HalfMatrix))
+    widths = sizes.hidden, sizes.inner, (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
+    fits = all(width % cpu.PANEL == 0 for width in widths) and sizes.head_dim % cpu.WIDTH == 0
+    plain = all(norm.dtype is torch.float32 and norm.is_cpu and norm.is_contiguous() for norm in norms)
+    if functions is None or len(packed) < len(matrices) or not (fits and plain):
+        return None
+    return FusedLayer(functions, norms, packed, sizes, eps, scale)
