@@ -28,9 +28,7 @@ class Eagle3Model:
     """The network (draft.head.HeadModel).
 
     config: shape of the head's layer, ``vocab_size`` being the draft vocabulary's; weights: published names,
-    consumed; embedding: [V, H]; feature_layers: as in engine.models.llama; approximate: products may be
-    rounded
-    for speed (see engine.nn.linear).
+    consumed; embedding: [V, H]; feature_layers: as in engine.models.llama; half: see engine.nn.linear.
     """
 
     def __init__(
@@ -41,10 +39,10 @@ class Eagle3Model:
         feature_layers: tuple[int, ...],
         num_slots: int,
         *,
-        approximate: bool = False,
+        half: bool = False,
     ) -> None:
         def linear(*names: str) -> Linear:
-            return fuse(*(take(name) for name in names), approximate=approximate)
+            return fuse(*(take(name) for name in names), half=half)
 
         def take(name: str) -> Tensor:
             return weights.pop(f"{name}.weight")
@@ -54,8 +52,7 @@ class Eagle3Model:
         dtype, device = embedding.dtype, str(embedding.device)
         d2t = weights.pop("d2t")
         self.token_ids = torch.arange(len(d2t), device=d2t.device) + d2t
-        # never in int8: raw hidden states have outliers that eat the precision
-        self.fc = Linear(take("fc"), half=approximate)
+        self.fc = Linear(take("fc"), half=half)
         self.input_norm, self.hidden_norm = take("midlayer.input_layernorm"), take("midlayer.hidden_norm")
         self.attention = Attention(
             linear(*(f"midlayer.self_attn.{part}_proj" for part in "qkv")),

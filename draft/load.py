@@ -44,11 +44,11 @@ class HeadCheckpoint:
     draft_vocab_size: int
 
     def build(
-        self, target: Target, num_slots: int, *, shared_noise: bool = True, approximate: bool = True
+        self, target: Target, num_slots: int, *, shared_noise: bool = True, half: bool = True
     ) -> FeatureDraft:
         """Load the weights and attach the head to its target. Raises CheckpointError naming file and tensor.
 
-        approximate: let products of the head be rounded where that is faster (int8 on a CPU in float32).
+        half: round the head's matrices to float16 where that is faster (on a CPU in float32).
         """
         weights = self.read(target.embedding.dtype, str(target.embedding.device))
         # Published heads often say 2048, whatever their target takes.
@@ -66,7 +66,7 @@ class HeadCheckpoint:
             config = dataclasses.replace(shape, vocab_size=self.draft_vocab_size)
             check_shapes(self.path, weights, eagle3_shapes(config, self.draft_vocab_size))
             head: Eagle3Model | EagleModel = Eagle3Model(
-                config, weights, embedding, self.feature_layers, num_slots, approximate=approximate
+                config, weights, embedding, self.feature_layers, num_slots, half=half
             )
         else:
             weights.pop("lm_head.weight", None)  # some exports repeat the target's

@@ -191,7 +191,7 @@ def _mistral_draft(head: MistralHead, target: Mistral4, config: EngineConfig, nu
         output: Callable[[Tensor], Tensor] = target.logits
     else:
         assert own is None or isinstance(own, Tensor)
-        rows = Linear(target.output_rows(ids) if own is None else own[ids], half=True, approximate=True)
+        rows = Linear(target.output_rows(ids) if own is None else own[ids], half=True)
 
         def output(hidden: Tensor) -> Tensor:
             return rows(hidden).float()

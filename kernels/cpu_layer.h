@@ -7,9 +7,10 @@
  */
 
 typedef struct {
-    const float *input_norm, *post_norm;       /* [hidden] */
+    const float *input_norm, *post_norm;       /* [hidden]; input_norm may be NULL if its result is always given */
     const half *qkv, *out, *gate_up, *down;    /* in panels: see cpu_half.h */
     int64_t hidden, num_heads, num_kv_heads, head_dim, inner;
+    int64_t qkv_inputs;                        /* hidden, unless what attention reads is given */
     float eps, scale;
 } haast_layer;
 
@@ -41,10 +42,11 @@ static void product(const float *x, const half *w, float *out, int64_t rows, int
     all_rows(x, w, out, outputs, inputs, rows, panels * thread / count, panels * (thread + 1) / count);
 }
 
-/* x, out: [rows, hidden], which may be the same; pools: [num_kv_heads, num_slots, head_dim]. hidden, inner and the
- * width of the query, key and value heads together are multiples of PANEL, head_dim one of WIDTH. */
-void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const float *x, float *out, float *k_pool,
-                         float *v_pool) {
+/* x, out: [rows, hidden]; given: [rows, qkv_inputs] what attention reads instead of norm x, or NULL; pools:
+ * [num_kv_heads, num_slots, head_dim]. hidden, inner and the width of the query, key and value heads together are
+ * multiples of PANEL, head_dim one of WIDTH. */
+void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const float *x, const float *given,
+                         float *out, float *k_pool, float *v_pool) {
     const int64_t n = rows->num_rows, hidden = layer->hidden, d = layer->head_dim, inner = layer->inner;
     const int64_t group = layer->num_heads / layer->num_kv_heads, width = layer->num_heads * d;
     const int64_t all_heads = layer->num_heads + 2 * layer->num_kv_heads;
@@ -54,10 +56,13 @@ void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const
 #pragma omp parallel num_threads((int)rows->threads)
     {
         float *own_space = attention + omp_get_thread_num() * attention_space(layer, rows->longest);
+        if (!given) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < n; row++)
-            haast_rms_norm_float32(x + row * hidden, layer->input_norm, normed + row * hidden, 1, hidden, layer->eps);
-        product(normed, layer->qkv, heads, n, hidden, all_heads * d);
+            for (int64_t row = 0; row < n; row++)
+                haast_rms_norm_float32(x + row * hidden, layer->input_norm, normed + row * hidden, 1, hidden,
+                                       layer->eps);
+        }
+        product(given ? given : normed, layer->qkv, heads, n, layer->qkv_inputs, all_heads * d);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n; row++)

@@ -24,7 +24,10 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("input_norm", "post_norm", "qkv", "out", "gate_up", "down")),
-        *((name, _LONG) for name in ("hidden", "num_heads", "num_kv_heads", "head_dim", "inner")),
+        *(
+            (name, _LONG)
+            for name in ("hidden", "num_heads", "num_kv_heads", "head_dim", "inner", "qkv_inputs")
+        ),
         *((name, _FLOAT) for name in ("eps", "scale")),
     )
 
@@ -38,7 +41,7 @@ class _Rows(ctypes.Structure):
     )
 
 
-_SIGNATURE = (_POINTER,) * 6
+_SIGNATURE = (_POINTER,) * 7
 
 
 class Part(Protocol):
@@ -140,40 +143,59 @@ class FusedLayer:
     def __init__(
         self,
         functions: tuple[Callable[..., None], Callable[..., None]],
-        norms: tuple[Tensor, Tensor],
+        norms: tuple[Tensor | None, Tensor],
         matrices: tuple[cpu.HalfMatrix, ...],
         sizes: LayerSizes,
         eps: float,
         scale: float,
     ) -> None:
+        self.sizes, self._has_norm = sizes, norms[0] is not None
         self._short, self._long = functions
+        self._qkv_inputs = matrices[0].panels.shape[1]
         self._held = norms, matrices  # what the addresses below lead to
         self._struct = _Layer(
-            *(norm.data_ptr() for norm in norms),
+            *(None if norm is None else norm.data_ptr() for norm in norms),
             *(matrix.panels.data_ptr() for matrix in matrices),
             sizes.hidden,
             sizes.num_heads,
             sizes.num_kv_heads,
             sizes.head_dim,
             sizes.inner,
+            self._qkv_inputs,
             eps,
             scale,
         )
         self._address = ctypes.addressof(self._struct)
 
-    def __call__(self, x: Tensor, pool: tuple[Tensor, Tensor], rows: LayerRows) -> Tensor:
-        """x: [T, hidden] float32, contiguous; pool: K and V, each [Hkv, S, D] -> [T, hidden]."""
+    def __call__(
+        self, x: Tensor, pool: tuple[Tensor, Tensor], rows: LayerRows, given: Tensor | None = None
+    ) -> Tensor:
+        """x: [T, hidden] float32; pool: K and V, each [Hkv, S, D]; given: [T, in] what attention reads
+        instead of norm x. All contiguous. Returns [T, hidden]."""
         assert x.is_contiguous()
         assert len(x) == rows.num_rows
         assert all(part.is_contiguous() and part.shape[1] == rows.num_slots for part in pool)
+        if given is None:
+            assert self._has_norm
+        else:
+            assert given.is_contiguous()
+            assert given.shape == (len(x), self._qkv_inputs)
         out = torch.empty_like(x)
         run = self._long if rows.is_long else self._short
-        run(self._address, rows.address, x.data_ptr(), out.data_ptr(), pool[0].data_ptr(), pool[1].data_ptr())
+        run(
+            self._address,
+            rows.address,
+            x.data_ptr(),
+            None if given is None else given.data_ptr(),
+            out.data_ptr(),
+            pool[0].data_ptr(),
+            pool[1].data_ptr(),
+        )
         return out
 
 
 def fused_layer(
-    norms: tuple[Tensor, Tensor],
+    norms: tuple[Tensor | None, Tensor],
     matrices: tuple[object, object, object, object],
     sizes: LayerSizes,
     eps: float,
@@ -181,15 +203,15 @@ def fused_layer(
 ) -> FusedLayer | None:
     """A layer made of its parts, or None where it cannot be one call.
 
-    norms: before attention and before the feed-forward block, [hidden] float32; matrices: query, key and
-    value together, output, gate and up together, down, each as packed by ``ops.pack_half``; scale: of the
-    scores.
+    norms: before attention (None if what it reads is always given) and before the feed-forward block,
+    [hidden] float32; matrices: query, key and value together, output, gate and up together, down, each as
+    packed by ``ops.pack_half``; scale: of the scores.
     """
     functions = cpu.threaded("decoder_layer", _SIGNATURE)
     packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.HalfMatrix))
     widths = sizes.hidden, sizes.inner, (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
     fits = all(width % cpu.PANEL == 0 for width in widths) and sizes.head_dim % cpu.WIDTH == 0
-    plain = all(norm.dtype is torch.float32 and norm.is_cpu and norm.is_contiguous() for norm in norms)
+    plain = all(norm is None or (norm.dtype is torch.float32 and norm.is_contiguous()) for norm in norms)
     if functions is None or len(packed) < len(matrices) or not (fits and plain):
         return None
     return FusedLayer(functions, norms, packed, sizes, eps, scale)

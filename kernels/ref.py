@@ -9,7 +9,6 @@ in place.
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -234,32 +233,6 @@ def pack_half(weight: Tensor) -> Any | None:
 def half_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_half`` -> [.., out] float32."""
     out: Tensor = _direct("quantized", "linear_dynamic_fp16")(x, packed)
-    return out
-
-
-def pack_int8(weight: Tensor) -> Any | None:
-    """Quantise a [out, in] float32 CPU weight to int8 per output row and pack it, or None where torch cannot.
-
-    Products with it read a quarter of the bytes and lose about 2% (activations are quantised to seven bits on
-    the
-    fly, one scale for all rows of a call). Good enough to guess with, never to decide with.
-    """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
-    zeros = torch.zeros(len(scales), dtype=torch.int64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch announces that quantised tensors will go one day
-        try:
-            quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-            return torch.ops.quantized.linear_prepack(quantised, None)
-        except (RuntimeError, AttributeError):  # a torch without them, or a CPU without the library behind
-            return None
-
-
-def int8_linear(x: Tensor, packed: Any) -> Tensor:
-    """x [.., in] float32 times a weight from ``pack_int8`` -> [.., out]."""
-    out: Tensor = _direct("quantized", "linear_dynamic")(x.contiguous(), packed, True)
     return out
 
 
