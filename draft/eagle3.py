@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from engine.config import LlamaConfig
-from engine.kvcache import KVPool, RowPlan
+from engine.kvcache import KVPool
 from engine.nn.attention import Attention
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
+from engine.rows import RowPlan
 from kernels import add_rms_norm, rms_norm
 
 

@@ -34,7 +34,8 @@ from engine.core import (
     Verdict,
     slots_of,
 )
-from engine.kvcache import KVPool, LatentPool, RowPlan, first_slot, make_plan
+from engine.kvcache import KVPool, LatentPool
+from engine.rows import RowPlan, chain_bias, first_slot, make_plan, plan_spans, span
 from engine.sampler import candidates
 from kernels import gumbel_noise
 
@@ -42,7 +43,6 @@ _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
 _SURE = 0.8  # a lookup whose first token is so likely replaces the head's tree, which costs time to grow
 # Expanding a level costs a twentieth of a step or so: not worth it where it will hardly be reached.
 _LEAST_LEVEL = 0.15
-_LONG = 64  # pending pairs past which a sequence is extended on its own, so that others are not padded to it
 
 
 class HeadModel(Protocol):
@@ -61,8 +61,7 @@ class HeadModel(Protocol):
         ...
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
-        """tokens, positions: [B, n]; feature: [B, n, H]. Writes KV rows, returns [B, n, H]: the next
-        feature."""
+        """tokens, positions: [T]; feature: [T, H]. Writes KV rows, returns [T, H]: the next feature."""
         ...
 
     def logits(self, feature: Tensor) -> Tensor:
@@ -178,6 +177,7 @@ class FeatureDraft:
         if tree.scores is not None:
             self.calibration.observe(tree, verdict, batch.sampling)
         lengths = verdict.length.tolist()
+        ready: list[tuple[int, int]] = []  # rows of the batch, and how many of their pairs can run now
         for row, seq in enumerate(batch.seqs):
             if self._has_outgrown(seq, batch.speculation[row]):
                 self._pending.pop(seq.request.id, None)
@@ -189,25 +189,11 @@ class FeatureDraft:
             pending.tokens.append(torch.cat((tree.tokens[row, path[1:]], verdict.bonus[row : row + 1])))
             pending.features.append(features[row, path])
             # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for
-            # the
-            # first answer token's sake the last chunk waits until that token is out.
-            if batch.prompt is not None and batch.prompt.next_token[row] >= 0:
-                self._extend_alone(batch, row, pending)
-
-    def _extend_alone(self, batch: Batch, row: int, pending: _Pending) -> None:
-        count = pending.num_waiting - 1
-        if count < 1:
-            return
-        first = pending.num_rows + 1
-        tokens, features = pending.take(count)
-        self._extend(
-            self._rows(batch, [row]),
-            tokens[None],
-            features[None],
-            torch.tensor([[first]]).to(self.device),
-            torch.tensor([count]).to(self.device),
-            [first + count - 1],
-        )
+            # the first answer token's sake the last chunk waits until that token is out.
+            if batch.prompt is not None and batch.prompt.next_token[row] >= 0 and pending.num_waiting > 1:
+                ready.append((row, pending.num_waiting - 1))
+        if ready:
+            self._extend(batch, ready)
 
     # --- proposing
 
@@ -240,9 +226,6 @@ class FeatureDraft:
             return DraftTree(roots, torch.full_like(roots, -1))
         for row in active:
             self.coverage.count(batch.seqs[row])
-            pending = self._pending[batch.seqs[row].request.id]
-            if pending.num_waiting > _LONG:
-                self._extend_alone(batch, row, pending)
         if len(batch.seqs) == 1 and self.device == "cpu":
             start = first_slot(batch.seqs[0].pages, batch.page_size)
             if start is not None:
@@ -254,7 +237,7 @@ class FeatureDraft:
         tree = self._grow(
             rows,
             roots[rows.index, 0],
-            self._extend_all(batch, active, rows),
+            self._extend_all(batch, active),
             limits,
             [batch.seqs[row].kv_len for row in active],
         )
@@ -270,41 +253,36 @@ class FeatureDraft:
             batch.sampling.select(index),
         )
 
-    def _extend_all(self, batch: Batch, active: list[int], rows: _Rows) -> Tensor:
+    def _extend_all(self, batch: Batch, active: list[int]) -> Tensor:
         """Run all pending pairs; returns the feature after each root, [b, 1, H]."""
         pendings = [self._pending[batch.seqs[row].request.id] for row in active]
-        counts = [pending.num_waiting for pending in pendings]
-        firsts = torch.tensor([[pending.num_rows + 1] for pending in pendings]).to(self.device)
-        pairs = [pending.take(count) for pending, count in zip(pendings, counts, strict=True)]
+        waiting = [(row, pending.num_waiting) for row, pending in zip(active, pendings, strict=True)]
+        roots = self._extend(batch, waiting)
         assert all(p.num_rows == batch.seqs[row].kv_len for p, row in zip(pendings, active, strict=True))
-        if len(pairs) == 1:
-            tokens, features = pairs[0][0][None], pairs[0][1][None]
-        else:
-            tokens = torch.nn.utils.rnn.pad_sequence([pair[0] for pair in pairs], batch_first=True)
-            features = torch.nn.utils.rnn.pad_sequence([pair[1] for pair in pairs], batch_first=True)
-        count = torch.tensor(counts).to(self.device)
-        out = self._extend(rows, tokens, features, firsts, count, [pending.num_rows for pending in pendings])
-        return out.gather(1, (count - 1)[:, None, None].expand(-1, 1, out.shape[-1]))
+        return roots[:, None]
 
-    def _extend(
-        self,
-        rows: _Rows,
-        tokens: Tensor,
-        features: Tensor,
-        first: Tensor,
-        count: Tensor,
-        read_lens: list[int],
-    ) -> Tensor:
-        """tokens: [b, n]; features: [b, n, F]; first: [b, 1] row number of the first pair; count: [b] real
-        pairs; read_lens: rows to read of each, row 0 (which does not exist) not counted. Returns [b, n,
-        H]."""
-        place = torch.arange(tokens.shape[1], device=self.device)[None]
-        row = first + place
-        write = torch.where(place < count[:, None], rows.slots(row), place % rows.page_size)
-        key = torch.arange(1, max(read_lens) + 1, device=self.device)[None].expand(len(tokens), -1)
-        visible = key[:, None] <= row[..., None]
-        plan = make_plan(write, rows.slots(key), read_lens, visible)
-        return self.model.forward(tokens, self.model.inject(features), row - 1, plan)
+    def _extend(self, batch: Batch, wanted: list[tuple[int, int]]) -> Tensor:
+        """Run pending pairs, side by side: for each (row of the batch, count) the first ``count`` of them.
+        Returns the feature after the last of each, [b, H]."""
+        tokens, features, positions, spans = [], [], [], []
+        for row, count in wanted:
+            seq = batch.seqs[row]
+            pending = self._pending[seq.request.id]
+            first = pending.num_rows + 1
+            pair_tokens, pair_features = pending.take(count)
+            tokens.append(pair_tokens)
+            features.append(pair_features)
+            positions.append(torch.arange(first - 1, first - 1 + count))
+            # Row 0 does not exist, so none is read before row 1.
+            spans.append(span(seq.pages, batch.page_size, first, chain_bias(count, self.device), start=1))
+        out = self.model.forward(
+            torch.cat(tokens),
+            self.model.inject(torch.cat(features)),
+            torch.cat(positions).to(self.device),
+            plan_spans(spans, torch.device(self.device)),
+        )
+        last = torch.tensor([count for _, count in wanted]).cumsum(0) - 1
+        return out[last.to(self.device)]
 
     def _grow(
         self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits, host_lens: list[int]
@@ -347,7 +325,8 @@ class FeatureDraft:
             )
             given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
             positions = (kv_lens + depth - 1)[:, None].expand(-1, width)
-            frontier = self.model.forward(tokens, given, positions, plan)
+            out = self.model.forward(tokens.flatten(), given.flatten(0, 1), positions.flatten(), plan)
+            frontier = out.view(*tokens.shape, -1)
             return self._offers(frontier, rows, depth, limits.max_top_k)
 
         first = self._offers(frontier, rows, 0, limits.max_top_k)
@@ -362,17 +341,11 @@ class FeatureDraft:
 
     def _grow_alone(self, batch: Batch, start: int) -> DraftTree:
         """The tree of a batch of one on a CPU, whose row 0 lies at slot ``start``."""
-        seq, spec, pending = batch.seqs[0], batch.speculation[0], self._pending[batch.seqs[0].request.id]
+        seq, spec = batch.seqs[0], batch.speculation[0]
         spec = replace(spec, top_k=min(spec.top_k, len(self.model.token_ids)))
-        first, count = pending.num_rows + 1, pending.num_waiting
-        tokens, features = pending.take(count)
-        assert pending.num_rows == seq.kv_len
         rows = _Rows(batch.kv_lens, batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
         places = SoloRows(start, seq.kv_len)
-        positions = torch.arange(first - 1, first - 1 + count)[None]
-        frontier = self.model.forward(
-            tokens[None], self.model.inject(features[None]), positions, places.extend(first, count)
-        )[:, -1:]
+        frontier = self._extend_all(batch, [0])
         sampled = seq.request.sampling.temperature > 0
 
         def children(depth: int) -> list[Children]:
@@ -383,11 +356,11 @@ class FeatureDraft:
         def expand(tokens: list[int], parents: list[int], depth: int) -> list[Children]:
             nonlocal frontier
             frontier = self.model.forward(
-                torch.tensor([tokens]),
-                frontier[:, parents],
-                torch.full((1, len(tokens)), seq.kv_len + depth - 1),
+                torch.tensor(tokens),
+                frontier[0, parents],
+                torch.full((len(tokens),), seq.kv_len + depth - 1),
                 places.expand(parents),
-            )
+            )[None]
             return children(depth)
 
         return grow_one(

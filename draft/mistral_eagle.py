@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from engine.config import POST_NORM, Mistral4Config
-from engine.kvcache import LatentPool, RowPlan
+from engine.kvcache import LatentPool
 from engine.models.mistral4 import DecoderLayer, take_plain
 from engine.nn.linear import Linear
 from engine.nn.rope import PairRope
 from engine.nn.weight import Weights
+from engine.rows import RowPlan
 from kernels import rms_norm
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from engine.core import DraftScores, DraftTree, Speculation
-from engine.kvcache import RowPlan, tree_bias
+from engine.rows import Part, RowPlan, tree_bias
 
 # Children of one node, best first: (token, raw score). A score of 0 means "not possible".
 Children = list[tuple[int, float]]
@@ -97,26 +97,16 @@ class SoloRows:
     _parents: list[int] = field(default_factory=list)  # of every expanded node, -1 where that is the root
     _level_start: int = 0  # number of the first node of the last level
 
-    def extend(self, first: int, count: int) -> RowPlan:
-        """The plan for the last ``count`` committed rows, of which ``first`` is the first."""
-        bias = None
-        if count > 1:
-            later = torch.ones(count, count, dtype=torch.bool).triu(1)
-            bias = torch.zeros(1, count, self.kv_len)
-            bias[0, :, first - 1 :].masked_fill_(later, float("-inf"))
-        begin = self.start + first
-        return RowPlan(slice(begin, begin + count), (self._read(self.kv_len),), bias)
-
     def expand(self, parents: list[int]) -> RowPlan:
         """The plan for a level of scratch rows; parents count the level before, all 0 for the first one."""
         begin = len(self._parents)
         offset = self._level_start if begin else -1
         self._parents += [parent + offset if begin else -1 for parent in parents]
         self._level_start = begin
-        row = self.start + self.kv_len + 1
-        bias = tree_bias(self._parents, self.kv_len)[:, begin:]
-        write = slice(row + begin, row + len(self._parents))
-        return RowPlan(write, (self._read(self.kv_len + len(self._parents)),), bias.contiguous())
-
-    def _read(self, count: int) -> slice:
-        return slice(self.start + 1, self.start + 1 + count)
+        num_nodes, row = len(self._parents), self.start + self.kv_len + 1
+        bias, own = None, tree_bias(self._parents)
+        if own is not None:
+            bias = torch.zeros(1, num_nodes - begin, self.kv_len + num_nodes)
+            bias[0, :, self.kv_len :] = own[begin:]
+        read = slice(self.start + 1, row + num_nodes)
+        return RowPlan(slice(row + begin, row + num_nodes), (Part(1, num_nodes - begin, (read,), bias),))

@@ -1,23 +1,21 @@
 """The types every room of haast speaks, and the promises between them.
 
-A *step* proposes a tree of draft tokens, scores it with the target in one forward, chooses the target's own
-token after every node, accepts the path on which draft and choice agree, and commits it. Prefill is a chain
-that is accepted in advance, plain decoding is a tree of one node: one path, three uses.
+A *step* proposes a tree of draft tokens for every sequence, scores the trees with the target in one forward,
+chooses the target's own token after every node, accepts the path on which draft and choice agree, and commits
+it. Prefill is a chain that is accepted in advance, plain decoding is a tree of one node: one path, three
+uses. A step has up to two batches, its decodes and its chunks of prompts; only the forward sees both at once.
 
 Invariants
  1. ``kv_len == len(tokens) - 1`` for the target after every step. The head lags by its pending features, no
- more. 2. KV rows at or past ``kv_len`` are scratch. A step writes node i at row ``kv_len + i``; ``compact``
- moves the
-    accepted rows first. Nothing is rolled back.
+    more.
+ 2. KV rows at or past ``kv_len`` are scratch. A step writes node i at row ``kv_len + i``; ``compact`` moves
+    the accepted rows first. Nothing is rolled back.
  3. Target and head share slots and page table; only the pool differs. The head's row i is f(embedding of
- token i,
-    feature i - 1); its row 0 does not exist.
- 4. Pages for all nodes are reserved in ``next_batch``, the surplus returned in ``commit``. Between the two
- nothing
-    allocates.
+    token i, feature i - 1); its row 0 does not exist.
+ 4. Pages for all nodes are reserved in ``next_batches``, the surplus returned in ``commit``. Between the two
+    nothing allocates.
  5. ``parents[i] < i`` and siblings are distinct, so the accepted path is unique and increasing; compaction
- gathers
-    before it scatters.
+    gathers before it scatters.
  6. The noise for position p depends on (seed, p) alone, and target and draft use the same noise.
  7. Every tensor-parallel rank sees the same gathered logits and noise, so each computes the same Verdict.
  8. Idle means: free pages + cached pages == all pages.
@@ -29,6 +27,7 @@ This module imports torch only; it holds no behaviour beyond what follows from a
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -68,6 +67,15 @@ class Speculation:
             return SPECULATION_OFF
         return Speculation(self.nodes, min(self.depth, num_tokens), self.top_k, min(self.lookup, num_tokens))
 
+    def within(self, num_nodes: int) -> Speculation:
+        """The same, with no more nodes than so many, the root and the lookup's chain included."""
+        if num_nodes >= self.nodes + self.lookup:
+            return self
+        nodes = min(self.nodes, num_nodes)
+        if nodes <= 1:
+            return SPECULATION_OFF
+        return Speculation(nodes, min(self.depth, nodes - 1), self.top_k, min(self.lookup, num_nodes - nodes))
+
 
 SPECULATION_OFF = Speculation(nodes=1, depth=0, top_k=1)
 
@@ -90,12 +98,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client asked; never changes. ``speculation`` None means the engine's default."""
+    """What a client asked; never changes. ``speculation`` None means the engine's default; of two requests
+    the one with the lower ``priority`` runs first."""
 
     id: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
     speculation: Speculation | None = None
+    priority: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -104,7 +114,7 @@ class Sequence:
 
     ``tokens`` are committed: all but the last have their KV row. ``forced`` are known tokens that still have
     to pass through the model: the rest of the prompt, or after a preemption everything that was generated
-    before.
+    before. ``arrival`` numbers the requests as they come.
     """
 
     request: Request
@@ -112,6 +122,12 @@ class Sequence:
     forced: list[int]
     pages: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    arrival: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who is served first: by priority, then by arrival."""
+        return self.request.priority, self.arrival
 
     @property
     def kv_len(self) -> int:
@@ -212,11 +228,13 @@ class PromptChunk:
     tokens: Tensor  # [B, N] int64; the root, then forced tokens, 0 padded
     num_nodes: Tensor  # [B] int64; real nodes of each row
     next_token: Tensor  # [B] int64; the known token after the chunk, -1 where the model must choose it
+    lengths: tuple[int, ...]  # num_nodes on the host
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The sequences of one step and all that the step needs of them; built whole by the scheduler."""
+    """The decodes of one step, or its chunks of prompts, and all that the step needs of them; built whole by
+    the scheduler."""
 
     seqs: tuple[Sequence, ...]
     kv_lens: Tensor  # [B] int64
@@ -224,7 +242,7 @@ class Batch:
     page_size: int
     sampling: SamplingTensors
     speculation: tuple[Speculation, ...]  # what to draft for each sequence
-    prompt: PromptChunk | None = None  # set in prefill steps
+    prompt: PromptChunk | None = None  # set for chunks of prompts
 
     @property
     def is_prefill(self) -> bool:
@@ -247,7 +265,7 @@ def slots_of(rows: Tensor, page_table: Tensor, page_size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One forward of the target over a tree."""
+    """What one forward of the target says of a batch."""
 
     logits: Tensor  # [B, R, V] float32; R = N, but only the last row of a prompt chunk
     positions: Tensor  # [B, R] int64: positions of the scored nodes
@@ -270,10 +288,10 @@ class Delta:
     request_id: int
     token_ids: tuple[int, ...]  # new tokens, possibly none (prefill goes on, or aborted)
     finish_reason: FinishReason | None
-    num_draft_tokens: int = 0  # drafted nodes without the root; 0 in prefill and plain steps
+    num_draft_tokens: int = 0  # drafted nodes without the root; 0 for prompts and in plain steps
     num_accepted: int = 0  # of them accepted by the target
     draft_depth: int = 0  # levels of the drafted tree
-    is_decode: bool = True  # False for prefill steps
+    is_decode: bool = True  # False for a chunk of a prompt
 
 
 class Target(Protocol):
@@ -290,8 +308,9 @@ class Target(Protocol):
         """[V, H]; its dtype and device are the model's."""
         ...
 
-    def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
-        """Run the tree behind the committed rows. positions: [B, N]; writes KV rows ``kv_len + i``."""
+    def score(self, batches: Items[Batch], trees: Items[DraftTree]) -> tuple[Scores, ...]:
+        """Run the trees of all batches behind their committed rows, in one forward; writes KV rows
+        ``kv_len + i``."""
         ...
 
     def compact(self, batch: Batch, verdict: Verdict) -> None:

@@ -1,13 +1,24 @@
 """Who runs next, and what became of it: the one writer of a Sequence.
 
 A sequence waits, runs and ends. While it has ``forced`` tokens (its prompt, or after a preemption all it had)
-it takes part in prefill steps, afterwards in decode steps. When both kinds of work exist they take turns, so
-that neither a long prompt nor a busy decoder starves the other. If pages run out, the youngest sequence gives
-its own back and starts over from its tokens (preemption by recompute).
+its steps are chunks of them, afterwards decodes. Every step serves both kinds, within a budget of nodes
+(``max_num_batched_tokens``) and in one *order*: by priority, then by arrival. What is promised:
+
+- Every running sequence that decodes does so in every step. No more sequences run than the budget has nodes,
+  so this leaves something to the prompts.
+- Prompts get a quarter of the budget if they need it, and whatever the decodes leave; trees are cut, the
+  last in order first, rather than taking more.
+- Prompts are taken whole, in order. Where one does not fit it is cut, and half of what is left goes first to
+  prompts behind it, of the same priority, that it lets through whole: a short question does not wait for a
+  long document to be read, and the document gets on.
+- If pages or places run out, the last in order gives its own back and starts over from its tokens (preemption
+  by recompute), so the first in order always gets on. Nobody makes room for another's tree, and within a
+  priority nobody overtakes at admission. A lower priority waits for as long as higher ones fill the engine.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 
@@ -30,6 +41,9 @@ from engine.errors import ContextLengthError, RequestError
 from engine.pages import PagePool
 from engine.sampler import sampling_tensors
 
+# What prompts may claim of a step's nodes before trees get any.
+_PROMPT_SHARE = 4
+
 
 class Scheduler:
     """Owns every Sequence and every page.
@@ -48,11 +62,12 @@ class Scheduler:
         vocab_size: int,
     ) -> None:
         self.config, self.pages = config, pages
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._scratch_rows, self._forget = scratch_rows, forget
-        self._prefilled_last = False
+        self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._num_added = 0
         self._aborted: list[Delta] = []
 
     # --- requests
@@ -72,7 +87,9 @@ class Scheduler:
                 "max_tokens or start with more KV cache memory",
                 "max_tokens",
             )
-        self.waiting.append(Sequence(request, [request.prompt[0]], list(request.prompt[1:])))
+        seq = Sequence(request, [request.prompt[0]], list(request.prompt[1:]), arrival=self._num_added)
+        self._num_added += 1
+        insort(self.waiting, seq, key=_order)
 
     def abort(self, request_id: int) -> None:
         """End a request in any state. Unknown or finished ids are ignored: the end may have crossed the
@@ -92,83 +109,96 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._aborted)
 
-    # --- building a batch
+    # --- building the batches of a step
 
-    def next_batch(self) -> Batch | None:
-        """The sequences of the next step with pages reserved for all their nodes; None when there is nothing
-        to do."""
+    def next_batches(self) -> tuple[Batch, ...]:
+        """What the next step does, with pages reserved for all of its nodes: the decodes, then the chunks of
+        prompts; either may be missing, and both are when there is nothing to do."""
         self._admit()
-        prefills = [seq for seq in self.running if seq.forced]
-        decodes = [seq for seq in self.running if not seq.forced]
-        if prefills and (not decodes or not self._prefilled_last):
-            self._prefilled_last = True
-            batch = self._prefill_batch(prefills)
-            if batch is not None:
-                return batch
-        self._prefilled_last = False
-        return self._decode_batch(decodes) if decodes else None
+        decodes: list[tuple[Sequence, int]] = []
+        chunks: list[tuple[Sequence, int]] = []
+        for seq, num_nodes in self._shares():
+            if num_nodes == 0 or seq not in self.running:
+                continue  # it waits for nodes, or made room a moment ago for one before it
+            if self._reserve(seq, seq.kv_len + (num_nodes if seq.forced else 1)):
+                (chunks if seq.forced else decodes).append((seq, num_nodes))
+        batches = []
+        if decodes:
+            speculation = [self._reserve_tree(seq, num_nodes) for seq, num_nodes in decodes]
+            batches.append(self._batch([seq for seq, _ in decodes], speculation, None))
+        if chunks:
+            seqs = [seq for seq, _ in chunks]
+            batches.append(
+                self._batch(seqs, [self._step_speculation(seq) for seq in seqs], self._chunk(chunks))
+            )
+        return tuple(batches)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
+        """Let waiting sequences run, in order, while there are places and pages for a first chunk; those that
+        run but come later in the order count as room."""
+        while self.waiting:
             seq = self.waiting[0]
+            later = [other for other in self.running if other.order > seq.order]
             first_rows = min(len(seq.forced) + 1, self.config.max_num_batched_tokens)
-            if self.pages.pages_for(first_rows) > self.pages.num_free:
+            num_free = self.pages.num_free + sum(len(other.pages) for other in later)
+            if self.pages.pages_for(first_rows) > num_free:
                 return
-            self.running.append(self.waiting.popleft())
+            if len(self.running) == self._num_places:
+                if not later:
+                    return
+                self._preempt(later[-1])
+            insort(self.running, self.waiting.popleft(), key=_order)
 
-    def _prefill_batch(self, candidates: list[Sequence]) -> Batch | None:
-        """Chunks of known text, padded to the longest; the padded size stays within the token budget."""
-        chosen: list[tuple[Sequence, int]] = []
-        longest = 0
-        for seq in candidates:
-            if seq not in self.running:
-                continue  # preempted for an older one a moment ago
-            num_nodes = len(seq.forced) + 1
-            if not chosen:
-                num_nodes = min(num_nodes, self.config.max_num_batched_tokens)
-            elif (len(chosen) + 1) * max(longest, num_nodes) > self.config.max_num_batched_tokens:
-                break
-            if not self._reserve(seq, seq.kv_len + num_nodes):
-                break
-            chosen.append((seq, num_nodes))
-            longest = max(longest, num_nodes)
-        if not chosen:
-            return None
-        tokens = torch.zeros(len(chosen), longest, dtype=torch.int64)
+    def _shares(self) -> list[tuple[Sequence, int]]:
+        """How many nodes each running sequence may have in this step, in order: see the module."""
+        prompts = [seq for seq in self.running if seq.forced]
+        needs = [len(seq.forced) + 1 for seq in prompts]
+        budget = self.config.max_num_batched_tokens
+        left = budget - (len(self.running) - len(prompts))  # every decode has its root
+        for_trees = max(left - min(budget // _PROMPT_SHARE, sum(needs)), 0)
+        shares = {}
+        for seq in self.running:
+            if not seq.forced:
+                more = min(self._most_nodes(self._step_speculation(seq)) - 1, for_trees)
+                for_trees, left = for_trees - more, left - more
+                shares[seq.request.id] = 1 + more
+        sizes = chunk_sizes(needs, [seq.request.priority for seq in prompts], left)
+        shares |= {seq.request.id: size for seq, size in zip(prompts, sizes, strict=True)}
+        return [(seq, shares[seq.request.id]) for seq in self.running]
+
+    def _most_nodes(self, speculation: Speculation) -> int:
+        """The most nodes that a tree can have; a draft that writes fewer rows has fewer."""
+        return min(1 + self._scratch_rows(speculation), speculation.nodes + speculation.lookup)
+
+    def _chunk(self, chosen: list[tuple[Sequence, int]]) -> PromptChunk:
+        """The next known tokens of each sequence, padded to the longest chunk."""
+        tokens = torch.zeros(len(chosen), max(num_nodes for _, num_nodes in chosen), dtype=torch.int64)
         next_token = torch.full((len(chosen),), -1, dtype=torch.int64)
         for row, (seq, num_nodes) in enumerate(chosen):
             tokens[row, :num_nodes] = torch.tensor(seq.tokens[-1:] + seq.forced[: num_nodes - 1])
             if num_nodes <= len(seq.forced):
                 next_token[row] = seq.forced[num_nodes - 1]
         device = self.config.device
-        counts = torch.tensor([num_nodes for _, num_nodes in chosen])
-        chunk = PromptChunk(tokens.to(device), counts.to(device), next_token.to(device))
-        seqs = [seq for seq, _ in chosen]
-        return self._batch(seqs, [self._step_speculation(seq) for seq in seqs], chunk)
-
-    def _decode_batch(self, candidates: list[Sequence]) -> Batch | None:
-        """Every sequence for which there is room; where there is none for a tree, the root alone is
-        decoded."""
-        chosen: list[Sequence] = []
-        wanted: list[Speculation] = []
-        for seq in candidates:
-            for speculation in (self._step_speculation(seq), SPECULATION_OFF):
-                num_rows = seq.kv_len + 1 + self._scratch_rows(speculation)
-                if seq in self.running and self._reserve(seq, num_rows):
-                    chosen.append(seq)
-                    wanted.append(speculation)
-                    break
-        return self._batch(chosen, wanted, None) if chosen else None
+        lengths = tuple(num_nodes for _, num_nodes in chosen)
+        return PromptChunk(
+            tokens.to(device), torch.tensor(lengths).to(device), next_token.to(device), lengths
+        )
 
     def _reserve(self, seq: Sequence, num_rows: int) -> bool:
-        """Pages for num_rows rows. Younger sequences make room if they must; the oldest therefore always gets
-        on."""
+        """Pages for num_rows rows. Sequences behind it in order make room if they must; the first therefore
+        always gets on."""
         while not self.pages.extend(seq.pages, num_rows):
-            younger = [other for other in self.running[self.running.index(seq) + 1 :] if other.pages]
-            if not younger:
+            later = [other for other in self.running[self.running.index(seq) + 1 :] if other.pages]
+            if not later:
                 return False
-            self._preempt(younger[-1])
+            self._preempt(later[-1])
         return True
+
+    def _reserve_tree(self, seq: Sequence, num_nodes: int) -> Speculation:
+        """What to draft in a step that leaves a sequence so many nodes: where pages are short, nothing."""
+        speculation = self._step_speculation(seq).within(num_nodes)
+        num_rows = seq.kv_len + 1 + self._scratch_rows(speculation)
+        return speculation if self.pages.extend(seq.pages, num_rows) else SPECULATION_OFF
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -176,7 +206,7 @@ class Scheduler:
         self._forget(seq)
         seq.forced = seq.tokens[1:] + seq.forced
         seq.tokens = seq.tokens[:1]
-        self.waiting.appendleft(seq)
+        insort(self.waiting, seq, key=_order)
 
     def _speculation(self, request: Request) -> Speculation:
         return self.config.speculation if request.speculation is None else request.speculation
@@ -263,6 +293,32 @@ class Scheduler:
             self.waiting.remove(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order
+
+
+def chunk_sizes(needs: list[int], priorities: list[int], budget: int) -> list[int]:
+    """How many nodes of a budget each prompt gets, in order; needs: nodes that would finish each.
+
+    Prompts are taken whole until one does not fit. Of what is left it keeps half; with the other half those
+    behind it of its own priority are taken whole if they fit, and what then remains is its own too. Example:
+    needs of 100, 900, 50 and 300 with a budget of 512 get 100, 362, 50 and 0.
+    """
+    sizes = [0] * len(needs)
+    for place, need in enumerate(needs):
+        if need > budget:
+            for_others = budget // 2
+            for later in range(place + 1, len(needs)):
+                if priorities[later] == priorities[place] and needs[later] <= for_others:
+                    sizes[later] = needs[later]
+                    for_others, budget = for_others - needs[later], budget - needs[later]
+            sizes[place] = budget
+            break
+        sizes[place] = need
+        budget -= need
+    return sizes
 
 
 def check_request(request: Request, vocab_size: int) -> None:

@@ -1,8 +1,8 @@
 """The engine: one step after another. Start reading here.
 
-Every step drafts a tree, scores it with the target, lets the sampler choose a token after every node, accepts
-the path on which both agree, and commits it. Prompts take the same road as chains that are accepted in
-advance.
+Every step drafts a tree for each sequence, scores all trees with the target in one forward, lets the sampler
+choose a token after every node, accepts the path on which both agree, and commits it. Prompts take the same
+road, in the same forward, as chains that are accepted in advance.
 """
 
 from __future__ import annotations
@@ -84,26 +84,28 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Run one iteration: draft a tree, score it, accept a path, commit it."""
-        aborted = self.scheduler.take_aborted()
+        """Run one iteration: draft trees, score them all at once, accept a path of each, commit it."""
+        deltas = self.scheduler.take_aborted()
         started = time.perf_counter()
-        batch = self.scheduler.next_batch()  # pages for every node are reserved here
-        if batch is None:
-            return aborted
-        tree = prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch)
+        batches = self.scheduler.next_batches()  # pages for every node are reserved here
+        if not batches:
+            return deltas
+        trees = [prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch) for batch in batches]
         drafted = self._now()
-        positions = batch.kv_lens[:, None] + tree.depths()
-        scores = self.target.score(batch, tree, positions)
+        scores = self.target.score(batches, trees)
         scored = self._now()
-        choice = self.sampler(scores, batch)  # the target's own token after every scored node
-        verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
-        self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
-        self.draft.observe(batch, tree, verdict, scores.features)
-        deltas = self.scheduler.commit(batch, tree, verdict)
+        verdicts = []
+        for batch, tree, found in zip(batches, trees, scores, strict=True):
+            choice = self.sampler(found, batch)  # the target's own token after every scored node
+            verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
+            self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
+            self.draft.observe(batch, tree, verdict, found.features)
+            deltas += self.scheduler.commit(batch, tree, verdict)
+            verdicts.append(verdict)
         self.last_times = StepTimes(drafted - started, scored - drafted, self._now() - scored)
-        if self.step_log is not None and not batch.is_prefill:
-            self.step_log.write(batch, tree, verdict, self.last_times)
-        return aborted + deltas
+        if self.step_log is not None and not batches[0].is_prefill:  # decodes come first
+            self.step_log.write(batches[0], trees[0], verdicts[0], self.last_times)
+        return deltas
 
     def _now(self) -> float:
         if self.waits_for_device and self.config.device.startswith("cuda"):

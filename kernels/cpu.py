@@ -242,7 +242,6 @@ def rope_write(
     slots: Tensor | slice,
 ) -> Tensor:
     """As ``ref.rope_write``; everything contiguous. Turns the query heads in place."""
-    num_seqs, num_nodes, num_all, head_dim = heads.shape
     listed, first_slot = (None, slots.start) if isinstance(slots, slice) else (slots.data_ptr(), 0)
     kernels.rope_write(
         heads.data_ptr(),
@@ -252,13 +251,13 @@ def rope_write(
         v_pool.data_ptr(),
         listed,
         first_slot,
-        num_seqs * num_nodes,
+        heads.shape[:-2].numel(),
         num_heads,
         k_pool.shape[0],
         k_pool.shape[1],
-        head_dim,
+        heads.shape[-1],
     )
-    return heads[:, :, :num_heads]
+    return heads[..., :num_heads, :]
 
 
 def tree_attention(

@@ -25,7 +25,7 @@ _EXPANDED = 1 << 26
 def rope_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of neighbouring pairs: components 2i and 2i + 1 turn by angle i.
 
-    x: [B, N, H, D]; cos, sin: [B, N, 1, D / 2] float32. Returns [B, N, H, D] float32.
+    x: [.., H, D]; cos, sin: [.., 1, D / 2] float32. Returns [.., H, D] float32.
     """
     x = x.float()
     even, odd = x[..., ::2], x[..., 1::2]

@@ -65,7 +65,7 @@ def rope_write(
     v_pool: Tensor,
     slots: Tensor | slice,
 ) -> Tensor:
-    """Rotate queries and keys, store keys and values; returns the queries [B, N, H, D]."""
+    """Rotate queries and keys, store keys and values; returns the queries [.., H, D]."""
     kernels = _kernels_for(heads)
     if kernels is None or not _rotation_applies(heads, num_heads, cos, sin, k_pool, v_pool, slots):
         return ref.rope_write(heads, num_heads, cos, sin, k_pool, v_pool, slots)
@@ -119,8 +119,8 @@ def _rotation_applies(
     slots: Tensor | slice,
 ) -> bool:
     """Whether the compiled rotation takes these. It checks no bounds, and does not broadcast."""
-    num_seqs, num_nodes, num_all, head_dim = heads.shape
-    num_rows, (num_kv_heads, num_slots, _) = num_seqs * num_nodes, k_pool.shape
+    num_all, head_dim = heads.shape[-2:]
+    num_rows, (num_kv_heads, num_slots, _) = heads.shape[:-2].numel(), k_pool.shape
     if isinstance(slots, Tensor):
         reachable = _are_slots(slots) and slots.numel() == num_rows
     else:

@@ -49,7 +49,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the rotate-half layout. x: [B, N, H, D]; cos, sin: [B, N, 1, D].
+    """Rotary embedding in the rotate-half layout. x: [.., H, D]; cos, sin: [.., 1, D].
 
     The first half of ``sin`` carries the minus sign of the rotation, so that a roll by half does the rest:
     out[i] = x[i] cos - x[i + D/2] sin for i < D/2, x[i] cos + x[i - D/2] sin behind.
@@ -77,15 +77,15 @@ def rope_write(
 ) -> Tensor:
     """Rotate queries and keys of a qkv product, store keys and values in the pools, return the queries.
 
-    heads: [B, N, H + 2 Hkv, D], queries, then keys, then values, and the caller's no longer: it may be
-    written to; cos, sin: [B, N, 1, D]; pools: [Hkv, S, D]; slots: [B * N], or a slice of as many. Returns
-    [B, N, H, D].
+    heads: [.., H + 2 Hkv, D], queries, then keys, then values, and the caller's no longer: it may be
+    written to; cos, sin: [.., 1, D]; pools: [Hkv, S, D]; slots: one for every row, or a slice of as many.
+    Returns [.., H, D].
     """
     num_kv_heads, head_dim = k_pool.shape[0], heads.shape[-1]
-    rotated = rope(heads[:, :, : num_heads + num_kv_heads], cos, sin)
-    write_rows(k_pool, slots, rotated[:, :, num_heads:].reshape(-1, num_kv_heads, head_dim))
-    write_rows(v_pool, slots, heads[:, :, num_heads + num_kv_heads :].reshape(-1, num_kv_heads, head_dim))
-    return rotated[:, :, :num_heads]
+    rotated = rope(heads[..., : num_heads + num_kv_heads, :], cos, sin)
+    write_rows(k_pool, slots, rotated[..., num_heads:, :].reshape(-1, num_kv_heads, head_dim))
+    write_rows(v_pool, slots, heads[..., num_heads + num_kv_heads :, :].reshape(-1, num_kv_heads, head_dim))
+    return rotated[..., :num_heads, :]
 
 
 def compact_rows(pools: Tensor, source: Tensor, destination: Tensor) -> None:

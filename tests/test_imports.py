@@ -35,6 +35,7 @@ FLOORS = {
     "engine.text": 1,
     "engine.pages": 1,
     "engine.kvcache": 1,
+    "engine.rows": 1,
     "engine.sampler": 1,
     "engine.parallel": 1,
     "engine.graphs": 1,

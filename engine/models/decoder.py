@@ -13,8 +13,9 @@ from torch import Tensor
 
 from engine.config import POST_NORM, LlamaConfig, Mistral4Config
 from engine.core import Batch, DraftTree, Scores, Verdict
-from engine.kvcache import KVPool, LatentPool, RowPlan, compact, plan_rows
+from engine.kvcache import KVPool, LatentPool, compact
 from engine.nn.linear import Linear
+from engine.rows import BatchRows, RowPlan, batch_rows, join_plans
 from kernels import rms_norm
 
 
@@ -61,20 +62,34 @@ class Decoder:
         columns = self.lm_head(torch.eye(self.hidden_size, dtype=self.dtype, device=self.device))
         return columns[:, token_ids].T.contiguous()
 
-    def score(self, batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
-        """Logits of every node, or of the last real node of each prompt chunk; their rows are written."""
-        hidden, features = self._forward(tree.tokens, positions, plan_rows(batch, tree))
-        if batch.prompt is not None:
-            last = (batch.prompt.num_nodes - 1)[:, None]
-            hidden = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[-1]))
-            positions = positions.gather(1, last)
-        return Scores(self.logits(hidden), positions, features)
+    def score(self, batches: Sequence[Batch], trees: Sequence[DraftTree]) -> tuple[Scores, ...]:
+        """One forward over the trees of all batches: logits of every node, or of the last node of each chunk
+        of a prompt. Their rows are written."""
+        both = list(zip(batches, trees, strict=True))
+        rows = [batch_rows(batch, tree) for batch, tree in both]
+        positions = [batch.kv_lens[:, None] + tree.depths() for batch, tree in both]
+        hidden, features = self._forward(
+            _joined([part.pack(tree.tokens) for part, tree in zip(rows, trees, strict=True)]),
+            _joined([part.pack(places) for part, places in zip(rows, positions, strict=True)]),
+            join_plans([part.plan for part in rows]),
+        )
+        sizes = [part.num_rows for part in rows]
+        scored = [
+            part.last(own) if batch.is_prefill else own
+            for part, batch, own in zip(rows, batches, torch.split(hidden, sizes), strict=True)
+        ]
+        logits = torch.split(self.logits(_joined(scored)), [len(own) for own in scored])
+        return tuple(
+            _scores(*of_batch)
+            for of_batch in zip(batches, rows, positions, logits, torch.split(features, sizes), strict=True)
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., H] after the final norm -> [.., V] float32."""
         return self.lm_head(hidden).float()
 
     def _forward(self, tokens: Tensor, positions: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
+        """tokens, positions: [T] -> hidden [T, H] after the final norm, and features [T, F]."""
         x = self.embedding[tokens]
         rotation = self.rope(positions)
         inputs: dict[int, Tensor] = {}
@@ -89,3 +104,16 @@ class Decoder:
             torch.cat([inputs[i] for i in self.feature_layers], -1) if self.feature_layers else x[..., :0]
         )
         return x, features
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows behind one another; a single part itself, without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _scores(batch: Batch, rows: BatchRows, positions: Tensor, logits: Tensor, features: Tensor) -> Scores:
+    """A batch's own part of a forward. logits: of the rows that were scored; features: of all rows."""
+    if batch.prompt is not None:
+        last = (batch.kv_lens + batch.prompt.num_nodes - 1)[:, None]
+        return Scores(logits[:, None], last, rows.unpack(features))
+    return Scores(rows.unpack(logits), positions, rows.unpack(features))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Mistral4Config
-from engine.kvcache import LatentPool, RowPlan
+from engine.kvcache import LatentPool
 from engine.models.decoder import Decoder
 from engine.nn.linear import Linear, fuse
 from engine.nn.mla import MultiHeadLatentAttention
@@ -20,6 +20,7 @@ from engine.nn.mlp import SwiGLU
 from engine.nn.moe import Experts, MixtureOfExperts, Router
 from engine.nn.rope import PairRope, PairRotation
 from engine.nn.weight import Weights, dequantise
+from engine.rows import RowPlan
 from kernels import add_rms_norm, rms_norm
 
 

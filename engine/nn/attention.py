@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.kvcache import RowPlan
 from engine.nn.linear import Linear
+from engine.rows import Part, RowPlan
 from kernels import rope_write, tree_attention
 
 
@@ -20,10 +20,11 @@ class Attention:
     def __call__(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
     ) -> Tensor:
-        """x: [B, N, input size] -> [B, N, hidden]; K and V of the N nodes are written before they are
-        read."""
-        num_seqs, num_nodes = x.shape[:2]
-        heads = self.qkv(x).view(num_seqs, num_nodes, -1, self.head_dim)
+        """x: [T, input size] -> [T, hidden]; K and V of all rows are written before they are read."""
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)
         q = rope_write(heads, self.num_heads, *cos_sin, *pool, plan.write)
-        out = tree_attention(q, *pool, plan.read, plan.bias, self.scale)
-        return self.out(out.reshape(num_seqs, num_nodes, -1))
+
+        def attention(q: Tensor, part: Part) -> Tensor:
+            return tree_attention(q, *pool, part.read, part.bias, self.scale)
+
+        return self.out(plan.attend(q, attention))

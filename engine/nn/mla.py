@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from engine.config import Mistral4Config
-from engine.kvcache import RowPlan
 from engine.nn.linear import Linear
 from engine.nn.rope import PairRotation
+from engine.rows import Part, RowPlan
 from kernels import rms_norm, write_rows
 from kernels.mla import absorb_queries, expand_values, mla_prompt_attention, mla_tree_attention, rope_pairs
 
@@ -72,26 +72,28 @@ class MultiHeadLatentAttention:
         self.value_up = heads[:, self.content_dim :].contiguous()  # [H, V, R]
 
     def __call__(self, x: Tensor, rotation: PairRotation, pool: Tensor, plan: RowPlan) -> Tensor:
-        """x: [B, N, hidden] -> the same; pool: [S, R + P]. Rows of the N nodes are written before they are
+        """x: [T, hidden] -> the same; pool: [S, R + P]. The latents of all rows are written before they are
         read."""
         down = self.down(x)
         key_at = self.q_rank + self.kv_rank
         latent, key = down[..., self.q_rank : key_at], down[..., key_at:]
-        key = rope_pairs(key.unsqueeze(2), rotation.cos, rotation.sin).squeeze(2).to(x.dtype)
+        key = rope_pairs(key.unsqueeze(-2), rotation.cos, rotation.sin).squeeze(-2).to(x.dtype)
         rows = torch.cat((rms_norm(latent, self.kv_norm, self.eps), key), dim=-1)
-        write_rows(pool[None], plan.write, rows.reshape(-1, 1, rows.shape[-1]))
-        q = self._queries(down[..., : self.q_rank], rotation)
-        if x.shape[1] > self.most_absorbed:
-            out = mla_prompt_attention(q, pool, self.key_up, self.value_up, plan.read, plan.bias, self.scale)
-        else:
+        write_rows(pool[None], plan.write, rows.unsqueeze(1))
+
+        def attention(q: Tensor, part: Part) -> Tensor:
+            if part.num_nodes > self.most_absorbed:
+                ups = self.key_up, self.value_up
+                return mla_prompt_attention(q, pool, *ups, part.read, part.bias, self.scale)
             q = absorb_queries(q, self.key_up)
-            latents = mla_tree_attention(q, pool, plan.read, plan.bias, self.scale, self.kv_rank)
-            out = expand_values(latents, self.value_up)
-        return self.out(out.flatten(2))
+            latents = mla_tree_attention(q, pool, part.read, part.bias, self.scale, self.kv_rank)
+            return expand_values(latents, self.value_up)
+
+        return self.out(plan.attend(self._queries(down[..., : self.q_rank], rotation), attention))
 
     def _queries(self, low: Tensor, rotation: PairRotation) -> Tensor:
-        """[B, N, q_lora_rank] -> [B, N, H, K + P], rotated and scaled in float32 and rounded once."""
-        q = self.q_b(rms_norm(low, self.q_norm, self.eps)).view(*low.shape[:2], self.num_heads, -1)
+        """[T, q_lora_rank] -> [T, H, K + P], rotated and scaled in float32 and rounded once."""
+        q = self.q_b(rms_norm(low, self.q_norm, self.eps)).view(len(low), self.num_heads, -1)
         content, rotated = q[..., : self.content_dim], q[..., self.content_dim :]
         turned = torch.cat((content.float(), rope_pairs(rotated, rotation.cos, rotation.sin)), dim=-1)
         if rotation.query_scale is not None:

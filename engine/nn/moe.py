@@ -85,9 +85,8 @@ class MixtureOfExperts:
         self.router, self.experts, self.shared = router, experts, shared
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [B, N, H] -> the same shape and dtype."""
-        flat = x.flatten(0, -2)
-        y = self.experts(flat, *self.router(flat))
+        """x: [T, H] -> the same shape and dtype."""
+        y = self.experts(x, *self.router(x))
         if self.shared is not None:
-            y = y + self.shared(flat).float()
-        return y.to(x.dtype).view(x.shape)
+            y = y + self.shared(x).float()
+        return y.to(x.dtype)

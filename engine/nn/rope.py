@@ -55,8 +55,8 @@ class RopeTable:
         self.sin = torch.cat((-sin, sin), dim=-1).to(device=device, dtype=dtype)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [B, N] int64 -> cos, sin: [B, N, 1, D]."""
-        return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        """positions: [..] int64 -> cos, sin: [.., 1, D]."""
+        return self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
 
 
 def yarn_frequencies(head_dim: int, theta: float, scaling: YarnScaling | None) -> Tensor:
@@ -85,9 +85,9 @@ def yarn_frequencies(head_dim: int, theta: float, scaling: YarnScaling | None) -
 class PairRotation:
     """How the rows of one forward are turned, and how their queries are scaled."""
 
-    cos: Tensor  # [B, N, 1, D / 2] float32, for the pair of components 2i and 2i + 1
-    sin: Tensor  # [B, N, 1, D / 2] float32
-    query_scale: Tensor | None  # [B, N, 1, 1] float32; None where it is 1 everywhere
+    cos: Tensor  # [.., 1, D / 2] float32, for the pair of components 2i and 2i + 1
+    sin: Tensor  # [.., 1, D / 2] float32
+    query_scale: Tensor | None  # [.., 1, 1] float32; None where it is 1 everywhere
 
 
 class PairRope:
@@ -103,8 +103,8 @@ class PairRope:
         self._beta, self._original = config.llama_4_beta, config.llama_4_original_positions
 
     def __call__(self, positions: Tensor) -> PairRotation:
-        """positions: [B, N] int64."""
-        angles = (positions[..., None].float() * self._inv_freq).unsqueeze(2)
+        """positions: [..] int64."""
+        angles = (positions[..., None].float() * self._inv_freq).unsqueeze(-2)
         return PairRotation(angles.cos(), angles.sin(), self._query_scale(positions))
 
     def _query_scale(self, positions: Tensor) -> Tensor | None:

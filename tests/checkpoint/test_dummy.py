@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +298,10 @@ def _check_activations(checkpoint: Any, monkeypatch: pytest.MonkeyPatch, vocab: 
     seen: list[Scores] = []
     score = engine.target.score
 
-    def recorded(batch: Batch, tree: DraftTree, positions: Tensor) -> Scores:
-        seen.append(score(batch, tree, positions))
-        return seen[-1]
+    def recorded(batches: Sequence[Batch], trees: Sequence[DraftTree]) -> tuple[Scores, ...]:
+        scores = score(batches, trees)
+        seen.extend(scores)
+        return scores
 
     monkeypatch.setattr(engine.target, "score", recorded)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

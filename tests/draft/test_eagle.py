@@ -10,7 +10,7 @@ import torch
 from draft.eagle import EagleModel
 from draft.eagle3 import Eagle3Model
 from engine.config import POST_NORM
-from engine.kvcache import RowPlan
+from engine.rows import Part, RowPlan
 from tests.engine.rig import FEATURE_LAYERS, copies, random_model
 from tests.engine.state import eagle_rows
 from tests.oracles import eagle3
@@ -21,7 +21,7 @@ TOKENS = [4, 90, 17, 3, 3, 55]
 def causal_plan(count: int) -> RowPlan:
     """Row i of the list lies in slot i + 1."""
     bias = torch.full((1, count, count), float("-inf")).triu(1)
-    return RowPlan(slice(1, 1 + count), torch.arange(1, 1 + count)[None], bias)
+    return RowPlan(slice(1, 1 + count), (Part(1, count, torch.arange(1, 1 + count)[None], bias),))
 
 
 def test_the_eagle_3_network() -> None:
@@ -31,12 +31,10 @@ def test_the_eagle_3_network() -> None:
     weights = {name: tensor for name, tensor in copies(model.eagle3).items() if name != "t2d"}
     head = Eagle3Model(model.eagle3_config, weights, embedding, FEATURE_LAYERS, 20)
     count = len(TOKENS)
-    out = head.forward(
-        torch.tensor([TOKENS]), head.inject(features[None]), torch.arange(count)[None], causal_plan(count)
-    )
+    out = head.forward(torch.tensor(TOKENS), head.inject(features), torch.arange(count), causal_plan(count))
     truth = eagle3.true_rows(model.eagle3_config, model.eagle3, embedding, [0, *TOKENS], features)
-    torch.testing.assert_close(out[0], truth.hidden, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(head.logits(out)[0], truth.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out, truth.hidden, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.logits(out), truth.logits, atol=1e-4, rtol=1e-4)
     keys, values = head.pool.layer(0)
     torch.testing.assert_close(keys[:, 1 : 1 + count].transpose(0, 1), truth.keys, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(values[:, 1 : 1 + count].transpose(0, 1), truth.values, atol=1e-4, rtol=1e-4)
@@ -62,10 +60,10 @@ def test_the_eagle_1_network(options: dict[str, Any]) -> None:
     count = len(TOKENS)
     assert head.feature_layers == (POST_NORM,)
     assert torch.equal(head.inject(features), features)
-    out = head.forward(torch.tensor([TOKENS]), features[None], torch.arange(count)[None], causal_plan(count))
+    out = head.forward(torch.tensor(TOKENS), features, torch.arange(count), causal_plan(count))
     truth, keys, _ = eagle_rows(model.eagle_config, model.eagle, model, TOKENS, features)
-    torch.testing.assert_close(out[0], truth.hidden, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(head.logits(out)[0], truth.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out, truth.hidden, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.logits(out), truth.logits, atol=1e-4, rtol=1e-4)
     for layer, expected in enumerate(keys):
         held = head.pool.layer(layer)[0][:, 1 : 1 + count].transpose(0, 1)
         torch.testing.assert_close(held, expected, atol=1e-4, rtol=1e-4)

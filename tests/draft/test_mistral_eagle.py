@@ -15,8 +15,8 @@ from draft.head import FeatureDraft
 from draft.mistral_eagle import MistralEagleModel
 from engine.config import POST_NORM
 from engine.core import SamplingParams, Speculation
-from engine.kvcache import RowPlan
 from engine.nn.weight import Weight, dequantise
+from engine.rows import Part, RowPlan
 from tests.engine.mistral_rig import (
     Pair,
     echo_pair,
@@ -61,7 +61,7 @@ def params_of(temperature: float, count: int = 4) -> list[SamplingParams]:
 def causal_plan(count: int) -> RowPlan:
     """Row i of the list lies in slot i + 1."""
     bias = torch.full((1, count, count), -math.inf).triu(1)
-    return RowPlan(slice(1, 1 + count), torch.arange(1, 1 + count)[None], bias)
+    return RowPlan(slice(1, 1 + count), (Part(1, count, torch.arange(1, 1 + count)[None], bias),))
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
@@ -79,10 +79,10 @@ def test_the_network(norm: bool, num_layers: int, count: int) -> None:
     assert model.token_ids.tolist() == list(range(97))
     features, tokens = torch.randn(count, config.hidden_size), prompts_of([count])[0]
     assert torch.equal(model.inject(features), features)
-    out = model.forward(torch.tensor([tokens]), features[None], torch.arange(count)[None], causal_plan(count))
+    out = model.forward(torch.tensor(tokens), features, torch.arange(count), causal_plan(count))
     truth = oracle.head_forward(head_config, head, weights, tokens, features)
-    torch.testing.assert_close(out[0], truth.post_norm, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.logits(out)[0], truth.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out, truth.post_norm, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.logits(out), truth.logits, atol=1e-4, rtol=1e-4)
     assert 0.5 < float(truth.logits.std()) < 20
     held = model.pool.rows[:, :, :, 1 : 1 + count]
     torch.testing.assert_close(held, pool_layout(truth.latents), atol=1e-4, rtol=1e-4)

@@ -14,7 +14,7 @@ import draft.head
 from draft.calibration import Calibration
 from draft.solo import Children, SoloRows, grow_one
 from engine.core import DraftTree, SamplingParams, Speculation
-from engine.kvcache import first_slot, make_plan, tree_bias
+from engine.rows import first_slot
 from tests.draft.test_tree import FakeHead, Path, paths_of
 from tests.engine.rig import Model, assert_idle, echo_model, make_engine, plain_tokens, prompts_of, record
 from tests.engine.state import TOLERANCE, state_error
@@ -93,20 +93,6 @@ class TestGrowing:
 
 
 class TestRows:
-    @given(kv_len=st.integers(1, 30), count=st.integers(1, 8))
-    @settings(deadline=None)
-    def test_extending(self, kv_len: int, count: int) -> None:
-        count = min(count, kv_len)
-        first = kv_len - count + 1
-        rows = torch.arange(first, kv_len + 1)
-        keys = torch.arange(1, kv_len + 1)
-        plan = make_plan(40 + rows[None], 40 + keys[None], [kv_len], keys[None] <= rows[None, :, None])
-        found = SoloRows(40, kv_len).extend(first, count)
-        assert (found.write, found.read) == (plan.write, plan.read)
-        assert (found.bias is None) == (plan.bias is None)
-        if found.bias is not None and plan.bias is not None:
-            assert torch.equal(found.bias, plan.bias)
-
     @given(
         kv_len=st.integers(0, 20), widths=st.lists(st.integers(1, 4), min_size=1, max_size=4), data=st.data()
     )
@@ -125,28 +111,15 @@ class TestRows:
             start = 100 + kv_len + 1 + total
             total += width
             assert plan.write == slice(start, start + width)
-            assert plan.read == (slice(101, 101 + kv_len + total),)
-            assert plan.bias is not None
-            assert plan.bias.shape == (1, width, kv_len + total)
-            for own, row in zip(before, plan.bias[0], strict=True):
+            (part,) = plan.parts
+            assert part.read == (slice(101, 101 + kv_len + total),)
+            if part.bias is None:
+                assert total == 1
+                continue
+            assert part.bias.shape == (1, width, kv_len + total)
+            for own, row in zip(before, part.bias[0], strict=True):
                 seen = set(row.isfinite().nonzero()[:, 0].tolist())
                 assert seen == set(range(kv_len)) | {kv_len + node for node in own}
-
-    @given(parents=st.lists(st.integers(0, 9), max_size=9), kv_len=st.integers(0, 5))
-    @settings(deadline=None)
-    def test_bias_of_a_tree(self, parents: list[int], kv_len: int) -> None:
-        parents = [-1] + [parent % (node + 1) for node, parent in enumerate(parents)]
-        tree = DraftTree(torch.zeros(1, len(parents)).long(), torch.tensor([parents]))
-        bias = tree_bias(parents, kv_len)[0]
-        assert torch.equal(bias[:, kv_len:] == 0, tree.ancestors()[0])
-        assert bool((bias[:, :kv_len] == 0).all())
-
-    def test_consecutive_pages(self) -> None:
-        assert first_slot([3, 4, 5], 16) == 48
-        assert first_slot([3], 4) == 12
-        assert first_slot([3, 5], 4) is None
-        assert first_slot([5, 4], 4) is None
-        assert first_slot([], 4) is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

@@ -203,9 +203,7 @@ def last_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
     from engine.step import prompt_chain
 
     engine.add(Request(0, tuple(prompt), SamplingParams(temperature=0, max_tokens=1)))
-    batch = engine.scheduler.next_batch()
-    assert batch is not None
+    (batch,) = engine.scheduler.next_batches()
     assert batch.is_prefill
     with torch.inference_mode():
-        tree = prompt_chain(batch)
-        return engine.target.score(batch, tree, batch.kv_lens[:, None] + tree.depths()).logits[0, 0]
+        return engine.target.score((batch,), (prompt_chain(batch),))[0].logits[0, 0]

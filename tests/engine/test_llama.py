@@ -59,6 +59,7 @@ class Sheet:
             torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _, _ in chunks]),
             torch.tensor([len(tokens) for tokens, _, _ in chunks]),
             torch.full((len(chunks),), -1),
+            tuple(len(tokens) for tokens, _, _ in chunks),
         )
         most = max(len(pages) for _, _, pages in chunks)
         batch = Batch(
@@ -71,7 +72,7 @@ class Sheet:
             chunk,
         )
         tree = prompt_chain(batch)
-        return self.target.score(batch, tree, batch.kv_lens[:, None] + tree.depths())
+        return self.target.score((batch,), (tree,))[0]
 
 
 def pages_for(count: int, first: int = 1) -> list[int]:

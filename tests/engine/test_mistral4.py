@@ -105,6 +105,7 @@ class Sheet:
             torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _, _ in chunks]),
             torch.tensor([len(tokens) for tokens, _, _ in chunks]),
             torch.full((len(chunks),), -1),
+            tuple(len(tokens) for tokens, _, _ in chunks),
         )
         batch = self._batch([(past, pages) for _, past, pages in chunks], chunk)
         return self._score(batch, prompt_chain(batch))
@@ -119,7 +120,7 @@ class Sheet:
         return self._score(self._batch([(past, pages) for _, _, past, pages in trees], None), tree)
 
     def _score(self, batch: Batch, tree: DraftTree) -> Scores:
-        return self.target.score(batch, tree, batch.kv_lens[:, None] + tree.depths())
+        return self.target.score((batch,), (tree,))[0]
 
     def all_logits(self, tokens: list[int]) -> Tensor:
         """[T, V]: of every position of a text that goes in as one prompt."""

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine.kvcache
 import engine.models.decoder
+import engine.rows
 import engine.step
 import verify.accept
 from draft.head import FeatureDraft
 from engine.core import Batch, DraftTree, SamplingParams, Speculation, Verdict
-from engine.kvcache import KVPool, RowPlan
+from engine.kvcache import KVPool
+from engine.rows import chain_bias
 from tests.engine.rig import Model, Prophet, echo_model, make_engine, plain_tokens, prompts_of, record
 from tests.engine.state import state_matches
 
@@ -39,18 +40,7 @@ def compaction_skipped(patch: pytest.MonkeyPatch) -> None:
 
 def causal_mask(patch: pytest.MonkeyPatch) -> None:
     """Only the target's mask is wrong; acceptance walks the true tree."""
-    plan_rows = engine.kvcache.plan_rows
-
-    def ancestors(tree: DraftTree) -> Tensor:
-        num_seqs, num_nodes = tree.parents.shape
-        return torch.ones(num_seqs, num_nodes, num_nodes, dtype=torch.bool).tril()
-
-    def wrong(batch: Batch, tree: DraftTree) -> RowPlan:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(DraftTree, "ancestors", ancestors)
-            return plan_rows(batch, tree)
-
-    patch.setattr(engine.models.decoder, "plan_rows", wrong)
+    patch.setattr(engine.rows, "tree_bias", lambda parents: chain_bias(len(parents)))
 
 
 def first_rows_to_the_head(patch: pytest.MonkeyPatch) -> None:
@@ -116,7 +106,9 @@ def oracles(model: Model, draft: str, temperature: float, mutate: Mutate) -> tup
     proposer = Prophet(dict(enumerate(expected)), model.config.vocab_size) if draft == "prophet" else draft
     with pytest.MonkeyPatch.context() as patch:
         mutate(patch)
-        speculating = make_engine(model, proposer, speculation=Speculation(12, 5, 4))
+        speculating = make_engine(
+            model, proposer, speculation=Speculation(12, 5, 4), max_num_batched_tokens=48
+        )
         recording = record(speculating, PROMPTS, params)
     tokens = [completion.token_ids for completion in recording.completions]
     return tokens == expected, state_matches(model, recording, draft)

@@ -250,7 +250,14 @@ def test_a_prophet_in_random_trees(rand: Model, seed: int, temperature: float) -
     params = params_of(temperature, filters=True)
     expected = cached_plain_tokens(rand, params)
     prophet = Prophet(dict(enumerate(expected)), rand.config.vocab_size, seed)
-    engine = make_engine(rand, prophet, speculation=Speculation(12, 7, 3), page_size=1 + seed, num_pages=400)
+    engine = make_engine(
+        rand,
+        prophet,
+        speculation=Speculation(12, 7, 3),
+        page_size=1 + seed,
+        num_pages=400,
+        max_num_batched_tokens=60,
+    )
     recording = record(engine, PROMPTS, params)
     assert [c.token_ids for c in recording.completions] == expected
     assert state_error(rand, recording, "none") < TOLERANCE

@@ -112,7 +112,10 @@ def test_the_example_of_the_docstring() -> None:
 
 def test_accept_all() -> None:
     chunk = PromptChunk(
-        torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0]]), torch.tensor([3, 1, 2]), torch.tensor([-1, -1, 9])
+        torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0]]),
+        torch.tensor([3, 1, 2]),
+        torch.tensor([-1, -1, 9]),
+        (3, 1, 2),
     )
     verdict = accept_all(chunk, torch.tensor([[70], [71], [72]]))
     assert verdict.path.tolist() == [[0, 1, 2], [0, -1, -1], [0, 1, -1]]

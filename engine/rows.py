@@ -1,0 +1,291 @@
+"""The rows of one forward: which nodes they are, where their KV goes, and what each of them reads.
+
+A step has up to two batches, its decodes and its chunks of prompts, each padded to [B, N]. The layers of a
+model see neither: the nodes of all batches lie side by side as T *rows*, and everything but attention works
+row by row. Attention goes through the *parts* of the plan: neighbouring rows of one shape that read the pool
+alike.
+
+Padding is no row where the host knows it without asking a device: on a CPU always, elsewhere in chunks of
+prompts. Trees on a device keep theirs, and it is written to the dummy page.
+
+Example: page size 4. Sequence A has pages [3, 4] and kv_len 5, its tree is a root with two children;
+sequence B has page [6] and is given the first 2 tokens of its prompt. A's nodes are rows 0, 1 and 2, written
+to slots 17, 18 and 19; they read slots 12 to 19, where each sees the first six and itself. B's are rows 3 and
+4, written to slots 24 and 25, which they read. The plan writes [17, 18, 19, 24, 25] and has two parts, of one
+sequence each, with 3 and 2 rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.core import Batch, DraftTree
+
+Slots = Tensor | slice  # a list of slots, or a run of them
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Neighbouring rows that attend together: b sequences of n rows each.
+
+    read: [b, L] slots, or one run per sequence of at most L; bias: [b, n, L] of 0 and -inf, or None where
+    every row sees all that its sequence reads.
+    """
+
+    num_seqs: int
+    num_nodes: int
+    read: Tensor | tuple[slice, ...]
+    bias: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_seqs * self.num_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """Made once per forward, used by every layer. write: [T] slots, or a run; parts: all T rows, in order."""
+
+    write: Slots
+    parts: tuple[Part, ...]
+
+    def attend(self, q: Tensor, attention: Callable[[Tensor, Part], Tensor]) -> Tensor:
+        """Attention of every part. q: [T, H, D]; attention: ([b, n, H, D], part) -> [b, n, H, V]. Returns
+        [T, H * V]."""
+        outs, first = [], 0
+        for part in self.parts:
+            rows = q[first : first + part.num_rows].view(part.num_seqs, part.num_nodes, *q.shape[1:])
+            outs.append(attention(rows, part).reshape(part.num_rows, -1))
+            first += part.num_rows
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def join_plans(plans: Sequence[RowPlan]) -> RowPlan:
+    """One forward for the rows of several, in order."""
+    if len(plans) == 1:
+        return plans[0]
+    return RowPlan(
+        _join_slots([plan.write for plan in plans]), tuple(part for plan in plans for part in plan.parts)
+    )
+
+
+def _join_slots(slots: Sequence[Slots]) -> Slots:
+    """Slots behind one another: a run if that is what they are."""
+    runs = [run for run in slots if isinstance(run, slice)]
+    if len(runs) == len(slots) and all(one.stop == other.start for one, other in itertools.pairwise(runs)):
+        return slice(runs[0].start, runs[-1].stop)
+    device = next((part.device for part in slots if isinstance(part, Tensor)), torch.device("cpu"))
+    return torch.cat(
+        [
+            torch.arange(part.start, part.stop, device=device) if isinstance(part, slice) else part
+            for part in slots
+        ]
+    )
+
+
+# --- planned on the host: sequence by sequence, without padding
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive rows of one sequence: what they write, what they read (themselves last), and ``own``, the
+    [n, n] bias among themselves, None for a single one."""
+
+    num_rows: int
+    write: Slots
+    read: Slots
+    own: Tensor | None
+
+
+def first_slot(pages: list[int], page_size: int) -> int | None:
+    """Where row 0 of a sequence lies if its pages are consecutive, as they usually are, else None."""
+    if not pages or pages != list(range(pages[0], pages[0] + len(pages))):
+        return None
+    return pages[0] * page_size
+
+
+def span(pages: list[int], page_size: int, first: int, own: Tensor | None, start: int = 0) -> Span:
+    """Rows ``first``, ``first + 1``, .. of a sequence, one for each row of ``own``; they read from row
+    ``start``."""
+    num_rows = 1 if own is None else len(own)
+    end = first + num_rows
+    assert end <= len(pages) * page_size, f"rows up to {end} on {len(pages)} pages of {page_size}"
+    begin = first_slot(pages, page_size)
+    if begin is not None:
+        return Span(num_rows, slice(begin + first, begin + end), slice(begin + start, begin + end), own)
+    slots = (torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)).flatten()
+    return Span(num_rows, slots[first:end], slots[start:end], own)
+
+
+def tree_bias(parents: list[int]) -> Tensor | None:
+    """What nodes of a tree see of one another, themselves and their ancestors: [n, n] of 0 and -inf, or None
+    for a single node. parents: of every node, -1 for none."""
+    if len(parents) == 1:
+        return None
+    hidden = [[float("-inf")] * len(parents)]  # of "no parent"
+    for node, parent in enumerate(parents):
+        row = hidden[parent + 1].copy()
+        row[node] = 0.0
+        hidden.append(row)
+    return torch.tensor(hidden[1:])
+
+
+def chain_bias(num_nodes: int, device: str | torch.device = "cpu") -> Tensor | None:
+    """As ``tree_bias`` for a chain."""
+    if num_nodes == 1:
+        return None
+    return torch.full((num_nodes, num_nodes), float("-inf"), device=device).triu_(1)
+
+
+def plan_spans(spans: Sequence[Span], device: torch.device) -> RowPlan:
+    """The plan of spans; neighbours of one size share a part if all their rows lie side by side."""
+
+    def kind(numbered: tuple[int, Span]) -> tuple[int, int]:
+        number, one = numbered
+        return one.num_rows, -1 if isinstance(one.read, slice) else number
+
+    groups = [[one for _, one in group] for _, group in itertools.groupby(enumerate(spans), kind)]
+    write = _join_slots([one.write for one in spans])
+    return RowPlan(
+        write.to(device) if isinstance(write, Tensor) else write,
+        tuple(_part_of(group, device) for group in groups),
+    )
+
+
+def _part_of(spans: Sequence[Span], device: torch.device) -> Part:
+    """Spans of one size as a part; more than one only if all of them read runs."""
+    num_rows = spans[0].num_rows
+    read_lens = [
+        one.read.stop - one.read.start if isinstance(one.read, slice) else len(one.read) for one in spans
+    ]
+    bias = None
+    if num_rows > 1:
+        bias = torch.zeros(len(spans), num_rows, max(read_lens), device=device)
+        for row, (one, read_len) in enumerate(zip(spans, read_lens, strict=True)):
+            assert one.own is not None
+            bias[row, :, read_len - num_rows : read_len] = one.own
+    runs = tuple(one.read for one in spans if isinstance(one.read, slice))
+    if len(runs) == len(spans):
+        return Part(len(spans), num_rows, runs, bias)
+    (listed,) = (one.read for one in spans if isinstance(one.read, Tensor))
+    return Part(1, num_rows, listed[None].to(device), bias)
+
+
+# --- planned in tensors: padded, whatever a device holds
+
+
+def make_plan(write: Tensor, read: Tensor, read_lens: list[int], visible: Tensor) -> RowPlan:
+    """The plan of a forward over B sequences of N rows each, padding among them.
+
+    write: [B, N] slots; read: [B, L] slots, of which the first read_lens[b] concern sequence b; visible: [B,
+    N, L] bool. On a CPU, runs of consecutive slots become slices and an all-visible mask is dropped; a device
+    is never waited for.
+    """
+    num_seqs, num_nodes = write.shape
+    flat = write.reshape(-1)
+    if write.device.type != "cpu":
+        return RowPlan(flat, (Part(num_seqs, num_nodes, read, _bias(visible)),))
+    slots = read.numpy()
+    lens = np.array(read_lens)
+    # Pages ascend within a run only, so slots are consecutive exactly if every step between neighbours is
+    # one.
+    steps_ok = (np.diff(slots, axis=1) == 1) | (np.arange(1, slots.shape[1])[None] >= lens[:, None])
+    runs: Tensor | tuple[slice, ...] = read
+    if steps_ok.all():
+        firsts = slots[:, 0].tolist()
+        runs = tuple(slice(first, first + length) for first, length in zip(firsts, read_lens, strict=True))
+    inside = torch.arange(read.shape[1])[None] < torch.from_numpy(lens)[:, None]
+    needed = visible if isinstance(runs, Tensor) else visible | ~inside[:, None]
+    bias = None if bool(needed.all()) else _bias(visible)
+    written = flat.numpy()
+    first = int(written[0])
+    is_run = bool((np.diff(written) == 1).all())
+    return RowPlan(
+        slice(first, first + len(written)) if is_run else flat, (Part(num_seqs, num_nodes, runs, bias),)
+    )
+
+
+def _bias(visible: Tensor) -> Tensor:
+    """[B, N, L] bool -> additive float32 mask."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+# --- the batches of a step
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """One batch, padded to [B, N], as T rows of a forward: its nodes in order, known padding left out."""
+
+    shape: tuple[int, int]  # B, N
+    plan: RowPlan
+    nodes: Tensor | None = None  # [T] int64: which of the B * N nodes the rows are; None for all
+    places: Tensor | None = None  # [B, N] int64: the row of every node; of padding, that of the node before
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.plan.parts)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, N, ..] -> [T, ..]."""
+        flat = x.flatten(0, 1)
+        return flat if self.nodes is None else flat[self.nodes]
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """[T, ..] -> [B, N, ..]; padding repeats its sequence's last node."""
+        return rows.view(*self.shape, *rows.shape[1:]) if self.places is None else rows[self.places]
+
+    def last(self, rows: Tensor) -> Tensor:
+        """[T, ..] -> [B, ..]: the last node of every sequence."""
+        return self.unpack(rows)[:, -1] if self.places is None else rows[self.places[:, -1]]
+
+
+def batch_rows(batch: Batch, tree: DraftTree) -> BatchRows:
+    """Where the nodes of a batch are written, and what each of them reads: the committed rows, itself and its
+    ancestors."""
+    device = tree.tokens.device
+    if batch.prompt is not None:
+        counts = list(batch.prompt.lengths)
+        own = [chain_bias(count, device) for count in counts]
+    elif device.type == "cpu":
+        parents = tree.parents.tolist()
+        counts = [len(row) + 1 - row.count(-1) for row in parents]  # the root has no parent either
+        own = [tree_bias(row[:count]) for row, count in zip(parents, counts, strict=True)]
+    else:
+        return _padded_rows(batch, tree)
+    spans = [
+        span(seq.pages, batch.page_size, seq.kv_len, among)
+        for seq, among in zip(batch.seqs, own, strict=True)
+    ]
+    num_seqs, width = tree.tokens.shape
+    plan = plan_spans(spans, device)
+    if min(counts) == width:
+        return BatchRows((num_seqs, width), plan)
+    real = torch.arange(width) < torch.tensor(counts)[:, None]
+    nodes = real.flatten().nonzero()[:, 0]
+    places = (real.flatten().cumsum(0) - 1).view(num_seqs, width)
+    return BatchRows((num_seqs, width), plan, nodes.to(device), places.to(device))
+
+
+def _padded_rows(batch: Batch, tree: DraftTree) -> BatchRows:
+    """All nodes of trees whose padding only the device knows."""
+    num_seqs, num_nodes = tree.tokens.shape
+    node = torch.arange(num_nodes, device=tree.tokens.device)
+    rows = batch.kv_lens[:, None] + node
+    write = torch.where(
+        tree.real(), batch.slots(rows), node % batch.page_size
+    )  # padding goes to the dummy page
+    read_lens = [seq.kv_len + num_nodes for seq in batch.seqs]
+    row = torch.arange(max(read_lens), device=node.device)
+    offset = row[None] - batch.kv_lens[:, None]  # [B, L]: which node a row belongs to
+    is_node = (offset >= 0) & (offset < num_nodes)
+    of_node = offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1)
+    visible = (offset < 0)[:, None] | (tree.ancestors().gather(2, of_node) & is_node[:, None])
+    plan = make_plan(write, batch.slots(row[None].expand(num_seqs, -1)), read_lens, visible)
+    return BatchRows((num_seqs, num_nodes), plan)
