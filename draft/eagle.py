@@ -20,36 +20,31 @@ from torch import Tensor
 from engine.config import POST_NORM, LlamaConfig
 from engine.kvcache import KVPool
 from engine.nn.attention import Attention
+from engine.nn.layer import DecoderLayer
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
 from engine.rows import RowPlan
-from kernels import add_rms_norm, rms_norm
+from kernels import rms_norm
 
 
-class _Layer:
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], prefix: str) -> None:
-        def take(name: str) -> Tensor:
-            return weights.pop(f"{prefix}.{name}.weight")
+def _layer(config: LlamaConfig, weights: dict[str, Tensor], prefix: str) -> DecoderLayer:
+    def take(name: str) -> Tensor:
+        return weights.pop(f"{prefix}.{name}.weight")
 
-        self.eps = config.rms_norm_eps
-        self.input_norm = weights.pop(f"{prefix}.input_layernorm.weight", None)
-        self.post_norm = take("post_attention_layernorm")
-        self.attention = Attention(
+    return DecoderLayer(
+        weights.pop(f"{prefix}.input_layernorm.weight", None),
+        Attention(
             fuse(*(take(f"self_attn.{part}_proj") for part in "qkv")),
             Linear(take("self_attn.o_proj")),
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-        )
-        self.mlp = SwiGLU(fuse(take("mlp.gate_proj"), take("mlp.up_proj")), Linear(take("mlp.down_proj")))
-
-    def __call__(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
-    ) -> Tensor:
-        normed = x if self.input_norm is None else rms_norm(x, self.input_norm, self.eps)
-        x, normed = add_rms_norm(x, self.attention(normed, cos_sin, pool, plan), self.post_norm, self.eps)
-        return x + self.mlp(normed)
+        ),
+        take("post_attention_layernorm"),
+        SwiGLU(fuse(take("mlp.gate_proj"), take("mlp.up_proj")), Linear(take("mlp.down_proj"))),
+        config.rms_norm_eps,
+    )
 
 
 class EagleModel:
@@ -72,7 +67,7 @@ class EagleModel:
         self.fc = Linear(weights.pop("fc.weight"))
         self.fc_bias = weights.pop("fc.bias", None)
         self.norm = weights.pop("norm.weight", None)
-        self.layers = [_Layer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
+        self.layers = [_layer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
         self.rope = RopeTable(
             config.head_dim,
@@ -93,7 +88,9 @@ class EagleModel:
             x = x + self.fc_bias
         cos_sin = self.rope(positions)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos_sin, self.pool.layer(index), plan)
+            # the first layer of published heads has no norm of its own
+            given = x if layer.input_norm is None else None
+            x = layer(x, cos_sin, self.pool.layer(index), plan, given)
         return x
 
     def logits(self, feature: Tensor) -> Tensor:

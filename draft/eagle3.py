@@ -18,11 +18,12 @@ from torch import Tensor
 from engine.config import LlamaConfig
 from engine.kvcache import KVPool
 from engine.nn.attention import Attention
+from engine.nn.layer import DecoderLayer
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
 from engine.rows import RowPlan
-from kernels import add_rms_norm, rms_norm
+from kernels import rms_norm
 
 
 class Eagle3Model:
@@ -55,16 +56,20 @@ class Eagle3Model:
         self.token_ids = torch.arange(len(d2t), device=d2t.device) + d2t
         self.fc = Linear(take("fc"), half=half)
         self.input_norm, self.hidden_norm = take("midlayer.input_layernorm"), take("midlayer.hidden_norm")
-        self.attention = Attention(
-            linear(*(f"midlayer.self_attn.{part}_proj" for part in "qkv")),
-            linear("midlayer.self_attn.o_proj"),
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        self.post_norm = take("midlayer.post_attention_layernorm")
-        self.mlp = SwiGLU(
-            linear("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), linear("midlayer.mlp.down_proj")
+        self.layer = DecoderLayer(
+            None,
+            Attention(
+                linear(*(f"midlayer.self_attn.{part}_proj" for part in "qkv")),
+                linear("midlayer.self_attn.o_proj"),
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+            ),
+            take("midlayer.post_attention_layernorm"),
+            SwiGLU(
+                linear("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), linear("midlayer.mlp.down_proj")
+            ),
+            self.eps,
         )
         self.norm, self.lm_head = take("norm"), linear("lm_head")
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
@@ -82,16 +87,14 @@ class Eagle3Model:
         return self.fc(features)
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
-        x = torch.cat(
+        given = torch.cat(
             (
                 rms_norm(self.embedding[tokens], self.input_norm, self.eps),
                 rms_norm(feature, self.hidden_norm, self.eps),
             ),
             dim=-1,
         )
-        attended = self.attention(x, self.rope(positions), self.pool.layer(0), plan)
-        hidden, normed = add_rms_norm(feature, attended, self.post_norm, self.eps)
-        return hidden + self.mlp(normed)
+        return self.layer(feature, self.rope(positions), self.pool.layer(0), plan, given)
 
     def logits(self, feature: Tensor) -> Tensor:
         return self.lm_head(rms_norm(feature, self.norm, self.eps)).float()

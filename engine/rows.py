@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.core import Batch, DraftTree
+from kernels import FusedLayer, LayerRows, layer_rows
 
 Slots = Tensor | slice  # a list of slots, or a run of them
 
@@ -54,6 +55,18 @@ class RowPlan:
 
     write: Slots
     parts: tuple[Part, ...]
+    _for_layers: list[tuple[tuple[Tensor, Tensor], LayerRows | None]] = field(
+        default_factory=list, repr=False, compare=False
+    )
+
+    def for_layers(
+        self, layer: FusedLayer, rotation: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor]
+    ) -> LayerRows | None:
+        """The plan as fused layers of one forward take it, or None if they do not take it: see
+        ``kernels.layer_rows``. The first layer makes it, the others find it."""
+        if not self._for_layers or self._for_layers[0][0] is not rotation:
+            self._for_layers[:] = [(rotation, layer_rows(layer, rotation, self.write, self.parts, pool))]
+        return self._for_layers[0][1]
 
     def attend(self, q: Tensor, attention: Callable[[Tensor, Part], Tensor]) -> Tensor:
         """Attention of every part. q: [T, H, D]; attention: ([b, n, H, D], part) -> [b, n, H, V]. Returns

@@ -6,7 +6,17 @@ specification; ``kernels.cpu`` has small compiled kernels for a CPU.
 """
 
 from kernels.cpu import kernels_for
-from kernels.ops import add_rms_norm, half_linear, pack_half, rms_norm, rope_write, silu_mul, tree_attention
+from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
+from kernels.ops import (
+    add_rms_norm,
+    half_linear,
+    layer_rows,
+    pack_half,
+    rms_norm,
+    rope_write,
+    silu_mul,
+    tree_attention,
+)
 from kernels.quant import (
     dequantise_fp8,
     dequantise_nvfp4,
@@ -28,15 +38,20 @@ from kernels.ref import (
 
 __all__ = [
     "MAX_NOISE",
+    "FusedLayer",
+    "LayerRows",
+    "LayerSizes",
     "add_rms_norm",
     "compact_rows",
     "dequantise_fp8",
     "dequantise_nvfp4",
     "fp8_linear",
+    "fused_layer",
     "gumbel_noise",
     "half_linear",
     "has_fast_bfloat16",
     "kernels_for",
+    "layer_rows",
     "nvfp4_linear",
     "pack_half",
     "pack_linear",

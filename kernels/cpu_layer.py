@@ -196,7 +196,7 @@ class FusedLayer:
 
 def fused_layer(
     norms: tuple[Tensor | None, Tensor],
-    matrices: tuple[object, object, object, object],
+    matrices: Sequence[object],
     sizes: LayerSizes,
     eps: float,
     scale: float,

@@ -5,16 +5,18 @@ Every function has the signature and meaning of its twin in ``kernels.ref``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import cpu, ref
+from kernels.cpu_layer import FusedLayer, LayerRows, Part
 
-# Past this many multiply-adds of one attention, torch's products on all cores beat ours on one. A tree gets
-# there at a shorter context than its tokens alone; between the two their results agree but for rounding.
-_MUCH_ATTENTION = 1 << 24
+# Past this many multiply-adds of one sequence's attention, torch's products on all cores beat ours. A tree
+# gets there at a shorter context than its tokens alone; between the two their results agree but for rounding.
+_MUCH_ATTENTION = 1 << 25
 
 
 def _kernels_for(x: Tensor) -> cpu.Kernels | None:
@@ -109,6 +111,41 @@ def half_linear(x: Tensor, packed: Any) -> Tensor:
     return ref.half_linear(x, packed)
 
 
+def layer_rows(
+    layer: FusedLayer,
+    rotation: tuple[Tensor, Tensor],
+    write: Tensor | slice,
+    parts: Sequence[Part],
+    pool: tuple[Tensor, Tensor],
+) -> LayerRows | None:
+    """The rows of one forward for fused layers, or None where their operations do better one by one.
+
+    As ``LayerRows``; pool: K and V of any of the layers, [Hkv, S, D].
+    """
+    sizes, num_slots = layer.sizes, pool[0].shape[1]
+    row_size = sizes.num_heads * sizes.head_dim
+    cos, sin = rotation
+    applies = (
+        _is_plain(cos, torch.float32)
+        and _is_plain(sin, torch.float32)
+        and all(_is_plain(part, torch.float32) for part in pool)
+        and (isinstance(write, slice) or _are_slots(write))
+        and all(_part_applies(part, row_size, num_slots) for part in parts)
+    )
+    return LayerRows(sizes, rotation, write, parts, num_slots) if applies else None
+
+
+def _part_applies(part: Part, row_size: int, num_slots: int) -> bool:
+    """Whether a fused layer takes the rows of a part."""
+    if isinstance(part.read, Tensor):
+        longest, readable = part.read.shape[1], _are_slots(part.read)
+    else:
+        longest = max(run.stop - run.start for run in part.read)
+        readable = all(run.start >= 0 and run.stop <= num_slots for run in part.read)
+    seen = part.bias is None or (_is_plain(part.bias, torch.float32) and part.bias.shape[2] >= longest)
+    return readable and seen and part.num_nodes * row_size * longest <= _MUCH_ATTENTION
+
+
 def _rotation_applies(
     heads: Tensor,
     num_heads: int,
@@ -161,7 +198,7 @@ def _attention_applies(
         rows_apart
         and readable
         and head_dim % 8 == 0
-        and q.numel() * longest <= _MUCH_ATTENTION
+        and q[0].numel() * longest <= _MUCH_ATTENTION
         and _is_plain(k_pool, q.dtype)
         and _is_plain(v_pool, q.dtype)
         and (bias is None or _is_plain(bias, torch.float32))

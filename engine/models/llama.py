@@ -12,42 +12,34 @@ from engine.config import LlamaConfig
 from engine.kvcache import KVPool
 from engine.models.decoder import Decoder
 from engine.nn.attention import Attention
+from engine.nn.layer import DecoderLayer
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
-from engine.rows import RowPlan
-from kernels import add_rms_norm, rms_norm
 
 
-class DecoderLayer:
-    """x + attention(norm x), then x + mlp(norm x)."""
+def _layer(config: LlamaConfig, weights: dict[str, Tensor], prefix: str, half: bool) -> DecoderLayer:
+    def take(name: str) -> Tensor:
+        return weights.pop(
+            f"{prefix}.{name}.weight"
+        )  # popped, so that memory is freed while layers are built
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], prefix: str, half: bool) -> None:
-        def take(name: str) -> Tensor:
-            return weights.pop(
-                f"{prefix}.{name}.weight"
-            )  # popped, so that memory is freed while layers are built
-
-        self.eps = config.rms_norm_eps
-        self.input_norm, self.post_norm = take("input_layernorm"), take("post_attention_layernorm")
-        self.attention = Attention(
+    return DecoderLayer(
+        take("input_layernorm"),
+        Attention(
             fuse(take("self_attn.q_proj"), take("self_attn.k_proj"), take("self_attn.v_proj"), half=half),
             Linear(take("self_attn.o_proj"), half=half),
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-        )
-        self.mlp = SwiGLU(
+        ),
+        take("post_attention_layernorm"),
+        SwiGLU(
             fuse(take("mlp.gate_proj"), take("mlp.up_proj"), half=half),
             Linear(take("mlp.down_proj"), half=half),
-        )
-
-    def __call__(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
-    ) -> Tensor:
-        attended = self.attention(rms_norm(x, self.input_norm, self.eps), cos_sin, pool, plan)
-        x, normed = add_rms_norm(x, attended, self.post_norm, self.eps)
-        return x + self.mlp(normed)
+        ),
+        config.rms_norm_eps,
+    )
 
 
 class Llama(Decoder):
@@ -77,7 +69,7 @@ class Llama(Decoder):
         )
         self.norm = weights.pop("model.norm.weight")
         self.layers = [
-            DecoderLayer(config, weights, f"model.layers.{i}", half_weights) for i in range(config.num_layers)
+            _layer(config, weights, f"model.layers.{i}", half_weights) for i in range(config.num_layers)
         ]
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
         self.rope = RopeTable(

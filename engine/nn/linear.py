@@ -48,6 +48,11 @@ class Linear:
         self.scheme, self._multiply, self._held = _choose(weights, half)
         self.weight: Tensor | None = self._held if self.scheme == "dense" else None
 
+    @property
+    def packed_half(self) -> Any | None:
+        """The weight as packed for ``kernels.half_linear``, if it is."""
+        return self._held if self.scheme == "half" else None
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x, self._held)
 
