@@ -241,6 +241,41 @@ async def _happens_before(event: asyncio.Event, when: float) -> bool:
     return event.is_set()
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A block of asks on one server: the traces of those that were sent, and how long it took in seconds."""
+
+    traces: Sequence[Trace]
+    duration: float
+
+
+async def alternate(
+    blocks: Sequence[Sequence[Ask]],
+    servers: Sequence[Send],
+    times: Callable[[int], Sequence[float]],
+    rng: np.random.Generator,
+    max_concurrency: int | None = None,
+    on_end: Callable[[Trace], object] = lambda trace: None,
+) -> list[list[Part]]:
+    """Send every block to every server; return the parts of each server, in the order of the blocks.
+
+    Servers take turns block by block, in an order drawn anew, so that a drift of the machine hits them alike.
+    Within a block they are sent the same at the same times, ``times(number of asks)``. One server at most is
+    busy at any time. A server that cannot be reached any more ends the run.
+    """
+    clock = asyncio.get_running_loop().time
+    parts: list[list[Part]] = [[] for _ in servers]
+    for asks in blocks:
+        due = times(len(asks))
+        for number in rng.permutation(len(servers)):
+            started = clock()
+            traces = await drive(asks, due, servers[number], max_concurrency, on_end)
+            parts[number].append(Part(traces, clock() - started))
+            if len(traces) < len(asks):
+                return parts
+    return parts
+
+
 async def patiently(
     action: Callable[[], Awaitable[Any]], patience: float, note: Callable[[str], object]
 ) -> Any:

@@ -15,14 +15,14 @@ is None and not zero; the same holds for what needs numbers of tokens that the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from perf.load import Trace
+from perf.load import Part, Trace
 
 METRICS: Final = ("ttft", "tpot", "itl", "e2el")
 GOALS: Final = ("ttft", "tpot", "e2el")  # what a goodput may ask
@@ -214,20 +214,12 @@ def detail(traces: Sequence[Trace]) -> Figures:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The same prompts sent to two servers, one after the other. durations: seconds that each took."""
-
-    first: Sequence[Trace]
-    second: Sequence[Trace]
-    durations: tuple[float, float]
-
-
-_Figure = Callable[[int, Sequence[int]], float | None]  # of side 0 or 1, over the blocks with these numbers
+Pair = tuple[Part, Part]  # one block of prompts on two servers
+_Figure = Callable[[int, Iterable[int]], float | None]  # of side 0 or 1, over the blocks with these numbers
 
 
 def compare(
-    blocks: Sequence[Block], rng: np.random.Generator, num_resamples: int = 1000
+    blocks: Sequence[Pair], rng: np.random.Generator, num_resamples: int = 1000
 ) -> dict[str, Figures]:
     """Ratios second / first, with intervals that hold the true ratio 19 times in 20 if blocks are alike.
 
@@ -247,23 +239,22 @@ def compare(
     return ratios
 
 
-def _compared(blocks: Sequence[Block]) -> dict[str, _Figure]:
-    sides = [[block.first for block in blocks], [block.second for block in blocks]]
+def _compared(blocks: Sequence[Pair]) -> dict[str, _Figure]:
+    sides = list(zip(*blocks, strict=True))
 
     def latency(metric: str, reduce: Callable[[np.ndarray], Any]) -> _Figure:
-        values = [[np.asarray(samples(traces, metric)) * _MS for traces in side] for side in sides]
+        values = [[np.asarray(samples(part.traces, metric)) * _MS for part in side] for side in sides]
 
-        def figure(side: int, draw: Sequence[int]) -> float | None:
+        def figure(side: int, draw: Iterable[int]) -> float | None:
             drawn = np.concatenate([values[side][number] for number in draw])
             return float(reduce(drawn)) if drawn.size else None
 
         return figure
 
-    def throughput(side: int, draw: Sequence[int]) -> float | None:
-        good = [trace for number in draw for trace in sides[side][number] if trace.error is None]
-        return _ratio(
-            _total(good, "completion_tokens"), sum(blocks[number].durations[side] for number in draw)
-        )
+    def throughput(side: int, draw: Iterable[int]) -> float | None:
+        parts = [sides[side][number] for number in draw]
+        good = [trace for part in parts for trace in part.traces if trace.error is None]
+        return _ratio(_total(good, "completion_tokens"), sum(part.duration for part in parts))
 
     found: dict[str, _Figure] = {"output_throughput": throughput}
     for metric in GOALS:
@@ -274,12 +265,12 @@ def _compared(blocks: Sequence[Block]) -> dict[str, _Figure]:
     return found
 
 
-def equal_share(blocks: Sequence[Block]) -> float | None:
+def equal_share(blocks: Sequence[Pair]) -> float | None:
     """Share of prompts that both answered, and answered alike."""
     pairs = [
         (a, b)
         for block in blocks
-        for a, b in zip(block.first, block.second, strict=False)
+        for a, b in zip(block[0].traces, block[1].traces, strict=False)  # the last may be cut short
         if a.error is None and b.error is None
     ]
     return _ratio(sum(a.text == b.text for a, b in pairs), len(pairs))

@@ -75,8 +75,8 @@ def session(
 ) -> aiohttp.ClientSession:
     """A session for a server at ``url`` (with or without a trailing /v1); answers may take as long as they
     like, and as many requests as wanted may run at once: none waits here for another. Raises ConfigError."""
-    if not re.match(r"https?://[^/]", url):
-        raise ConfigError(f"the server's URL is {url!r}, expected http://HOST:PORT or https://...")
+    if not re.match(r"https?://[^/@]+(/[^@]*)?$", url):  # a password in a URL would end up in results
+        raise ConfigError(f"the server's URL is {url!r}, expected http://HOST:PORT or https://HOST")
     base = url.rstrip("/").removesuffix("/v1") + "/"
     sent = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return aiohttp.ClientSession(
