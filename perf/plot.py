@@ -47,8 +47,7 @@ def plot(path: Path, runs: Mapping[str, Sequence[Trace]], title: str) -> None:
         right.set(xlabel="sent after (s)", ylabel=f"{name} (ms)", ylim=(0, None))
         for panel in (left, right):
             panel.grid(alpha=0.3)
-    if any(runs.values()):
-        panels[0][0].legend()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left")
     figure.savefig(path, dpi=110)
 
 
@@ -71,4 +70,5 @@ def _draw(
         sent, found = np.array(points).T
         left.step(np.sort(found), np.arange(1, len(found) + 1) / len(found), color=colour, label=label)
         right.plot(sent, found, ".", color=colour)
-    right.plot(failed, np.zeros(len(failed)), "x", color=colour, clip_on=False)
+    height = right.get_xaxis_transform()  # seconds across, a share of the panel upwards
+    right.plot(failed, np.full(len(failed), 0.03), "x", color=colour, transform=height)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import numpy as np
@@ -42,7 +42,7 @@ class Asked:
 
 def samples(traces: Sequence[Trace], metric: str) -> list[float]:
     """All values of a metric, in seconds, over the traces that succeeded."""
-    good = [trace for trace in traces if trace.error is None]
+    good = _answered(traces)
     if metric == "itl":
         return [gap for trace in good for gap in trace.gaps]
     if metric == "tpot":
@@ -52,7 +52,7 @@ def samples(traces: Sequence[Trace], metric: str) -> list[float]:
 
 def summarise(traces: Sequence[Trace], num_asked: int, duration: float, asked: Asked) -> Figures:
     """The figures of a run. num_asked: requests that should have been sent; duration: seconds of the run."""
-    good = [trace for trace in traces if trace.error is None]
+    good = _answered(traces)
     outputs, inputs = _total(good, "completion_tokens"), _total(good, "prompt_tokens")
     both = None if outputs is None or inputs is None else outputs + inputs
     figures: Figures = {
@@ -186,7 +186,7 @@ def by_kind(traces: Sequence[Trace]) -> dict[str, Figures]:
         kinds.setdefault(trace.ask.kind, []).append(trace)
     found = {}
     for kind, group in kinds.items():
-        good = [trace for trace in group if trace.error is None]
+        good = _answered(group)
         found[kind] = {
             "completed": len(good),
             "failed": len(group) - len(good),
@@ -251,10 +251,11 @@ def _compared(blocks: Sequence[Pair]) -> dict[str, _Figure]:
 
         return figure
 
+    tokens = [[_total(_answered(part.traces), "completion_tokens") for part in side] for side in sides]
+
     def throughput(side: int, draw: Iterable[int]) -> float | None:
-        parts = [sides[side][number] for number in draw]
-        good = [trace for part in parts for trace in part.traces if trace.error is None]
-        return _ratio(_total(good, "completion_tokens"), sum(part.duration for part in parts))
+        seconds = sum(sides[side][number].duration for number in draw)
+        return _ratio(_sum(tokens[side][number] for number in draw), seconds)
 
     found: dict[str, _Figure] = {"output_throughput": throughput}
     for metric in GOALS:
@@ -284,10 +285,18 @@ def _counted(traces: Sequence[Trace]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _total(traces: Sequence[Trace], name: str) -> int | None:
-    """Sum of a number of tokens, None if it is missing somewhere."""
-    numbers = [getattr(trace, name) for trace in traces]
-    return None if None in numbers else sum(numbers)
+def _answered(traces: Iterable[Trace]) -> list[Trace]:
+    return [trace for trace in traces if trace.error is None]
+
+
+def _total(traces: Iterable[Trace], name: str) -> int | None:
+    return _sum(getattr(trace, name) for trace in traces)
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    """The sum of counts, None if one of them is not known."""
+    found = list(numbers)
+    return None if None in found else sum(cast(list[int], found))
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:

@@ -92,7 +92,7 @@ def _objects(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     if text.lstrip().startswith("["):
         items = [(f"prompts {path}", text)]
     else:
-        lines = enumerate(text.splitlines(), start=1)
+        lines = enumerate(text.split("\n"), start=1)  # a text may hold other line ends
         items = [(f"prompts {path}, line {number}", line) for number, line in lines if line.strip()]
     for where, item in items:
         try:

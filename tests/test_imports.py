@@ -48,6 +48,7 @@ KERNELS_MAY_IMPORT = {"torch", "kernels", "triton", "flashinfer"}  # the last tw
 ONLY_IN = {
     "triton": ("kernels.triton",),
     "flashinfer": ("kernels.flashinfer",),
+    "matplotlib": ("perf.plot",),
     "transformers": ("perf.peers",),
 }
 

@@ -1,8 +1,9 @@
 """``haast bench serve``: load on any server with OpenAI's API, with the flags and result keys of vLLM's.
 
-The prompts are in ``perf/workload.py``, the sending in ``perf/load.py``, the figures in ``perf/serving.py``;
-the flags in ``bench_serve_plan.py``; here is the order of events. With ``--compare`` the same prompts go to a second server as well,
-or to the same one with other fields in the request (``--compare-extra-body '{"speculation": "off"}'``).
+The flags are in ``bench_serve_plan.py``, the prompts in ``perf/workload.py``, the sending in
+``perf/load.py``, the figures in ``perf/serving.py``; here is the order of events. With ``--compare`` the same
+prompts go to a second server as well, or to the same one with other fields in the request
+(``--compare-extra-body '{"speculation": "off"}'``).
 
 Exit code 0 means that all requests were answered. Otherwise it is 1, and what was measured is reported all
 the same.

@@ -101,7 +101,7 @@ def plot(path: Path, result: Result, parts: Sequence[Sequence[Part]]) -> None:
     """Draw the run, or both."""
     from perf.plot import plot
 
-    names = [name for name, _ in _runs(result)]
+    names = [name for name, _ in runs(result)]
     plot(path, dict(zip(names, map(_traces, parts), strict=True)), _traffic(result))
 
 
@@ -121,7 +121,7 @@ def show(result: Result) -> None:
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     console.print(_traffic(result), markup=False)
-    for name, one in _runs(result):
+    for name, one in runs(result):
         console.print(f"\n{name}", style="bold", markup=False)
         console.print(_summary(one))
         console.print(_latencies(one))
@@ -132,7 +132,7 @@ def show(result: Result) -> None:
         console.print(_comparison(result["compare"]))
 
 
-def _runs(result: Result) -> list[tuple[str, Result]]:
+def runs(result: Result) -> list[tuple[str, Result]]:
     """Each server's figures under a name that tells two apart, if only by what is asked of them."""
     runs = [result, *([result["compare"]] if "compare" in result else [])]
     common = set.intersection(*({*map(repr, run["request_fields"].items())} for run in runs))
