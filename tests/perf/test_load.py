@@ -94,6 +94,12 @@ def test_a_server_that_is_gone_ends_the_run(most: int | None) -> None:
     assert took == pytest.approx(2)  # what was due later is not waited for
 
 
+def test_those_that_wait_for_a_place_are_not_sent_to_a_server_that_is_gone() -> None:
+    slow = Slow(0.5, gone_from=2)
+    traces, _ = virtually(load.drive(asks(6), [0.0] * 6, slow.send, 1))
+    assert len(slow.asked) == len(traces) == 3
+
+
 def test_requests_under_way_are_awaited_when_the_server_is_gone() -> None:
     traces, took = virtually(load.drive(asks(4), [0, 0, 1, 2], Slow(30.0, gone_from=2).send))
     assert [trace.error is None for trace in traces] == [True, True, False]
@@ -212,7 +218,7 @@ def test_an_answer() -> None:
     assert (trace.text, trace.finish_reason) == ("Hello", "stop")
     assert (trace.prompt_tokens, trace.completion_tokens) == (7, 5)
     assert len(trace.chunks) == 2
-    assert trace.sent <= trace.chunks[0] <= trace.chunks[1]
+    assert trace.due < trace.sent <= trace.chunks[0] <= trace.chunks[1]
     assert trace.tpot == pytest.approx((trace.latency - trace.ttft) / 4)
     path, body, _ = scripted.asked[0]
     assert path == "/v1/chat/completions"
