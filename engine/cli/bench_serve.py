@@ -3,7 +3,8 @@
 The flags are in ``bench_serve_plan.py``, the prompts in ``perf/workload.py``, the sending in
 ``perf/load.py``, the figures in ``perf/serving.py``; here is the order of events. With ``--compare`` the same
 prompts go to a second server as well, or to the same one with other fields in the request
-(``--compare-extra-body '{"speculation": "off"}'``).
+(``--compare-extra-body '{"speculation": "off"}'``); where that server keeps prefixes, a ``cache_salt`` among
+those fields keeps the second from finding what the first has left.
 
 Exit code 0 means that all requests were answered. Otherwise it is 1, and what was measured is reported all
 the same.

@@ -193,6 +193,9 @@ def check(args: argparse.Namespace) -> Plan:
             raise ConfigError(f"{_spelt(flag)} is {getattr(args, flag):g}, expected more than 0")
     if not 0 <= args.random_range_ratio < 1:
         raise ConfigError(f"--random-range-ratio is {args.random_range_ratio:g}, expected 0 to less than 1")
+    for flag in ("save_detailed", "result_filename"):
+        if getattr(args, flag) and not args.save_result:
+            raise ConfigError(f"found {_spelt(flag)}, expected --save-result with it")
     if args.plot is not None:
         check_plot()
         if not args.plot.resolve().parent.is_dir():

@@ -265,6 +265,7 @@ def test_what_is_wrong_from_the_start_is_said_at_once(capsys: pytest.CaptureFixt
         ("--compare-blocks 3", "found --compare-blocks, expected --compare"),
         ("--compare http://x --max-concurrency 8 --compare-blocks 10", "expected at most 3"),
         ("--plot /no/such/place/a.png", "--plot"),
+        ("--result-filename a.json", "found --result-filename, expected --save-result with it"),
         ("--requestrate 5", "did you mean --request-rate"),
     ],
 )
