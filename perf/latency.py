@@ -24,8 +24,8 @@ from typing import Any
 from engine.core import Request
 from engine.errors import ConfigError
 from engine.step import Engine
+from perf.workload import DEFAULT_PROMPTS as DEFAULT_PROMPTS
 
-DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "chat.jsonl"
 PLAIN, SPEC = "plain", "spec"
 
 

@@ -67,16 +67,22 @@ def command(argv: Sequence[str] | None = None) -> str:
 
 def provenance(device: str, dtype: str) -> dict[str, Any]:
     """Keys for a result's JSON object."""
-    model, flags = cpu()
     return {
         "device": device_name(device),
         "device_type": device.partition(":")[0],
         "dtype": dtype,
-        "cpu": model,
-        "cpu_flags": flags,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+    } | machine()
+
+
+def machine() -> dict[str, Any]:
+    """The part of it that holds for a program that computes nothing itself."""
+    model, flags = cpu()
+    return {
+        "cpu": model,
+        "cpu_flags": flags,
         "python": platform.python_version(),
         "commit": commit(),
         "command": command(),

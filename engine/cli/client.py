@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import msgspec
+from aiohttp.http import HttpProcessingError
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.text.output_parser import Event, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
 
 _MAX_LINE = 4 << 20  # bytes of one event
 
 
+CHAT = "v1/chat/completions"  # paths have no slash in front: a URL may have a path of its own
+COMPLETIONS = "v1/completions"
+_MODELS = "v1/models"
+
+
 class ServerError(EngineError):
-    """The server refused, failed or could not be reached."""
+    """The server refused, failed or could not be reached. status: of its answer, if there was one."""
 
     code = "server_error"
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class UnreachableError(ServerError):
+    """No connection could be made: nothing listens there, or nothing answers."""
+
+    code = "server_unreachable"
 
 
 @dataclass(slots=True)
@@ -52,13 +70,22 @@ class StreamedAnswer:
         return speculation.get("mean_acceptance_length")
 
 
-def session(url: str, api_key: str | None = None) -> aiohttp.ClientSession:
+def session(
+    url: str, api_key: str | None = None, headers: Mapping[str, str] | None = None
+) -> aiohttp.ClientSession:
     """A session for a server at ``url`` (with or without a trailing /v1); answers may take as long as they
-    like."""
-    base = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-    return aiohttp.ClientSession(base, headers=headers, timeout=timeout, read_bufsize=_MAX_LINE)
+    like, and as many requests as wanted may run at once: none waits here for another. Raises ConfigError."""
+    if not re.match(r"https?://[^/@]+(/[^@]*)?$", url):  # a password in a URL would end up in results
+        raise ConfigError(f"the server's URL is {url!r}, expected http://HOST:PORT or https://HOST")
+    base = url.rstrip("/").removesuffix("/v1") + "/"
+    sent = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return aiohttp.ClientSession(
+        base,
+        connector=aiohttp.TCPConnector(limit=0),
+        headers={**sent, **(headers or {})},
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+        read_bufsize=_MAX_LINE,
+    )
 
 
 async def stream_chat(
@@ -67,19 +94,22 @@ async def stream_chat(
     """Stream one chat answer; ``show`` gets each piece of it as it arrives. Raises ServerError."""
     answer = StreamedAnswer()
     sent = time.perf_counter()
-    async for event in _events(http, {**body, "stream": True, "stream_options": {"include_usage": True}}):
-        now = time.perf_counter() - sent
-        answer.usage = event.get("usage") or answer.usage
-        answer.metrics = event.get("metrics") or answer.metrics
-        for choice in event.get("choices", ()):
-            answer.first_at = now if answer.first_at is None else answer.first_at
-            answer.last_at = now
-            answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-            for piece in _pieces(choice.get("delta", {})):
-                answer.events.append(piece)
-                if isinstance(piece, TextDelta):
-                    answer.text += piece.text
-                show(piece)
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    async with aclosing(stream_data(http, CHAT, body)) as events:
+        async for data in events:
+            now = time.perf_counter() - sent
+            event = _event(data)
+            answer.usage = event.get("usage") or answer.usage
+            answer.metrics = event.get("metrics") or answer.metrics
+            for choice in event.get("choices", ()):
+                answer.first_at = now if answer.first_at is None else answer.first_at
+                answer.last_at = now
+                answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+                for piece in _pieces(choice.get("delta", {})):
+                    answer.events.append(piece)
+                    if isinstance(piece, TextDelta):
+                        answer.text += piece.text
+                    show(piece)
     if answer.finish_reason is None:
         raise ServerError("the server ended the stream without a finish reason")
     return answer
@@ -99,33 +129,77 @@ def _pieces(delta: Mapping[str, Any]) -> Iterator[Event]:
             yield ToolCallArguments(call["index"], function["arguments"])
 
 
-async def _events(http: aiohttp.ClientSession, body: Mapping[str, object]) -> AsyncIterator[dict[str, Any]]:
-    """The events of a stream up to its end mark. Raises ServerError, also for an error event."""
-    content = msgspec.json.encode(body)
-    headers = {"Content-Type": "application/json"}
+def _event(data: bytes) -> dict[str, Any]:
     try:
-        async with http.post("/v1/chat/completions", data=content, headers=headers) as response:
-            if response.status != 200:
-                raise ServerError(f"the server answered {response.status}: {_message(await response.read())}")
+        event: dict[str, Any] = msgspec.json.decode(data, type=dict)
+    except msgspec.DecodeError as error:
+        raise ServerError(f"the server sent something that is not JSON: {error}") from error
+    if "error" in event:
+        raise ServerError(f"the server failed: {error_message(data)}")
+    return event
+
+
+async def stream_data(
+    http: aiohttp.ClientSession, path: str, body: Mapping[str, object]
+) -> AsyncGenerator[bytes, None]:
+    """The data of each event of a stream up to its end mark, or up to its end if there is no mark.
+
+    Raises ServerError when the server refuses or goes away.
+    """
+    content = msgspec.json.encode(body)
+    try:
+        async with http.post(path, data=content, headers={"Content-Type": "application/json"}) as response:
+            await _check_status(response)
             async for line in response.content:
                 if not line.startswith(b"data:"):
                     continue  # blank lines and keep-alive comments
                 data = line[len(b"data:") :].strip()
                 if data == b"[DONE]":
                     return
-                event = msgspec.json.decode(data)
-                if "error" in event:
-                    raise ServerError(f"the server failed: {_message(data)}")
-                yield event
-    except (aiohttp.ClientError, TimeoutError) as error:
-        reason = str(error) or type(error).__name__
-        raise ServerError(f"the server cannot be reached or went away: {reason}") from error
+                yield data
+    except _TRANSPORT_ERRORS as error:
+        raise _unavailable(error) from error
+
+
+async def model_names(http: aiohttp.ClientSession) -> list[str]:
+    """What the server calls its models, the main one first. Raises ServerError."""
+    try:
+        async with http.get(_MODELS) as response:
+            await _check_status(response)
+            body = await response.read()
+    except _TRANSPORT_ERRORS as error:
+        raise _unavailable(error) from error
+    try:
+        return [model.id for model in msgspec.json.decode(body, type=_Models).data]
     except msgspec.DecodeError as error:
-        raise ServerError(f"the server sent something that is not JSON: {error}") from error
-    raise ServerError("the server closed the stream before its end")
+        raise ServerError(f"GET {_MODELS}: found something that is no list of models: {error}") from error
 
 
-def _message(body: bytes) -> str:
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+_TRANSPORT_ERRORS = (aiohttp.ClientError, HttpProcessingError, TimeoutError)
+
+
+async def _check_status(response: aiohttp.ClientResponse) -> None:
+    if response.status != 200:
+        message = error_message(await response.read())
+        raise ServerError(f"the server answered {response.status}: {message}", response.status)
+
+
+def _unavailable(error: Exception) -> ServerError:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return UnreachableError(f"the server cannot be reached: {reason}")
+    return ServerError(f"the server went away: {reason}")
+
+
+def error_message(body: bytes) -> str:
     """The message of an error object, or the beginning of whatever else was sent."""
     try:
         return str(msgspec.json.decode(body)["error"]["message"])

@@ -28,7 +28,7 @@ from engine.errors import ConfigError
 
 PREFIX: Final = "HAAST_"
 CONFIG_FLAG: Final = "--config"
-SECRET: Final = ("--api-key",)  # flags whose values are never shown
+SECRET: Final = ("--api-key", "--header")  # flags whose values are never shown
 _TAKES_JSON: Final = ("JSON", "VALUE")  # metavars of flags whose value may be an object; VALUE is foreign
 _FALSE: Final = ("0", "false", "no", "off")
 _TRUE: Final = ("1", "true", "yes", "on")

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from engine.cli.bench import spread
+from engine.cli.bench_latency import spread
 from engine.core import Delta, Request, SamplingParams
 from engine.errors import ConfigError
 from engine.step import Engine
