@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Final, Protocol
 
-from engine.cli import bench_latency
+from engine.cli import bench_latency, bench_spec
 
 
 class Benchmark(Protocol):
@@ -20,7 +20,7 @@ class Benchmark(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-BENCHMARKS: Final[dict[str, Benchmark]] = {"latency": bench_latency}
+BENCHMARKS: Final[dict[str, Benchmark]] = {"latency": bench_latency, "spec": bench_spec}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
