@@ -77,6 +77,7 @@ def test_users_ask_on_until_the_window_closes() -> None:
     engine, trace = run_script(2, 20.0)
     assert (trace.started, trace.opened, trace.closed) == (100.0, 102.0, 120.0)
     assert not engine.has_work
+    assert engine.now == trace.closed  # what still ran was aborted, not finished
     assert list(engine.asked) == list(range(50, 50 + len(trace.answers)))
     assert all(request.speculation == Speculation(4, 3, 2) for request in engine.asked.values())
     first = [engine.asked[50 + user].sampling.max_tokens for user in range(2)]
