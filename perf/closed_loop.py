@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,11 +142,16 @@ def drive(
         elif trace.opened:
             num_steps += any(delta.token_ids for delta in deltas)
     trace.closed = now
-    for request_id in active:
+    clear(engine, active)
+    return trace
+
+
+def clear(engine: Engine, request_ids: Iterable[int]) -> None:
+    """End all requests of an engine, so that it is idle."""
+    for request_id in request_ids:
         engine.abort(request_id)
     while engine.has_work:
-        engine.step()
-    return trace
+        engine.step()  # takes the farewells out
 
 
 def _step(ended: float, times: StepTimes, deltas: Sequence[Delta]) -> Step:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"concurrency: error: {error}\n")
         return 1
     config = served.engine.config
-    result = {"benchmark": "concurrency", "model": served.name, "draft": served.draft_name}
+    result: dict[str, Any] = {"benchmark": "concurrency", "model": served.name, "draft": served.draft_name}
     result |= {"cells": summarise(windows), "rounds": args.rounds, "minutes": args.minutes, "seed": args.seed}
     result |= {"max_tokens": args.max_tokens, "prompt_set": args.prompts.name, "load_before": load_before}
     result |= {"prompt_set_sha256": file_hash(args.prompts)}
@@ -162,7 +162,8 @@ class Sweep:
     ) -> None:
         """cells: (concurrency, temperature); args: rounds, minutes, max_tokens and seed."""
         self._engine, self._prompts, self._modes, self._cells = served.engine, prompts, modes, cells
-        self._rounds, self._seconds = args.rounds, 60.0 * args.minutes
+        self._rounds: int = args.rounds
+        self._seconds = 60.0 * args.minutes
         self._max_tokens, self._seed = args.max_tokens, args.seed
         self._next_id = 0
 

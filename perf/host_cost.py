@@ -24,8 +24,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from engine.server.lifecycle import app_runner
 from engine.server.output import Output
 from engine.server.replies import Envelope
 from engine.step import Engine
+from perf.closed_loop import clear
 from perf.provenance import provenance
 from perf.stopwatch import LargestList, Stopwatch, Timed
 
@@ -133,7 +133,7 @@ async def _reading(steps: Stopwatch, loop: Stopwatch) -> Counter[str]:
         await asyncio.sleep(0.0005)
     reading: Counter[str] = Counter(steps.seconds)
     reading.update(loop.seconds)
-    reading.update({"clock": time.perf_counter(), "loop cpu": time.thread_time()})  # type: ignore[dict-item]
+    reading.update({"clock": time.perf_counter(), "loop cpu": time.thread_time()})
     reading["steps"] = steps.calls["rest of step"]
     return reading
 
@@ -187,12 +187,13 @@ def at_context(engine: Engine, context: int, users: int, temperature: float) -> 
     while started < users:  # the prompts
         started += sum(not delta.is_decode and bool(delta.token_ids) for delta in engine.step())
     watch, lists = Stopwatch(), LargestList()
-    with _idle_behind(engine, users), watch.on(*engine_calls(engine)), lists.watched():
+    with watch.on(*engine_calls(engine)), lists.watched():
         for _ in range(_SKIPPED):
             engine.step()
         before = Counter(watch.seconds)
         for _ in range(_CONTEXT_STEPS - _SKIPPED):
             engine.step()
+    clear(engine, range(users))
     watch.seconds.subtract(before)
     num_steps = _CONTEXT_STEPS - _SKIPPED
     spent = {name: round(1e3 * watch.seconds[name] / num_steps, 4) for name in watch.seconds}
@@ -204,18 +205,6 @@ def at_context(engine: Engine, context: int, users: int, temperature: float) -> 
         "ms_per_step": spent,
         "longest_list": lists.most,
     }
-
-
-@contextmanager
-def _idle_behind(engine: Engine, users: int) -> Iterator[None]:
-    """Whatever happens, the users' requests are gone afterwards."""
-    try:
-        yield
-    finally:
-        for number in range(users):
-            engine.abort(number)
-        while engine.has_work:
-            engine.step()
 
 
 # --- the command ----------------------------------------------------------------------------------------
@@ -291,10 +280,10 @@ def show(result: Mapping[str, Any]) -> None:
         f"takes {result['host_share']:.1%}, with choosing {result['host_and_choosing_share']:.1%}"
     )
     console.print(table)
-    names = [name for name in GROUPS["engine host"] if name in result["contexts"][0]["ms_per_step"]]
-    table = Table("context", *names, "engine host", "longest list")
+    phases = [name for name in GROUPS["engine host"] if name in result["contexts"][0]["ms_per_step"]]
+    table = Table("context", *phases, "engine host", "longest list")
     for row in result["contexts"]:
-        parts = [f"{row['ms_per_step'][name]:.3f}" for name in names]
+        parts = [f"{row['ms_per_step'][name]:.3f}" for name in phases]
         table.add_row(str(row["context"]), *parts, f"{row['host_ms']:.3f}", str(row["longest_list"]))
     table.caption = f"ms a decode step, {result['contexts'][0]['users']} users"
     console.print(table)

@@ -125,17 +125,18 @@ def test_noise_is_switched_together_with_what_was_learned_under_it() -> None:
     engine = make_engine(echo_model(), "eagle3")
     draft = engine.draft
     assert isinstance(draft, FeatureDraft)
-    switch = NoiseSwitch(engine)
-    shared = draft.calibration
+    switch, shared = NoiseSwitch(engine), draft.calibration
+
+    def state() -> tuple[bool, bool]:
+        return draft.shared_noise, draft.calibration is shared
+
     switch.set(False)
-    assert not draft.shared_noise
-    assert draft.calibration is not shared
+    assert state() == (False, False)
     bench = Bench(engine, True, lambda prompt: (5, 9, 33, 2), 16)
     bench.mode(Cell(shape("8/4/3"), 1.0, False))(Prompt("a", "k", "x"))
     assert shared.trials.sum() == 0
     switch.set(True)
-    assert draft.shared_noise
-    assert draft.calibration is shared
+    assert state() == (True, True)
 
 
 def test_a_draft_without_scores_has_no_noise_to_share() -> None:
