@@ -30,7 +30,7 @@ from engine.pages import PagePool
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from verify.accept import accept, accept_all
-from verify.stats import StepLog, StepTimes
+from verify.stats import StepSink, StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Engine:
         draft: Draft,
         pages: PagePool,
         eos_token_ids: tuple[int, ...],
-        step_log: StepLog | None = None,
+        step_log: StepSink | None = None,
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
         self.sampler = Sampler(target.vocab_size, config.device)

@@ -40,7 +40,8 @@ class Prompt:
 
 @dataclass(slots=True)
 class Run:
-    """One answer. Times in seconds; the lists have one entry per decode step and stay empty for a peer."""
+    """One answer. Times in seconds; the lists have one entry per decode step and stay empty for a peer, and
+    ``records`` (verify.stats.step_records) also where nobody kept them."""
 
     token_ids: list[int] = field(default_factory=list)
     decode_tokens: int = 0  # tokens after the first event
@@ -50,6 +51,7 @@ class Run:
     step_s: list[float] = field(default_factory=list)
     draft_s: list[float] = field(default_factory=list)
     verify_s: list[float] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,27 +136,27 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     summary: dict[str, Any] = {"num_runs": len(rows)}
     for name, runs in by_mode.items():
         tokens = sum(len(r.token_ids) for r in runs)
-        summary[f"{name}_tok_s"] = _ratio(sum(r.decode_tokens for r in runs), sum(r.decode_s for r in runs))
-        summary[f"{name}_e2e_tok_s"] = _ratio(tokens, sum(r.total_s for r in runs))
-        summary[f"{name}_ttft_ms_p50"] = _median_ms([r.ttft_s for r in runs])
+        summary[f"{name}_tok_s"] = ratio(sum(r.decode_tokens for r in runs), sum(r.decode_s for r in runs))
+        summary[f"{name}_e2e_tok_s"] = ratio(tokens, sum(r.total_s for r in runs))
+        summary[f"{name}_ttft_ms_p50"] = median_ms([r.ttft_s for r in runs])
         summary[f"{name}_tokens"] = tokens
     plain, spec = by_mode[PLAIN], by_mode[SPEC]
     summary |= {
-        "speedup": _ratio(summary["spec_tok_s"], summary["plain_tok_s"]),
-        "e2e_speedup": _ratio(summary["spec_e2e_tok_s"], summary["plain_e2e_tok_s"]),
-        "acceptance_length": _ratio(sum(r.decode_tokens for r in spec), sum(len(r.step_s) for r in spec)),
+        "speedup": ratio(summary["spec_tok_s"], summary["plain_tok_s"]),
+        "e2e_speedup": ratio(summary["spec_e2e_tok_s"], summary["plain_e2e_tok_s"]),
+        "acceptance_length": ratio(sum(r.decode_tokens for r in spec), sum(len(r.step_s) for r in spec)),
         "ttft_ms_p50": summary["spec_ttft_ms_p50"],
-        "step_ms_p50": _median_ms([t for r in spec for t in r.step_s]),
-        "draft_ms_p50": _median_ms([t for r in spec for t in r.draft_s]),
-        "verify_ms_p50": _median_ms([t for r in spec for t in r.verify_s]),
-        "plain_step_ms_p50": _median_ms([t for r in plain for t in r.step_s]),
-        "plain_verify_ms_p50": _median_ms([t for r in plain for t in r.verify_s]),
-        "texts_equal_share": _equal_share(plain, spec),
+        "step_ms_p50": median_ms([t for r in spec for t in r.step_s]),
+        "draft_ms_p50": median_ms([t for r in spec for t in r.draft_s]),
+        "verify_ms_p50": median_ms([t for r in spec for t in r.verify_s]),
+        "plain_step_ms_p50": median_ms([t for r in plain for t in r.step_s]),
+        "plain_verify_ms_p50": median_ms([t for r in plain for t in r.verify_s]),
+        "texts_equal_share": equal_share(plain, spec),
     }
     for name in by_mode.keys() - {PLAIN, SPEC}:
-        summary[f"plain_vs_{name}"] = _ratio(summary["plain_tok_s"], summary[f"{name}_tok_s"])
-        summary[f"spec_vs_{name}"] = _ratio(summary["spec_tok_s"], summary[f"{name}_tok_s"])
-        summary[f"{name}_texts_equal_share"] = _equal_share(plain, by_mode[name])
+        summary[f"plain_vs_{name}"] = ratio(summary["plain_tok_s"], summary[f"{name}_tok_s"])
+        summary[f"spec_vs_{name}"] = ratio(summary["spec_tok_s"], summary[f"{name}_tok_s"])
+        summary[f"{name}_texts_equal_share"] = equal_share(plain, by_mode[name])
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in summary.items()}
 
 
@@ -187,14 +189,16 @@ def per_prompt(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """None where either is missing or the denominator is 0."""
     return numerator / denominator if numerator is not None and denominator else None
 
 
-def _median_ms(seconds: Sequence[float]) -> float | None:
+def median_ms(seconds: Sequence[float]) -> float | None:
+    """In milliseconds; None of nothing."""
     return median(seconds) * 1e3 if seconds else None
 
 
-def _equal_share(left: Sequence[Run], right: Sequence[Run]) -> float:
+def equal_share(left: Sequence[Run], right: Sequence[Run]) -> float:
     """Share of prompts whose answers are the same, token for token."""
     return sum(a.token_ids == b.token_ids for a, b in zip(left, right, strict=True)) / len(left)

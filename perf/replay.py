@@ -1,7 +1,7 @@
 """What other trees would have been worth, from a log of the trees that were drafted.
 
     haast serve --spec-log steps.jsonl --spec-nodes 32 --spec-depth 8 --spec-top-k 4
-    python -m perf.replay steps.jsonl
+    python -m perf.replay steps.jsonl --plot reliability.png
 
 A logged step knows its whole tree, the scores of every node and the accepted path. From that, one kind of
 question can be answered exactly: what would a *sub-tree* (closed under parents) of the logged tree have
@@ -14,6 +14,8 @@ product of raw scores, and the best N by calibrated value. All three are taken f
 whose tree has at least N nodes and a chain of N. A step that cannot answer is left out whatever its outcome
 was, else the result would be biased, and the share of steps that could answer is printed. "Best by raw
 score" means best within the logged tree, which was itself grown by calibrated value.
+
+What the steps cost, predicted against measured, is ``perf/token_cost.py``'s part.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.errors import ConfigError
+from perf.token_cost import read_costs, time_per_token
 
 SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
 NUM_BUCKETS = 10
@@ -286,21 +289,65 @@ def show(result: dict[str, Any], console: Console) -> None:
         for low, count, mean_score, acceptance in value["buckets"]:
             table.add_row(f"{low:.1f}", str(count), f"{mean_score:.3f}", f"{acceptance:.3f}")
         console.print(table)
+    table = Table(title="ms per token: predicted from values and step times, and measured")
+    for title in ("nodes scored up to", "steps", "requests", "step ms", "tokens (promised)", "measured"):
+        table.add_column(title, justify="right")
+    table.add_column("predicted", justify="right")
+    for row in result["time_per_token"]:
+        table.add_row(
+            str(row["nodes_up_to"] or "more"),
+            str(row["num_steps"]),
+            f"{row['mean_seqs']:.1f}",
+            f"{row['step_ms']:.2f}",
+            f"{row['tokens_emitted']:.2f} ({row['tokens_promised']:.2f})",
+            f"{row['measured_ms']:.2f}",
+            f"{row['predicted_ms']:.2f}",
+        )
+    console.print(table)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw the reliability diagrams, one for each kind of decoding in the log, as a PNG.
+
+    Raises ConfigError without matplotlib, or if the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'haast[perf]'") from error
+    modes = [mode for mode in ("greedy", "sampled") if f"reliability_{mode}_raw" in result]
+    figure = Figure(figsize=(5 * len(modes), 5), layout="constrained")
+    for place, mode in enumerate(modes, start=1):
+        axes = figure.add_subplot(1, len(modes), place, title=mode, xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel="conditional score", ylabel="share accepted", aspect="equal")
+        axes.plot((0, 1), (0, 1), color="0.7", linewidth=1)
+        for kind, marker in (("raw", "s"), ("calibrated", "o")):
+            found = result[f"reliability_{mode}_{kind}"]
+            scores, shares = [row[2] for row in found["buckets"]], [row[3] for row in found["buckets"]]
+            axes.plot(scores, shares, marker=marker, label=f"{kind}, mean error {found['error']:.3f}")
+        axes.legend()
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read a log, print tables, end with one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m perf.replay", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("log", type=Path, help="a file written by --spec-log")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the reliability diagrams")
     args = parser.parse_args(argv)
     try:
         steps, undrafted = read_log(args.log)
         if not steps:
             raise ConfigError(f"log {args.log}: no step drafted anything ({undrafted} plain steps)")
+        result = report(steps, undrafted) | {"time_per_token": time_per_token(read_costs(args.log))}
+        if args.plot is not None:
+            plot(result, args.plot)
     except ConfigError as error:
         sys.stderr.write(f"replay: error: {error}\n")
         return 1
-    result = report(steps, undrafted)
     show(result, Console())
     sys.stdout.write(json.dumps(result) + "\n")
     return 0

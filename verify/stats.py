@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgspec
 
@@ -73,6 +73,13 @@ def step_records(
             }
         records.append(record)
     return records
+
+
+class StepSink(Protocol):
+    """What the engine tells of its decode steps: the file below, or a measurement's memory."""
+
+    def write(self, batch: Batch, tree: DraftTree, verdict: Verdict, times: StepTimes) -> None: ...
+    def close(self) -> None: ...
 
 
 class StepLog:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Final, Protocol
 
-from engine.cli import bench_latency, bench_serve
+from engine.cli import bench_latency, bench_serve, bench_spec
 
 
 class Benchmark(Protocol):
@@ -20,7 +20,11 @@ class Benchmark(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-BENCHMARKS: Final[dict[str, Benchmark]] = {"latency": bench_latency, "serve": bench_serve}
+BENCHMARKS: Final[dict[str, Benchmark]] = {
+    "latency": bench_latency,
+    "spec": bench_spec,
+    "serve": bench_serve,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
 from engine.cli.main import main
 from perf import replay
-from tests.checkpoint.files import write_hf, write_tokenizer
-from tests.conftest import tiny_eagle3, tiny_llama
+from tests.perf.pair import write_pair
 
 PROMISED = {
     "plain_tok_s",
@@ -41,14 +39,7 @@ PROMISED = {
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A target and an EAGLE-3 head on disk."""
-    root = tmp_path_factory.mktemp("pair")
-    config, weights = tiny_llama(5, vocab_size=300, max_position_embeddings=2048)
-    target = write_tokenizer(write_hf(root / "target", config, weights), config.vocab_size)
-    raw, tensors = tiny_eagle3(config, 5, draft_vocab_size=200)
-    (root / "head").mkdir()
-    (root / "head" / "config.json").write_text(json.dumps(raw))
-    save_file(tensors, root / "head" / "model.safetensors")
-    return target, root / "head"
+    return write_pair(tmp_path_factory.mktemp("pair"))
 
 
 def bench(*words: object) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.errors import ConfigError
-from perf import replay
+from perf import replay, token_cost
 
 # The tree of every record here; ranks in brackets. By value the best four are 0 1 2 3, by raw score 0 1 2 4.
 #     0 -> 1 [0] -> 3 [0]
@@ -81,11 +83,94 @@ def test_reliability_counts_nodes_with_an_accepted_parent_only(tmp_path: Path) -
     assert [(b.low, b.count) for b in calibrated] == [(0.1, 1), (0.2, 2), (0.5, 1), (0.8, 2)]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_calibrated_tree_promises_no_less_than_the_chain_of_its_size(seed: int) -> None:
+    """On simulated trees of any form, at every size; the raw-score tree promises no less by raw scores."""
+    chance = random.Random(seed)
+    steps = []
+    for _ in range(10):
+        parents, rank, raw, value = [-1], [0], [1.0], [1.0]
+        for node in range(1, 64):
+            # odd nodes are the chain, as long as the largest size needs; even ones hang anywhere else
+            parent = max(0, node - 2) if node % 2 else chance.randrange(node - 1)
+            rank.append(parents.count(parent))
+            parents.append(parent)
+            raw.append(chance.uniform(0.05, 1))
+            value.append(value[parent] * chance.uniform(0.1, 1))
+        accepted = {node for node in (1,) if chance.random() < 0.5}
+        steps.append(
+            replay.Step(
+                tuple(parents), tuple(rank), tuple(raw), tuple(value), frozenset(accepted), greedy=True
+            )
+        )
+    for size in range(1, 33):
+        found = replay.compare(steps, size)
+        assert found is not None
+        assert found.num_steps == 10
+        assert found.expected["calibrated"] >= found.expected["chain"] - 1e-9
+        assert found.expected["calibrated"] >= found.expected["raw"] - 1e-9
+        assert found.expected_raw["raw"] >= found.expected_raw["chain"] - 1e-9
+
+
+def test_time_per_token_is_a_steps_time_over_all_its_requests(tmp_path: Path) -> None:
+    def line(step: int, accepted: list[int], **changes: Any) -> str:
+        return json.dumps(TREE | {"step": step, "accepted": accepted} | changes) + "\n"
+
+    log = tmp_path / "log"
+    plain = {"parents": [-1], "draft_ms": 0.0, "verify_ms": 2.0, "value": [1.0]}
+    log.write_text(
+        line(0, [1, 4])
+        + line(0, [])  # two requests, ten nodes: 3 + 1 tokens in 3 ms
+        + line(1, [2])
+        + line(1, [1], verify_ms=2.0)  # 2 + 2 tokens in 3 ms
+        + line(2, [], **plain)
+        + line(0, [], **plain | {"verify_ms": 4.0})  # the log of a second run
+    )
+    costs = token_cost.read_costs(log)
+    assert [(cost.nodes, cost.num_seqs, cost.emitted) for cost in costs] == [
+        (10, 2, 4),
+        (10, 2, 4),
+        (1, 1, 1),
+        (1, 1, 1),
+    ]
+    one, many = token_cost.time_per_token(costs)
+    assert (one["nodes_up_to"], one["num_steps"], one["measured_ms"], one["predicted_ms"]) == (1, 2, 3.0, 3.0)
+    # values of 0.8 + 0.2 + 0.4 + 0.12 beside the target's own token, of two requests: 5.04 tokens in 3 ms
+    assert (many["nodes_up_to"], many["tokens_promised"], many["tokens_emitted"]) == (12, 5.04, 4)
+    assert (many["measured_ms"], many["predicted_ms"]) == (0.75, round(3 / 5.04, 4))
+
+
+def test_a_record_without_times_names_its_line(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", [1])
+    with log.open("a") as file:
+        file.write(json.dumps({"step": 1, "parents": [-1], "accepted": []}) + "\n")
+    with pytest.raises(ConfigError, match="line 2: not a step record.*draft_ms"):
+        token_cost.read_costs(log)
+
+
+def test_the_diagram_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = write_log(tmp_path / "log", [1, 4], [2])
+    assert replay.main([str(log), "--plot", str(tmp_path / "d.png")]) == 0
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_diagram_without_matplotlib_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    log = write_log(tmp_path / "log", [1, 4], [2])
+    assert replay.main([str(log), "--plot", str(tmp_path / "d.png")]) == 1
+    assert "--plot needs matplotlib: pip install 'haast[perf]'" in capsys.readouterr().err
+    assert not (tmp_path / "d.png").exists()
+
+
 def test_the_last_line_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert replay.main([str(write_log(tmp_path / "log", [1, 4], [2], temperature=0.7))]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["acceptance_length"] == 2.5
     assert [row["nodes"] for row in result["sizes"]] == [1, 2, 3]
+    assert result["time_per_token"][0]["measured_ms"] == 0.6  # one step of 3 ms, 3 + 2 tokens
     assert "reliability_sampled_raw" in result
     assert "reliability_greedy_raw" not in result
 
