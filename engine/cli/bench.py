@@ -20,11 +20,7 @@ class Benchmark(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-BENCHMARKS: Final[dict[str, Benchmark]] = {
-    "latency": bench_latency,
-    "spec": bench_spec,
-    "serve": bench_serve,
-}
+BENCHMARKS: Final[dict[str, Benchmark]] = {"latency": bench_latency, "spec": bench_spec, "serve": bench_serve}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
