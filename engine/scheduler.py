@@ -3,7 +3,8 @@
 A sequence waits, runs and ends. While it has ``forced`` tokens (its prompt, or after a preemption all it had)
 it takes part in prefill steps, afterwards in decode steps. When both kinds of work exist they take turns, so
 that neither a long prompt nor a busy decoder starves the other. If pages run out, the youngest sequence gives
-its own back and starts over from its tokens (preemption by recompute).
+its own back and starts over from its tokens (preemption by recompute), behind what the prefix cache still has
+of them by then.
 """
 
 from __future__ import annotations
@@ -28,26 +29,29 @@ from engine.core import (
 )
 from engine.errors import ContextLengthError, RequestError
 from engine.pages import PagePool
+from engine.prefix import PrefixCache
 from engine.sampler import sampling_tensors
 
 
 class Scheduler:
     """Owns every Sequence and every page.
 
-    eos_token_ids end a sequence unless it ignores them; scratch_rows tells how many KV rows past ``kv_len`` a
-    decode step with a given speculation may write; forget is called when a sequence ends or starts over.
+    prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them;
+    scratch_rows tells how many KV rows past ``kv_len`` a decode step with a given speculation may write;
+    forget is called when a sequence ends or starts over.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         pages: PagePool,
+        prefixes: PrefixCache,
         eos_token_ids: tuple[int, ...],
         scratch_rows: Callable[[Speculation], int],
         forget: Callable[[Sequence], None],
         vocab_size: int,
     ) -> None:
-        self.config, self.pages = config, pages
+        self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
@@ -80,7 +84,7 @@ class Scheduler:
         for seq in (*self.waiting, *self.running):
             if seq.request.id == request_id:
                 self._end(seq, "abort")
-                self._aborted.append(Delta(request_id, (), "abort"))
+                self._aborted.append(Delta(request_id, (), "abort", num_cached=seq.num_cached or 0))
                 return
 
     def take_aborted(self) -> list[Delta]:
@@ -110,11 +114,29 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            seq = self.waiting[0]
-            first_rows = min(len(seq.forced) + 1, self.config.max_num_batched_tokens)
-            if self.pages.pages_for(first_rows) > self.pages.num_free:
+            if not self._start(self.waiting[0]):
                 return
             self.running.append(self.waiting.popleft())
+
+    def _start(self, seq: Sequence) -> bool:
+        """Let a waiting sequence begin behind the rows that the prefix cache has of it. False, and nothing
+        done, if pages for its first step are missing."""
+        speculation = self._step_speculation(seq)
+        known, found = seq.tokens + seq.forced, self.prefixes.find(seq, speculation)
+        kv_len = max(len(found) * self.pages.page_size - 1, 0)  # the last cached token runs again
+        first_rows = kv_len + min(len(known) - kv_len, self.config.max_num_batched_tokens)
+        for page in found:
+            self.pages.hold(page)
+        num_copied = bool(found) and self.pages.is_shared(found[-1])
+        if self.pages.pages_for(first_rows) - len(found) + num_copied > self.pages.num_available:
+            self.pages.shrink(found, 0)
+            return False
+        seq.pages, seq.tokens, seq.forced = found, known[: kv_len + 1], known[kv_len + 1 :]
+        self.prefixes.take(seq, speculation)
+        if seq.num_cached is None:  # after a preemption a sequence finds its own
+            seq.num_cached = kv_len
+            self.prefixes.count(seq)
+        return True
 
     def _prefill_batch(self, candidates: list[Sequence]) -> Batch | None:
         """Chunks of known text, padded to the longest; the padded size stays within the token budget."""
@@ -172,8 +194,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.pages.shrink(seq.pages, 0)
-        self._forget(seq)
+        self._give_back(seq)
         seq.forced = seq.tokens[1:] + seq.forced
         seq.tokens = seq.tokens[:1]
         self.waiting.appendleft(seq)
@@ -223,6 +244,7 @@ class Scheduler:
             seq.tokens.extend(new_tokens[:num_known])
             del seq.forced[:num_known]
             emitted = self._emit(seq, new_tokens[num_known:])
+            self.prefixes.publish(seq)
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -237,6 +259,7 @@ class Scheduler:
                     num_draft_tokens=counts[row] - 1 if drafted else 0,
                     num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0,
                     draft_depth=depths[row],
+                    num_cached=seq.num_cached or 0,
                 )
             )
         return deltas
@@ -261,6 +284,11 @@ class Scheduler:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
+        self._give_back(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        """All that is kept for a sequence, but for what the prefix cache keeps for others."""
+        self.prefixes.leave(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
 

@@ -15,7 +15,7 @@ from engine.config import POST_NORM, LlamaConfig, Mistral4Config
 from engine.core import Batch, DraftTree, Scores, Verdict
 from engine.kvcache import KVPool, LatentPool, RowPlan, compact, plan_rows
 from engine.nn.linear import Linear
-from kernels import rms_norm
+from kernels import compact_rows, rms_norm
 
 
 class Decoder:
@@ -52,6 +52,10 @@ class Decoder:
     def compact(self, batch: Batch, verdict: Verdict) -> None:
         """Move the accepted rows of every layer to the front of the scratch rows."""
         compact(self.pool, batch, verdict)
+
+    def copy_rows(self, source: Tensor, destination: Tensor) -> None:
+        """Copy rows of every layer. source, destination: [M] slots."""
+        compact_rows(self.pool.rows, source, destination)
 
     def output_rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the output matrix, [n, H]: a head may share them."""
