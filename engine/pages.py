@@ -74,16 +74,16 @@ class PagePool:
 
     # --- holding
 
-    def extend(self, pages: list[int], num_rows: int) -> bool:
+    def extend(self, pages: list[int], num_rows: int, num_next: int = 0) -> bool:
         """Grow a sequence's pages until they hold num_rows rows. False, and nothing taken, if too few are
-        free or cached."""
+        free or cached. num_next: pages that it will want next, which should find room behind these."""
         missing = self.pages_for(num_rows) - len(pages)
         if missing > self.num_available:
             return False
         if missing > self._num_free:
             self._give_up(max(missing, self.num_usable // _BLOCK) - self._num_free)
         for count in range(missing, 0, -1):
-            page = pages[-1] + 1 if pages and self._is_free[pages[-1] + 1] else self._start_of_run(count)
+            page = pages[-1] + 1 if pages and self._is_free[pages[-1] + 1] else self._start_of_run(count + num_next)
             self._is_free[page] = False
             self._num_free -= 1
             self._num_holders[page] = 1
@@ -113,21 +113,31 @@ class PagePool:
         """Whether several sequences hold a page."""
         return self._num_holders[page] > 1
 
-    def own_last(self, pages: list[int]) -> int | None:
-        """Make a sequence the only holder of its last page, which it is about to write.
+    def can_grow_in_place(self, pages: list[int], count: int) -> bool:
+        """Whether a sequence's pages lie side by side, with so many free ones behind them."""
+        behind = self._is_free[pages[-1] + 1 : pages[-1] + 1 + count]
+        return pages == list(range(pages[0], pages[-1] + 1)) and len(behind) == count and bool(behind.all())
 
-        If nobody else holds the page it merely cannot be found any longer, and None is returned. Otherwise
-        another page, which must be available, takes its place, and the old one is returned to be copied from.
+    def own_last(self, pages: list[int], num_moved: int, num_next: int) -> list[int]:
+        """Give a sequence other pages in place of its last ``num_moved``, and make it the only one that knows
+        its very last page, which it is about to write.
+
+        Returns the old pages, to be copied from before anything is handed out again. Those that nobody else
+        holds are free then, for the new ones are found in their place. The new pages must be available;
+        num_next: as in ``extend``.
         """
-        shared = pages[-1]
-        if not self.is_shared(shared):
-            self._forget(shared)
-            return None
-        pages.pop()
-        enough = self.extend(pages, (len(pages) + 1) * self.page_size)
-        assert enough, "the copy's page was counted before"
-        self._num_holders[shared] -= 1
-        return shared
+        old = pages[len(pages) - num_moved :]
+        del pages[len(pages) - num_moved :]
+        enough = self.extend(pages, (len(pages) + num_moved) * self.page_size, num_next)
+        assert enough, "pages to move to were counted before"
+        for page, new in zip(old, pages[len(pages) - num_moved :], strict=True):
+            if not self.is_shared(page):
+                entry = self._entries[new] = self._entries.pop(page)
+                self._page_of[entry.key] = new
+        self.shrink(old.copy(), 0)
+        if pages[-1] in self._entries:
+            self._forget(pages[-1])
+        return old
 
     # --- finding
 

@@ -18,6 +18,10 @@ of the cache instead, until the sequence has filled it (again).
 Example: pages of 4, a prompt of 10 tokens of which 8 are cached in pages 5 and 6. The sequence starts with
 8 tokens and 7 rows, in pages 5 and 6 if it is alone. Is another one using them, it gets pages 5 and, say, 9,
 into which page 6 is copied. Its first step scores tokens 7, 8 and 9 and writes rows 7, 8 and 9.
+
+A CPU reads rows in place if they lie side by side, and gathers them in every layer of every step if they do
+not. There all pages found are copied to where the sequence can grow, unless it can grow where they are, or
+there is no room: one copy costs less than the gathering of a few steps.
 """
 
 from __future__ import annotations
@@ -54,24 +58,59 @@ class _Trail:
 class PrefixCache:
     """Finds the pages a sequence can begin with, and publishes those it has filled.
 
-    draft_rows: of a draft with a pool of its own, else None; off: find and publish nothing.
+    draft_rows: of a draft with a pool of its own, else None; off: find and publish nothing; side_by_side:
+    rather copy pages than leave a sequence's rows scattered.
     """
 
     def __init__(
-        self, pages: PagePool, target: Target, draft_rows: DraftRows | None, *, off: bool = False
+        self,
+        pages: PagePool,
+        target: Target,
+        draft_rows: DraftRows | None,
+        *,
+        off: bool = False,
+        side_by_side: bool = False,
     ) -> None:
-        self._pages, self._target, self._draft_rows, self._off = pages, target, draft_rows, off
+        self._pages, self._target, self._draft_rows = pages, target, draft_rows
+        self._off, self._side_by_side = off, side_by_side
         self._trails: dict[int, _Trail] = {}
         self.num_asked = self.num_found = 0  # tokens of prompts, and those of them that were cached
 
-    def count(self, seq: Sequence) -> None:
-        """Count a request that starts for the first time."""
-        if not self._off:
-            self.num_asked += len(seq.request.prompt)
-            self.num_found += seq.num_cached or 0
+    def begin(self, seq: Sequence, speculation: Speculation, max_rows: int) -> list[int] | None:
+        """Pages for a waiting sequence to begin with, which hold the rows of its first known tokens.
 
-    def find(self, seq: Sequence, speculation: Speculation) -> list[int]:
-        """Pages with the rows of a waiting sequence's first known tokens; nobody holds them for it yet."""
+        max_rows: rows that its first step computes at most. None if there is no room for that step, in which
+        case nothing has changed.
+        """
+        found = self._find(seq, speculation)
+        for page in found:
+            self._pages.hold(page)
+        start = max(len(found) * self._pages.page_size - 1, 0)
+        num_rows = start + min(len(seq.tokens) + len(seq.forced) - start, max_rows)
+        num_next = self._pages.pages_for(num_rows) - len(found)
+        room = self._pages.num_available - num_next
+        num_moved = self._num_moved(found, num_next, room)
+        if num_moved > room:
+            self._pages.shrink(found, 0)
+            return None
+        if found:
+            trail = self._trails[seq.request.id]
+            trail.num_published = len(found) - 1  # the last one it may write, so it has yet to publish it
+            trail.kept_draft_rows = self._pages.has_draft_rows(found[-1])
+            old = self._pages.own_last(found, num_moved, num_next)
+            if old:
+                self._copy(old, found[-num_moved:])
+        return found
+
+    def resume(self, seq: Sequence, speculation: Speculation) -> None:
+        """A sequence has begun with the pages found, and its tokens match them."""
+        if seq.pages and self._draft_rows is not None and self._needs_draft_rows(seq, speculation):
+            self._draft_rows.resume(seq)
+        if not self._off and seq.num_cached is None:  # after a preemption a sequence finds its own
+            self.num_asked += len(seq.request.prompt)
+            self.num_found += seq.kv_len
+
+    def _find(self, seq: Sequence, speculation: Speculation) -> list[int]:
         if self._off:
             return []
         trail = self._trails.get(seq.request.id)
@@ -88,18 +127,18 @@ class PrefixCache:
             found.append(page)
         return found
 
-    def take(self, seq: Sequence, speculation: Speculation) -> None:
-        """Let a sequence, which already holds the pages found and has its tokens to match, begin there."""
-        if not seq.pages:
-            return
-        trail = self._trails[seq.request.id]
-        trail.num_published = len(seq.pages) - 1  # the last one it may write, so it has yet to publish it
-        trail.kept_draft_rows = self._pages.has_draft_rows(seq.pages[-1])
-        shared = self._pages.own_last(seq.pages)
-        if shared is not None:
-            self._copy(shared, seq.pages[-1])
-        if self._draft_rows is not None and self._needs_draft_rows(seq, speculation):
-            self._draft_rows.resume(seq)
+    def _num_moved(self, found: list[int], num_next: int, room: int) -> int:
+        """How many of the pages found, the last ones, to copy to pages of the sequence's own.
+
+        All, where rows are to lie side by side, do not, and there is room; else the last if it is shared.
+        num_next, room: pages that the first step adds, and those that are available besides.
+        """
+        if not found:
+            return 0
+        grows = self._pages.can_grow_in_place(found, max(num_next, 1))
+        if self._side_by_side and not grows and len(found) <= room:
+            return len(found)
+        return int(self._pages.is_shared(found[-1]))
 
     def publish(self, seq: Sequence) -> None:
         """Put a sequence's full pages into the cache. Those of a sequence that speculates wait until the head
@@ -111,9 +150,7 @@ class PrefixCache:
             self._publish(seq, min(seq.kv_len, num_rows), has_draft_rows=True)
 
     def leave(self, seq: Sequence) -> None:
-        """A sequence ends or starts over, and still has its pages: what its head never got to is of use to
-        requests without speculation."""
-        self._publish(seq, seq.kv_len, has_draft_rows=False)
+        """A sequence ends or starts over; what it has published stays."""
         self._trails.pop(seq.request.id, None)
 
     def _publish(self, seq: Sequence, num_rows: int, *, has_draft_rows: bool) -> None:
@@ -132,10 +169,11 @@ class PrefixCache:
     def _needs_draft_rows(self, seq: Sequence, speculation: Speculation) -> bool:
         return self._draft_rows is not None and self._draft_rows.are_needed(seq, speculation)
 
-    def _copy(self, source: int, destination: int) -> None:
-        """Copy a page's rows in both pools."""
-        row = torch.arange(self._pages.page_size, device=self._target.embedding.device)
-        slots = source * self._pages.page_size + row, destination * self._pages.page_size + row
-        self._target.copy_rows(*slots)
+    def _copy(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy the rows of pages, in both pools."""
+        row = torch.arange(self._pages.page_size)
+        pages = torch.tensor([sources, destinations])
+        slots = (pages[..., None] * self._pages.page_size + row).flatten(1).to(self._target.embedding.device)
+        self._target.copy_rows(slots[0], slots[1])
         if self._draft_rows is not None:
-            self._draft_rows.copy_rows(*slots)
+            self._draft_rows.copy_rows(slots[0], slots[1])

@@ -122,20 +122,14 @@ class Scheduler:
         """Let a waiting sequence begin behind the rows that the prefix cache has of it. False, and nothing
         done, if pages for its first step are missing."""
         speculation = self._step_speculation(seq)
-        known, found = seq.tokens + seq.forced, self.prefixes.find(seq, speculation)
-        kv_len = max(len(found) * self.pages.page_size - 1, 0)  # the last cached token runs again
-        first_rows = kv_len + min(len(known) - kv_len, self.config.max_num_batched_tokens)
-        for page in found:
-            self.pages.hold(page)
-        num_copied = bool(found) and self.pages.is_shared(found[-1])
-        if self.pages.pages_for(first_rows) - len(found) + num_copied > self.pages.num_available:
-            self.pages.shrink(found, 0)
+        pages = self.prefixes.begin(seq, speculation, self.config.max_num_batched_tokens)
+        if pages is None:
             return False
-        seq.pages, seq.tokens, seq.forced = found, known[: kv_len + 1], known[kv_len + 1 :]
-        self.prefixes.take(seq, speculation)
-        if seq.num_cached is None:  # after a preemption a sequence finds its own
-            seq.num_cached = kv_len
-            self.prefixes.count(seq)
+        known, num_tokens = seq.tokens + seq.forced, max(len(pages) * self.pages.page_size, 1)
+        seq.pages, seq.tokens, seq.forced = pages, known[:num_tokens], known[num_tokens:]
+        self.prefixes.resume(seq, speculation)
+        if seq.num_cached is None:
+            seq.num_cached = seq.kv_len
         return True
 
     def _prefill_batch(self, candidates: list[Sequence]) -> Batch | None:

@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Profile and print. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="perf.step_profile", description=__doc__)
     add_engine_arguments(parser)
+    parser.set_defaults(enable_prefix_caching=False)  # decode steps alone are profiled, on rows of their own
     parser.add_argument("--max-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)

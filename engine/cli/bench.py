@@ -1,6 +1,7 @@
 """``haast bench latency``: one request at a time, in process, plain against speculative on the same weights.
 
-The measuring is in ``perf/latency.py``; here are the flags, the table and the JSON. The last line of stdout
+The measuring is in ``perf/latency.py``; here are the flags, the table and the JSON. The prefix cache is off
+unless asked for. The last line of stdout
 is one JSON object, whatever else is printed, so ``haast bench latency | tail -1`` always parses.
 """
 
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_engine_arguments(latency)
+    # Every prompt is run again and again, and its first token is to be timed as that of a new one.
+    latency.set_defaults(enable_prefix_caching=False)
     group = latency.add_argument_group("benchmark")
     group.add_argument(
         "--prompts", type=Path, metavar="FILE", help="JSONL with id, kind and prompt; default: ours"
@@ -177,6 +180,7 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
         "repeats": args.repeats,
+        "prefix_caching": config.prefix_caching,
         "num_prompts": num_prompts,
         "prompt_set": path.name,
         "prompt_set_sha256": provenance.file_hash(path),

@@ -111,6 +111,10 @@ class FakeEngine:
     def kv_usage(self) -> float:
         return 0.0
 
+    def prefix_counts(self) -> tuple[int, int]:
+        """Every token but one of every prompt is cached."""
+        return sum(len(r.prompt) for r in self.added), sum(len(r.prompt) - 1 for r in self.added)
+
     def add(self, request: Request) -> None:
         if self.refusal is not None:
             raise self.refusal
