@@ -83,7 +83,8 @@ class PagePool:
         if missing > self._num_free:
             self._give_up(max(missing, self.num_usable // _BLOCK) - self._num_free)
         for count in range(missing, 0, -1):
-            page = pages[-1] + 1 if pages and self._is_free[pages[-1] + 1] else self._start_of_run(count + num_next)
+            behind = pages[-1] + 1 if pages else 0  # page 0 is never free
+            page = behind if self._is_free[behind] else self._start_of_run(count + num_next)
             self._is_free[page] = False
             self._num_free -= 1
             self._num_holders[page] = 1

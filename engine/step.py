@@ -74,11 +74,7 @@ class Engine:
         self.config, self.target, self.draft = config, target, draft
         self.sampler = Sampler(target.vocab_size, config.device)
         prefixes = PrefixCache(
-            pages,
-            target,
-            draft.rows,
-            off=not config.prefix_caching,
-            side_by_side=config.device == "cpu",
+            pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )
         self.scheduler = Scheduler(
             config, pages, prefixes, eos_token_ids, draft.scratch_rows, draft.forget, target.vocab_size

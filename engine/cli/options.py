@@ -127,7 +127,6 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
         "--gpu-memory-utilization leaves",
     )
 
-
     group.add_argument(
         "--enable-prefix-caching",
         action=Switch,

@@ -416,8 +416,11 @@ def crowd(
     ops: list[tuple[str, int, int, int, int]],
     shares: bool = True,
 ) -> None:
-    """Requests whose prompts begin with the same text, on a cache that is too small for all. Whatever is cut
-    short, every stream is the one that the request gets alone, and no page is lost or written by strangers."""
+    """Requests whose prompts begin with the same text, on a cache that is too small for all.
+
+    Whatever is cut short, every stream is the one that the request gets alone, and no page is lost or written
+    by strangers.
+    """
     engine = make_engine(
         MODEL,
         draft,
@@ -498,7 +501,8 @@ Mutate = Callable[[pytest.MonkeyPatch], None]
 def hash_without_parent(patch: pytest.MonkeyPatch) -> None:
     def wrong(keys: list[bytes], tokens: Sequence[int], page_size: int, salt: str) -> None:
         for start in range(len(keys) * page_size, len(tokens) - page_size + 1, page_size):
-            extend_keys(single := [], tokens[start : start + page_size], page_size, salt)
+            single: list[bytes] = []
+            extend_keys(single, tokens[start : start + page_size], page_size, salt)
             keys += single
 
     patch.setattr(engine.prefix, "extend_keys", wrong)
