@@ -11,7 +11,6 @@ text. The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from engine.build import Served
 from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.parser import Parser
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError, EngineError
 from perf.latency import DEFAULT_PROMPTS, PLAIN, SPEC, Run, read_prompts, run_engine
@@ -90,7 +90,7 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and the JSON. Returns the exit code."""
     about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m perf.prefix_cache", description=about)
+    parser = Parser(prog="python -m perf.prefix_cache", description=about)
     add_engine_arguments(parser)
     parser.add_argument("--prefix-tokens", type=int, default=2000, metavar="N", help="of the common text")
     parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="length of the answers")
@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if min(args.prefix_tokens, args.max_tokens, args.rounds) < 1:
             raise ConfigError(
-                f"found {args.prefix_tokens} prefix tokens, {args.max_tokens} answer tokens and {args.rounds} "
-                "rounds, expected at least 1 of each"
+                f"--prefix-tokens, --max-tokens and --rounds are {args.prefix_tokens}, {args.max_tokens} and "
+                f"{args.rounds}, expected at least 1"
             )
         result = measure(open_engine(args), args.prefix_tokens, args.max_tokens, args.rounds)
     except EngineError as error:
