@@ -26,6 +26,7 @@ from draft.solo import Children, SoloRows, grow_one
 from draft.tree import Limits, Offers, graft, grow
 from engine.core import (
     Batch,
+    DraftRows,
     DraftScores,
     DraftTree,
     SamplingTensors,
@@ -37,7 +38,7 @@ from engine.core import (
 from engine.kvcache import KVPool, LatentPool
 from engine.rows import RowPlan, chain_bias, first_slot, make_plan, plan_spans, span
 from engine.sampler import candidates
-from kernels import gumbel_noise
+from kernels import compact_rows, gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
 _SURE = 0.8  # a lookup whose first token is so likely replaces the head's tree, which costs time to grow
@@ -136,7 +137,8 @@ class FeatureDraft:
     """A draft (core.Draft) around a HeadModel.
 
     shared_noise: rank candidates with the sampler's own noise; max_len: tokens of a sequence up to which the
-    head is used, None for no limit. A sequence that has outgrown it has no trees any more, lookups only.
+    head is used, None for no limit. A sequence that has outgrown it has no trees any more, lookups only. It
+    is its own DraftRows, too.
     """
 
     def __init__(
@@ -148,6 +150,10 @@ class FeatureDraft:
         self.coverage = Coverage(model.token_ids)
         self.lookup = PromptLookup()
         self._pending: dict[int, _Pending] = {}
+
+    @property
+    def rows(self) -> DraftRows:
+        return self
 
     def vocab_coverage(self) -> float | None:
         return self.coverage.share
@@ -164,11 +170,36 @@ class FeatureDraft:
         self.coverage.forget(seq)
         self.lookup.forget(seq)
 
+    def _has_waiting(self, seq: Sequence) -> bool:
+        """Whether there is a row to grow a tree from: not before the first step of a sequence that starts
+        with a single token, or with rows of all its tokens."""
+        pending = self._pending.get(seq.request.id)
+        return pending is not None and pending.num_waiting > 0
+
     def _has_outgrown(self, seq: Sequence, speculation: Speculation) -> bool:
         """Whether a tree behind the sequence, its known prompt included, would reach past ``max_len``."""
         if self.max_len is None:
             return False
         return len(seq.tokens) + len(seq.forced) + speculation.depth > self.max_len
+
+    # --- rows of others
+
+    def are_needed(self, seq: Sequence, speculation: Speculation) -> bool:
+        """Of sequences for which the head may ever propose: it reads all rows before its own."""
+        return not (speculation.is_off or self._has_outgrown(seq, speculation))
+
+    def num_rows(self, seq: Sequence) -> int | None:
+        """Row 0, which does not exist, is never missing. None if the head does not follow the sequence."""
+        pending = self._pending.get(seq.request.id)
+        return None if pending is None else pending.num_rows + 1
+
+    def resume(self, seq: Sequence) -> None:
+        """Follow a sequence from behind rows that are there already."""
+        self._pending[seq.request.id] = _Pending(seq.kv_len)
+
+    def copy_rows(self, source: Tensor, destination: Tensor) -> None:
+        """Copy rows of every layer. source, destination: [M] slots."""
+        compact_rows(self.model.pool.rows, source, destination)
 
     # --- learning
 
@@ -182,7 +213,8 @@ class FeatureDraft:
             if self._has_outgrown(seq, batch.speculation[row]):
                 self._pending.pop(seq.request.id, None)
                 continue
-            if batch.speculation[row].is_off and seq.request.id not in self._pending:
+            is_late = seq.kv_len > 0  # to begin here, for the rows before are missing
+            if seq.request.id not in self._pending and (is_late or batch.speculation[row].is_off):
                 continue
             path = verdict.path[row, : lengths[row]]
             pending = self._pending.setdefault(seq.request.id, _Pending())
@@ -207,7 +239,7 @@ class FeatureDraft:
             row
             for row, (seq, spec) in enumerate(zip(batch.seqs, batch.speculation, strict=True))
             if not spec.is_off
-            and seq.request.id in self._pending
+            and self._has_waiting(seq)
             and not self._has_outgrown(seq, spec)
             and not _is_sure(lookups[row])
         ]

@@ -65,6 +65,7 @@ class NgramDraft:
         self._indexes: dict[int, NgramIndex] = {}
 
     name = "ngram"
+    rows = None
 
     def vocab_coverage(self) -> float | None:
         return None

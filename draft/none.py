@@ -18,6 +18,7 @@ class NoDraft:
     """A draft (core.Draft) that proposes nothing."""
 
     name = "none"
+    rows = None
 
     def vocab_coverage(self) -> float | None:
         return None

@@ -76,6 +76,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     page_size: int = 16
     kv_cache_memory: int = 1 << 30
+    prefix_caching: bool = True  # keep rows for later requests that begin with the same tokens
     gpu_memory_utilization: float | None = None  # of a GPU's memory for all; decides kv_cache_memory if given
     speculation: Speculation = field(default_factory=Speculation)
     draft_vocab_size: int = 32768  # tokens that Mistral's head drafts among; 0: the whole vocabulary

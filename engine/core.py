@@ -18,7 +18,8 @@ Invariants
     gathers before it scatters.
  6. The noise for position p depends on (seed, p) alone, and target and draft use the same noise.
  7. Every tensor-parallel rank sees the same gathered logits and noise, so each computes the same Verdict.
- 8. Idle means: free pages + cached pages == all pages.
+ 8. Idle means: free pages + cached pages == all pages. At any time, free + cached + held == all.
+ 9. A page that can be found in the prefix cache holds committed rows only, and nobody writes to it.
 
 Letters in shapes: B sequences of a batch, N nodes of a tree (root included), R scored rows, V vocabulary,
 F width of the features, L KV rows read, P pages of the longest sequence.
@@ -99,13 +100,15 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a client asked; never changes. ``speculation`` None means the engine's default; of two requests
-    the one with the lower ``priority`` runs first."""
+    the one with the lower ``priority`` runs first. Requests reuse the rows of others with the same
+    ``cache_salt`` only."""
 
     id: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
     speculation: Speculation | None = None
     priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(eq=False, slots=True)
@@ -114,7 +117,8 @@ class Sequence:
 
     ``tokens`` are committed: all but the last have their KV row. ``forced`` are known tokens that still have
     to pass through the model: the rest of the prompt, or after a preemption everything that was generated
-    before. ``arrival`` numbers the requests as they come.
+    before. ``arrival`` numbers the requests as they come. ``num_cached`` tokens of the prompt had their rows
+    in the prefix cache when it first started; until then it is None.
     """
 
     request: Request
@@ -122,6 +126,7 @@ class Sequence:
     forced: list[int]
     pages: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    num_cached: int | None = None
     arrival: int = 0
 
     @property
@@ -292,6 +297,7 @@ class Delta:
     num_accepted: int = 0  # of them accepted by the target
     draft_depth: int = 0  # levels of the drafted tree
     is_decode: bool = True  # False for a chunk of a prompt
+    num_cached: int = 0  # tokens of the prompt that the prefix cache spared the request
 
 
 class Target(Protocol):
@@ -317,6 +323,10 @@ class Target(Protocol):
         """Move the accepted KV rows to the front of the scratch rows."""
         ...
 
+    def copy_rows(self, source: Tensor, destination: Tensor) -> None:
+        """Copy KV rows of all layers. source, destination: [M] slots."""
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., H] after the final norm -> [.., V] float32."""
         ...
@@ -326,8 +336,33 @@ class Target(Protocol):
         ...
 
 
+class DraftRows(Protocol):
+    """KV rows that a draft keeps in a pool of its own, in the target's slots."""
+
+    def are_needed(self, seq: Sequence, speculation: Speculation) -> bool:
+        """Whether a sequence that starts behind rows of others needs the draft's rows of those tokens too."""
+        ...
+
+    def num_rows(self, seq: Sequence) -> int | None:
+        """How many rows of a sequence, from row 0 on, are written for good; None if none ever will be."""
+        ...
+
+    def resume(self, seq: Sequence) -> None:
+        """A sequence starts, and its rows 0 to ``kv_len`` are there already."""
+        ...
+
+    def copy_rows(self, source: Tensor, destination: Tensor) -> None:
+        """As ``Target.copy_rows``."""
+        ...
+
+
 class Draft(Protocol):
     """Whatever proposes."""
+
+    @property
+    def rows(self) -> DraftRows | None:
+        """None for a draft without a pool."""
+        ...
 
     def vocab_coverage(self) -> float | None:
         """Share of the tokens emitted so far that the draft could have proposed, its vocabulary being smaller

@@ -12,8 +12,9 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
   prompts behind it, of the same priority, that it lets through whole: a short question does not wait for a
   long document to be read, and the document gets on.
 - If pages or places run out, the last in order gives its own back and starts over from its tokens (preemption
-  by recompute), so the first in order always gets on. Nobody makes room for another's tree, and within a
-  priority nobody overtakes at admission. A lower priority waits for as long as higher ones fill the engine.
+  by recompute, behind what the prefix cache still has of them), so the first in order always gets on. Nobody
+  makes room for another's tree, and within a priority nobody overtakes at admission. A lower priority waits
+  for as long as higher ones fill the engine.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from engine.core import (
 )
 from engine.errors import ContextLengthError, RequestError
 from engine.pages import PagePool
+from engine.prefix import PrefixCache
 from engine.sampler import sampling_tensors
 
 # What prompts may claim of a step's nodes before trees get any.
@@ -48,20 +50,22 @@ _PROMPT_SHARE = 4
 class Scheduler:
     """Owns every Sequence and every page.
 
-    eos_token_ids end a sequence unless it ignores them; scratch_rows tells how many KV rows past ``kv_len`` a
-    decode step with a given speculation may write; forget is called when a sequence ends or starts over.
+    prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them;
+    scratch_rows tells how many KV rows past ``kv_len`` a decode step with a given speculation may write;
+    forget is called when a sequence ends or starts over.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         pages: PagePool,
+        prefixes: PrefixCache,
         eos_token_ids: tuple[int, ...],
         scratch_rows: Callable[[Speculation], int],
         forget: Callable[[Sequence], None],
         vocab_size: int,
     ) -> None:
-        self.config, self.pages = config, pages
+        self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
@@ -97,7 +101,7 @@ class Scheduler:
         for seq in (*self.waiting, *self.running):
             if seq.request.id == request_id:
                 self._end(seq, "abort")
-                self._aborted.append(Delta(request_id, (), "abort"))
+                self._aborted.append(Delta(request_id, (), "abort", num_cached=seq.num_cached or 0))
                 return
 
     def take_aborted(self) -> list[Delta]:
@@ -134,20 +138,38 @@ class Scheduler:
         return tuple(batches)
 
     def _admit(self) -> None:
-        """Let waiting sequences run, in order, while there are places and pages for a first chunk; those that
-        run but come later in the order count as room."""
+        """Let waiting sequences run, in order, while there are places and pages for a first step. Those that
+        run but come later in the order make room, if they have enough of it."""
         while self.waiting:
             seq = self.waiting[0]
             later = [other for other in self.running if other.order > seq.order]
-            first_rows = min(len(seq.forced) + 1, self.config.max_num_batched_tokens)
-            num_free = self.pages.num_free + sum(len(other.pages) for other in later)
-            if self.pages.pages_for(first_rows) > num_free:
+            is_full = len(self.running) == self._num_places
+            if is_full and not later:
                 return
-            if len(self.running) == self._num_places:
-                if not later:
+            if not self._start(seq):
+                first_rows = min(len(seq.tokens) + len(seq.forced), self.config.max_num_batched_tokens)
+                room = self.pages.num_available + sum(len(other.pages) for other in later)
+                if not later or self.pages.pages_for(first_rows) > room:
                     return
                 self._preempt(later[-1])
+                continue
+            if is_full:
+                self._preempt(later[-1])
             insort(self.running, self.waiting.popleft(), key=_order)
+
+    def _start(self, seq: Sequence) -> bool:
+        """Let a waiting sequence begin behind the rows that the prefix cache has of it. False, and nothing
+        done, if pages for its first step are missing."""
+        speculation = self._step_speculation(seq)
+        pages = self.prefixes.begin(seq, speculation, self.config.max_num_batched_tokens)
+        if pages is None:
+            return False
+        known, num_tokens = seq.tokens + seq.forced, max(len(pages) * self.pages.page_size, 1)
+        seq.pages, seq.tokens, seq.forced = pages, known[:num_tokens], known[num_tokens:]
+        self.prefixes.resume(seq, speculation)
+        if seq.num_cached is None:
+            seq.num_cached = seq.kv_len
+        return True
 
     def _shares(self) -> list[tuple[Sequence, int]]:
         """How many nodes each running sequence may have in this step, in order: see the module."""
@@ -202,8 +224,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.pages.shrink(seq.pages, 0)
-        self._forget(seq)
+        self._give_back(seq)
         seq.forced = seq.tokens[1:] + seq.forced
         seq.tokens = seq.tokens[:1]
         insort(self.waiting, seq, key=_order)
@@ -253,6 +274,7 @@ class Scheduler:
             seq.tokens.extend(new_tokens[:num_known])
             del seq.forced[:num_known]
             emitted = self._emit(seq, new_tokens[num_known:])
+            self.prefixes.publish(seq)
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -267,6 +289,7 @@ class Scheduler:
                     num_draft_tokens=counts[row] - 1 if drafted else 0,
                     num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0,
                     draft_depth=depths[row],
+                    num_cached=seq.num_cached or 0,
                 )
             )
         return deltas
@@ -291,6 +314,11 @@ class Scheduler:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
+        self._give_back(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        """All that is kept for a sequence, but for what the prefix cache keeps for others."""
+        self.prefixes.leave(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
 

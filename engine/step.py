@@ -27,6 +27,7 @@ from engine.core import (
 )
 from engine.errors import EngineError
 from engine.pages import PagePool
+from engine.prefix import PrefixCache
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from verify.accept import accept, accept_all
@@ -72,8 +73,11 @@ class Engine:
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
         self.sampler = Sampler(target.vocab_size, config.device)
+        prefixes = PrefixCache(
+            pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
+        )
         self.scheduler = Scheduler(
-            config, pages, eos_token_ids, draft.scratch_rows, draft.forget, target.vocab_size
+            config, pages, prefixes, eos_token_ids, draft.scratch_rows, draft.forget, target.vocab_size
         )
         self.step_log = step_log
         # Charge each phase of ``last_times`` with its own work by waiting for the device: for measurements
@@ -139,9 +143,14 @@ class Engine:
         return self.draft.vocab_coverage()
 
     def kv_usage(self) -> float:
-        """Share of the pages in use, 0 to 1."""
+        """Share of the pages that requests hold, 0 to 1; those merely cached are not counted."""
         pages = self.scheduler.pages
-        return 1.0 - pages.num_free / pages.num_usable
+        return pages.num_held / pages.num_usable
+
+    def prefix_counts(self) -> tuple[int, int]:
+        """Tokens of all prompts so far, and how many of them the prefix cache had. (0, 0) without one."""
+        prefixes = self.scheduler.prefixes
+        return prefixes.num_asked, prefixes.num_found
 
     def generate(
         self,

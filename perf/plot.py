@@ -1,4 +1,4 @@
-"""A picture of a serving benchmark: how TTFT and TPOT are distributed, and how they went over the run.
+"""Pictures: how TTFT and TPOT of a serving benchmark are distributed, and how they went over the run.
 
 matplotlib is in the extra ``perf`` and is imported only here, when a picture is asked for.
 """
@@ -20,24 +20,30 @@ _ROWS: tuple[tuple[str, Callable[[Trace], float | None]], ...] = (
 )
 
 
-def check_plot() -> None:
-    """Raise ConfigError if there is nothing to draw with."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure; sizes in inches. Raises ConfigError if there is nothing to draw with."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install 'haast[perf]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG. Raises ConfigError if the file cannot be written."""
+    try:
+        figure.savefig(path, format="png", dpi=110)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror})") from error
 
 
 def plot(path: Path, runs: Mapping[str, Sequence[Trace]], title: str) -> None:
     """Write a PNG with one colour per run, named by its key.
 
     Left the share of requests that were at least that fast, right each request at the time it was sent;
-    failed requests are crosses at the bottom. Raises ConfigError without matplotlib.
+    failed requests are crosses at the bottom. Raises ConfigError as ``new_figure`` and ``save`` do.
     """
-    check_plot()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = new_figure(11, 7)
     figure.suptitle(title)
     panels = figure.subplots(len(_ROWS), 2, squeeze=False)
     for (name, value), (left, right) in zip(_ROWS, panels, strict=True):
@@ -48,7 +54,7 @@ def plot(path: Path, runs: Mapping[str, Sequence[Trace]], title: str) -> None:
         for panel in (left, right):
             panel.grid(alpha=0.3)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _draw(

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.errors import ConfigError
+from perf.plot import new_figure, save
 from perf.token_cost import read_costs, time_per_token
 
 SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
@@ -311,12 +312,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     Raises ConfigError without matplotlib, or if the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'haast[perf]'") from error
     modes = [mode for mode in ("greedy", "sampled") if f"reliability_{mode}_raw" in result]
-    figure = Figure(figsize=(5 * len(modes), 5), layout="constrained")
+    figure = new_figure(5 * len(modes), 5)
     for place, mode in enumerate(modes, start=1):
         axes = figure.add_subplot(1, len(modes), place, title=mode, xlim=(0, 1), ylim=(0, 1))
         axes.set(xlabel="conditional score", ylabel="share accepted", aspect="equal")
@@ -326,10 +323,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             scores, shares = [row[2] for row in found["buckets"]], [row[3] for row in found["buckets"]]
             axes.plot(scores, shares, marker=marker, label=f"{kind}, mean error {found['error']:.3f}")
         axes.legend()
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.parser import Parser
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.step import Engine
 from engine.text.conversation import conversation_ids
@@ -73,8 +73,9 @@ def shares(profiled: Any) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile and print. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="perf.step_profile", description=__doc__)
+    parser = Parser(prog="perf.step_profile", description=__doc__)
     add_engine_arguments(parser)
+    parser.set_defaults(enable_prefix_caching=False)  # decode steps alone are profiled, on rows of their own
     parser.add_argument("--max-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)

@@ -34,6 +34,7 @@ FLOORS = {
     "engine.checkpoint": 1,
     "engine.text": 1,
     "engine.pages": 1,
+    "engine.prefix": 1,
     "engine.kvcache": 1,
     "engine.rows": 1,
     "engine.sampler": 1,

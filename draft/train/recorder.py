@@ -29,7 +29,10 @@ class Recording:
 
 
 class FeatureRecorder:
-    """core.Draft: the root alone, and a notebook."""
+    """core.Draft: the root alone, and a notebook. The engine must run without a prefix cache, for the
+    features of tokens that are not computed cannot be recorded."""
+
+    rows = None
 
     def __init__(self) -> None:
         self._rows: dict[int, list[Tensor]] = {}

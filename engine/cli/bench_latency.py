@@ -1,7 +1,8 @@
 """``haast bench latency``: one request at a time, in process, plain against speculative on the same weights.
 
-The measuring is in ``perf/latency.py``; here are the flags, the table and the JSON. The last line of stdout
-is one JSON object, whatever else is printed, so ``haast bench latency | tail -1`` always parses.
+The measuring is in ``perf/latency.py``; here are the flags, the table and the JSON. The prefix cache is off
+unless asked for. The last line of stdout is one JSON object, whatever else is printed, so ``haast bench
+latency | tail -1`` always parses.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ WARM_UP_PROMPTS = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``haast bench latency``."""
     add_engine_arguments(parser)
+    # Every prompt is run again and again, and its first token is to be timed as that of a new one.
+    parser.set_defaults(enable_prefix_caching=False)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
         "--prompts", type=Path, metavar="FILE", help="JSONL with id, kind and prompt; default: ours"
@@ -171,6 +174,7 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
         "speculation": dataclasses.asdict(size),
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
+        "prefix_caching": config.prefix_caching,
         "repeats": args.repeats,
         "num_prompts": num_prompts,
         "prompt_set": path.name,

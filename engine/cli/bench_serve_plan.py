@@ -175,7 +175,7 @@ class Plan:
 
 def check(args: argparse.Namespace) -> Plan:
     """The plan that the flags make. Raises ConfigError naming the flag."""
-    from perf.plot import check_plot
+    from perf.plot import new_figure
 
     for flag in (
         "output_len",
@@ -197,7 +197,7 @@ def check(args: argparse.Namespace) -> Plan:
         if getattr(args, flag) and not args.save_result:
             raise ConfigError(f"found {_spelt(flag)}, expected --save-result with it")
     if args.plot is not None:
-        check_plot()
+        new_figure(1, 1)  # refused now rather than after the run
         if not args.plot.resolve().parent.is_dir():
             raise ConfigError(f"--plot {args.plot}: the directory does not exist")
     asks = _asks(args)

@@ -37,6 +37,8 @@ _NUM_DEPTHS: Final = 4  # of the table; the JSON has all
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``haast bench spec``."""
     add_engine_arguments(parser)
+    # Every prompt is run again and again, and its first token is to be timed as that of a new one.
+    parser.set_defaults(enable_prefix_caching=False)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
         "--shapes",
@@ -143,6 +145,7 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
         "draft": served.draft_name,
         "draft_vocab_coverage": served.engine.vocab_coverage(),
         "max_tokens": args.max_tokens,
+        "prefix_caching": config.prefix_caching,
         "repeats": args.repeats,
         "num_prompts": num_prompts,
         "prompt_set": path.name,

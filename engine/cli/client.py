@@ -48,13 +48,14 @@ class StreamedAnswer:
     finish_reason: str | None = None
     first_at: float | None = None
     last_at: float | None = None
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        return self.usage.get("completion_tokens", 0)
+        count: int = self.usage.get("completion_tokens", 0)
+        return count
 
     @property
     def tpot(self) -> float | None:

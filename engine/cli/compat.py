@@ -49,7 +49,6 @@ _NO_LORA: Final = "adapters are not served: merge them into the checkpoint"
 _TOOLS: Final = (
     "what an answer holds is read by the vocabulary's own tokens: use mistral, or leave the flag out"
 )
-_NO_PREFIXES: Final = "there is no prefix cache yet"
 _NO_GRAPHS: Final = "nothing is captured or compiled"
 
 TABLE: Final[tuple[Row, ...]] = (
@@ -120,8 +119,6 @@ TABLE: Final[tuple[Row, ...]] = (
         "the KV cache has the type of --dtype: use auto, or leave the flag out",
         ("auto",),
     ),
-    _switch("refuse", f"{_NO_PREFIXES}: leave the flag out", "--enable-prefix-caching"),
-    _switch("accept", _NO_PREFIXES, "--no-enable-prefix-caching", "--disable-radix-cache"),
     _switch(
         "accept",
         "prompts longer than --max-num-batched-tokens always take several steps",

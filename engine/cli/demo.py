@@ -38,6 +38,7 @@ _PASSED_ON = (
     "page_size",
     "kv_cache_memory",
     "gpu_memory_utilization",
+    "enable_prefix_caching",
     "quantization",
     "speculative_config",
     "spec_method",
@@ -200,8 +201,11 @@ def _serve_flags(args: argparse.Namespace) -> list[str]:
         flags += ["--model", model]
     for name in _PASSED_ON:
         value = getattr(args, name)
-        if value is not None:
-            flags.append(f"--{name.replace('_', '-')}={value}")
+        flag = f"--{name.replace('_', '-')}"
+        if value is False:
+            flags.append(f"--no-{flag.removeprefix('--')}")
+        elif value is not None:
+            flags.append(flag if value is True else f"{flag}={value}")
     return flags
 
 

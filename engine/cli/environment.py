@@ -43,6 +43,31 @@ class Setting:
     source: str
 
 
+class Switch(argparse.Action):
+    """A flag with two positions: its own names turn it on, those of ``off`` turn it off."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, off: Sequence[str], **kwargs: Any) -> None:
+        super().__init__([*option_strings, *off], dest, nargs=0, **kwargs)
+        self._off = tuple(off)
+
+    def name_of(self, value: bool) -> str:
+        """The flag that stands for a value."""
+        return self.option_strings[0] if value else self._off[0]
+
+    def opposite(self, flag: str) -> str:
+        """The flag that says the contrary of one."""
+        return self.name_of(flag in self._off)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, option_string not in self._off)
+
+
 def flag_of(action: argparse.Action) -> str | None:
     """A flag's first long name, by which it is called in messages, variables and files."""
     return next((option for option in action.option_strings if option.startswith("--")), None)
@@ -189,7 +214,9 @@ def _words(action: argparse.Action, flag: str, value: object, source: str) -> tu
         text = str(value).strip().lower()
         if text not in (*_TRUE, *_FALSE):
             raise ConfigError(f"{source} is {value!r:.80}, expected true or false")
-        return (flag,) if text in _TRUE else ()
+        if text in _TRUE:
+            return (flag,)
+        return (action.opposite(flag),) if isinstance(action, Switch) else ()
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ConfigError(f"{source} is an empty list, expected a value")

@@ -18,6 +18,7 @@ from engine.build import Served, build
 from engine.checkpoint import open_model
 from engine.checkpoint.dummy import open_dummy
 from engine.cli import speculative
+from engine.cli.environment import Switch
 from engine.cli.progress import LoadingBar
 from engine.cli.speculative import Asked, asked, check_method
 from engine.config import EngineConfig, LlamaConfig
@@ -126,6 +127,15 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
         "--gpu-memory-utilization leaves",
     )
 
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=Switch,
+        off=("--no-enable-prefix-caching", "--disable-radix-cache"),
+        default=default.prefix_caching,
+        help="keep the KV rows of requests for later ones that begin with the same tokens; on unless turned "
+        "off with --no-enable-prefix-caching",
+    )
+
 
 def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
     default = EngineConfig()
@@ -231,6 +241,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         page_size=args.page_size,
         kv_cache_memory=default.kv_cache_memory if args.kv_cache_memory is None else args.kv_cache_memory,
         gpu_memory_utilization=(GPU_MEMORY_UTILIZATION if share is None else share) if decides else None,
+        prefix_caching=args.enable_prefix_caching,
         speculation=draft.size(default_tree(device)),
         draft_vocab_size=args.spec_draft_vocab,
         draft_max_model_len=default.draft_max_model_len

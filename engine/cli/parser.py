@@ -20,6 +20,7 @@ from typing import Any, Final, NoReturn
 from engine.cli.environment import (
     SECRET,
     Setting,
+    Switch,
     flag_of,
     nearest,
     settings,
@@ -110,7 +111,8 @@ class Parser(argparse.ArgumentParser):
         for action in dict.fromkeys(self._option_string_actions.values()):
             flag, value = flag_of(action), getattr(parsed, action.dest, None)
             if action in sources and flag is not None and value != action.default:
-                given.append(Given(flag, _spoken(flag, value), sources[action]))
+                named = action.name_of(bool(value)) if isinstance(action, Switch) else flag
+                given.append(Given(named, _spoken(flag, value), sources[action]))
         return given
 
     def _nearest(self, name: str) -> str:

@@ -175,6 +175,7 @@ def recording_engine(
         max_num_seqs=settings.batch_size,
         max_num_batched_tokens=1024,
         kv_cache_memory=4 << 30,
+        prefix_caching=False,  # every token's features are recorded, so every token is computed
         speculation=SPECULATION_OFF,
     )
     with LoadingBar() as bar:

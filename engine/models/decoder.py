@@ -16,7 +16,7 @@ from engine.core import Batch, DraftTree, Scores, Verdict
 from engine.kvcache import KVPool, LatentPool, compact
 from engine.nn.linear import Linear
 from engine.rows import BatchRows, RowPlan, batch_rows, join_plans
-from kernels import rms_norm
+from kernels import compact_rows, rms_norm
 
 
 class Decoder:
@@ -53,6 +53,10 @@ class Decoder:
     def compact(self, batch: Batch, verdict: Verdict) -> None:
         """Move the accepted rows of every layer to the front of the scratch rows."""
         compact(self.pool, batch, verdict)
+
+    def copy_rows(self, source: Tensor, destination: Tensor) -> None:
+        """Copy rows of every layer. source, destination: [M] slots."""
+        compact_rows(self.pool.rows, source, destination)
 
     def output_rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the output matrix, [n, H]: a head may share them."""

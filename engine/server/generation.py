@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 
 from aiohttp import web
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from engine.build import Served
 from engine.core import Request
@@ -23,7 +23,7 @@ from engine.server import faults
 from engine.server.metrics import Metrics, StampedDelta, summarise
 from engine.server.output import Output, output_for
 from engine.server.protocol import StreamOptions
-from engine.server.replies import Choice, Envelope, Form, Reply, Usage
+from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, Usage
 from engine.server.runner import EngineRunner, Ticket
 from engine.server.sse import ClientGoneError, EventStream
 from engine.text.output_parser import Event
@@ -156,7 +156,10 @@ class Generation:
     def _usage(self) -> Usage:
         prompt = sum(len(output.request.prompt) for output in self._outputs)
         completion = sum(output.num_tokens for output in self._outputs)
-        return Usage(prompt, completion, prompt + completion)
+        details: PromptTokensDetails | UnsetType = UNSET
+        if self._runner.engine.config.prefix_caching:
+            details = PromptTokensDetails(sum(output.stats.num_cached for output in self._outputs))
+        return Usage(prompt, completion, prompt + completion, details)
 
     def _metrics(self) -> Metrics:
         return summarise([output.stats for output in self._outputs])

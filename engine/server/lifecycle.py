@@ -97,12 +97,15 @@ async def drain(state: ServerState, runner: EngineRunner, hurry: asyncio.Event) 
 
 
 async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> None:
-    """Log throughput, load and acceptance every ``interval`` seconds; silent while nothing happens."""
+    """Log throughput, load, acceptance and prefix cache hits every ``interval`` seconds; silent while nothing
+    happens."""
     before = _snapshot(runner)
     while True:
         await asyncio.sleep(interval)
         now = _snapshot(runner)
-        prompt, generated, steps, accepted = (new - old for new, old in zip(now, before, strict=True))
+        prompt, generated, steps, accepted, asked, found = (
+            new - old for new, old in zip(now, before, strict=True)
+        )
         before = now
         if not (prompt or generated):
             continue
@@ -111,20 +114,28 @@ async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> Non
         coverage = engine.vocab_coverage()
         if coverage is not None and coverage < 1:
             acceptance += f", draft vocabulary covers {100 * coverage:.1f}%"
+        hits = f", prefix cache hits {100 * found / asked:.1f}%" if asked else ""
         log.info(
-            "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s",
+            "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s%s",
             prompt / interval,
             generated / interval,
             engine.num_running,
             engine.num_waiting,
             100 * engine.kv_usage(),
+            hits,
             acceptance,
         )
 
 
-def _snapshot(runner: EngineRunner) -> tuple[int, int, int, int]:
+def _snapshot(runner: EngineRunner) -> tuple[int, ...]:
     totals = runner.totals
-    return (totals.num_prompt_tokens, totals.num_generated_tokens, totals.num_spec_steps, totals.num_accepted)
+    return (
+        totals.num_prompt_tokens,
+        totals.num_generated_tokens,
+        totals.num_spec_steps,
+        totals.num_accepted,
+        *runner.engine.prefix_counts(),
+    )
 
 
 class _Signals:

@@ -64,6 +64,7 @@ class RequestStats:
     last_token: float | None = None
     num_tokens: int = 0
     num_draft_tokens: int = 0
+    num_cached: int = 0  # tokens of the prompt
     histogram: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ class RequestStats:
             self.last_token = stamped.ended
             self.num_tokens += num_tokens
         delta = stamped.delta
+        self.num_cached = delta.num_cached
         if delta.num_draft_tokens:
             accepted = min(delta.num_accepted, max(num_tokens - 1, 0))
             self.num_draft_tokens += delta.num_draft_tokens

@@ -59,6 +59,7 @@ class Preparer:
             prompt=tuple(ids),
             sampling=sampling,
             speculation=protocol.speculation(call, self.config.speculation),
+            cache_salt=call.cache_salt or "",
         )
 
     def _check_ids(self, ids: list[int], param: str) -> None:

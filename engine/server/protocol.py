@@ -136,6 +136,7 @@ class GenerationRequest(Struct, kw_only=True):
     ) = None
     ignore_eos: bool | None = None
     speculation: Literal["off", "auto"] | SpeculationOptions | None = None
+    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
 
     presence_penalty: Any = None
     frequency_penalty: Any = None

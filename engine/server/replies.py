@@ -44,12 +44,20 @@ class ErrorReply(Struct):
     error: ErrorBody
 
 
+class PromptTokensDetails(Struct):
+    """``cached_tokens`` of the prompt were not computed: the prefix cache had their rows."""
+
+    cached_tokens: int
+
+
 class Usage(Struct):
-    """Tokens of a request; the end-of-text token counts as a completion token."""
+    """Tokens of a request; the end-of-text token counts as a completion token. Details are left out where
+    prefix caching is off."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
 
 
 class ModelCard(Struct, kw_only=True):

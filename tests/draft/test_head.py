@@ -45,6 +45,8 @@ def features(count: int) -> Tensor:
 def test_the_example_of_the_module(draft: FeatureDraft) -> None:
     """Token 5 is the root, nodes 1 and 3 are accepted: three pairs wait, each feature with the next token."""
     batch = batch_of([[10, 11, 12, 13, 14, 15]], [TREE])
+    draft.resume(batch.seqs[0])
+    assert draft.num_rows(batch.seqs[0]) == 6
     tree = DraftTree(torch.tensor([[15, 16, 99, 17]]), torch.tensor([[-1, 0, 0, 1]]))
     draft.observe(
         batch,
@@ -57,11 +59,11 @@ def test_the_example_of_the_module(draft: FeatureDraft) -> None:
     tokens, kept = pending.take(2)
     assert tokens.tolist() == [16, 17]
     assert kept[:, 0].tolist() == [0, 1]
-    assert (pending.num_rows, pending.num_waiting) == (2, 1)
+    assert (pending.num_rows, pending.num_waiting) == (7, 1)
     tokens, kept = pending.take(1)
     assert tokens.tolist() == [18]
     assert kept[:, 0].tolist() == [3]
-    assert pending.num_waiting == 0
+    assert (pending.num_rows, pending.num_waiting) == (8, 0)
 
 
 def test_a_chunk_of_a_prompt_is_extended_at_once_but_for_its_last_pair(draft: FeatureDraft) -> None:
@@ -85,13 +87,25 @@ def test_a_chunk_of_a_prompt_is_extended_at_once_but_for_its_last_pair(draft: Fe
 
 
 def test_a_request_without_speculation_costs_nothing(draft: FeatureDraft) -> None:
-    batch = batch_of([[1, 2], [3, 4]], [PLAIN, CHAIN])
+    batch = batch_of([[2], [4]], [PLAIN, CHAIN])
     tree = DraftTree(torch.tensor([[2], [4]]), torch.tensor([[-1], [-1]]))
     verdict = Verdict(torch.tensor([[0], [0]]), torch.tensor([1, 1]), torch.tensor([5, 6]))
     draft.observe(batch, tree, verdict, features(1).expand(2, -1, -1))
     assert list(draft._pending) == [1]
+    assert (draft.num_rows(batch.seqs[0]), draft.num_rows(batch.seqs[1])) == (None, 1)
     draft.forget(batch.seqs[1])
     draft.forget(batch.seqs[0])  # nothing to forget
+    assert draft._pending == {}
+
+
+def test_a_head_cannot_begin_in_the_middle(draft: FeatureDraft) -> None:
+    """Speculation that starts after the first step, for want of pages or by choice: the rows before it are
+    missing."""
+    batch = batch_of([[1, 2]], [CHAIN])
+    tree = DraftTree(torch.tensor([[2]]), torch.tensor([[-1]]))
+    draft.observe(
+        batch, tree, Verdict(torch.tensor([[0]]), torch.tensor([1]), torch.tensor([5])), features(1)
+    )
     assert draft._pending == {}
 
 

@@ -142,6 +142,7 @@ def make_engine(
     eos: tuple[int, ...] = (),
     shared_noise: bool = True,
     half_weights: bool = False,
+    prefix_caching: bool = True,
 ) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object."""
     config = EngineConfig(
@@ -151,6 +152,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         speculation=speculation,
         half_weights=half_weights,
+        prefix_caching=prefix_caching,
     )
     layers = (
         {"eagle3": FEATURE_LAYERS, "eagle": (POST_NORM,)}.get(draft, ()) if isinstance(draft, str) else ()
@@ -183,10 +185,11 @@ def prompts_of(lengths: Sequence[int], seed: int = 1, vocab_size: int = 97) -> l
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing runs, every page is back, and the draft has forgotten everyone."""
+    """Nothing runs, every page is free or cached, and the draft has forgotten everyone."""
     assert not engine.has_work
     pages = engine.scheduler.pages
-    assert pages.num_free == pages.num_usable
+    assert pages.num_free + pages.num_cached == pages.num_usable
+    assert engine.scheduler.prefixes._trails == {}
     if isinstance(engine.draft, FeatureDraft):
         assert engine.draft._pending == {}
         assert engine.draft.lookup._states == {}
@@ -217,6 +220,8 @@ class Prophet:
 
     def __init__(self, answers: dict[int, tuple[int, ...]], vocab_size: int, seed: int = 0) -> None:
         self._answers, self._vocab_size, self._random = answers, vocab_size, random.Random(seed)
+
+    rows = None
 
     def vocab_coverage(self) -> float | None:
         return None

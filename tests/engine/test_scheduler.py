@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,12 +28,17 @@ def alone(prompt_len: int, params: SamplingParams) -> tuple[int, ...]:
 
 
 def check_pages(engine: Engine) -> None:
-    """Every page is free or owned once, every owner has enough, and none is the dummy."""
+    """Every page is free, cached or held, every holder has enough, and none is the dummy; what several hold
+    or others may find, nobody will write."""
     pages = engine.scheduler.pages
-    owned = [page for seq in engine.scheduler.running for page in seq.pages]
-    assert 0 not in owned
-    assert len(set(owned)) == len(owned)
-    assert pages.num_free + len(owned) == pages.num_usable
+    held = Counter(page for seq in engine.scheduler.running for page in seq.pages)
+    assert 0 not in held
+    assert all(pages._num_holders[page] == held[page] for page in range(pages.num_pages))
+    assert pages.num_free + pages.num_cached + len(held) == pages.num_usable
+    assert not any(pages._is_free[page] for page in (*held, *pages._entries))
+    for seq in engine.scheduler.running:
+        writable = seq.pages[seq.kv_len // pages.page_size :]
+        assert not any(page in pages._entries or held[page] > 1 for page in writable)
     assert not any(seq.pages for seq in engine.scheduler.waiting)
     for seq in engine.scheduler.running:
         assert len(seq.pages) * pages.page_size >= seq.kv_len

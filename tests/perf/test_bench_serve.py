@@ -292,7 +292,7 @@ def test_a_picture(scripted: Scripted, bench: Bench, tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture_and_no_measurement(
     scripted: Scripted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     said = refusal(capsys, "--base-url", scripted.url, "--plot", tmp_path / "a.png")
     assert "--plot needs matplotlib: pip install 'haast[perf]'" in said
     assert not scripted.asked

@@ -73,7 +73,8 @@ def script(*steps: bytes, finish: str = "stop", accepted: int | None = None) -> 
 
 @dataclass
 class FakeEngine:
-    """Gives every request the same answer, a delta per step, and notes what it is told.
+    """Gives every request the same answer, a delta per step, and notes what it is told. All tokens of a
+    prompt but the last are cached.
 
     hold: while it is set, steps do nothing; fail_at: the step (from 0) that raises; refusal: what add raises;
     step_time: seconds that a step takes.
@@ -111,11 +112,16 @@ class FakeEngine:
     def kv_usage(self) -> float:
         return 0.0
 
+    def prefix_counts(self) -> tuple[int, int]:
+        return sum(len(r.prompt) for r in self.added), sum(len(r.prompt) - 1 for r in self.added)
+
     def add(self, request: Request) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.added.append(request)
-        self._live[request.id] = deque(replace(delta, request_id=request.id) for delta in self.answer)
+        self._live[request.id] = deque(
+            replace(delta, request_id=request.id, num_cached=len(request.prompt) - 1) for delta in self.answer
+        )
 
     def abort(self, request_id: int) -> None:
         self.aborted.append(request_id)

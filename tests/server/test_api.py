@@ -18,6 +18,15 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 
 
+def usage_of(prompt: int, completion: int, *, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
 def test_whole_chat_answer() -> None:
     async def scenario() -> None:
         async with server() as api:
@@ -34,7 +43,7 @@ def test_whole_chat_answer() -> None:
                     "logprobs": None,
                 }
             ]
-            assert reply["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+            assert reply["usage"] == usage_of(5, 6, cached=4)
             spec = reply["metrics"]["speculative_decoding"]
             assert spec["acceptance_histogram"] == [0, 0, 1, 0, 0]
             assert spec["num_spec_tokens"] == 4
@@ -69,6 +78,22 @@ def test_stream_has_one_event_per_step() -> None:
     asyncio.run(scenario())
 
 
+def test_salt_and_cached_tokens() -> None:
+    """Without a cache nothing is said of it."""
+
+    async def scenario() -> None:
+        async with server() as api:
+            await api.post(TEXT, {"prompt": ["a", "b"], "cache_salt": "mine"})
+            await api.post(TEXT, {"prompt": "a"})
+            assert [request.cache_salt for request in api.engine.added] == ["mine", "mine", ""]
+        engine = FakeEngine(config=EngineConfig(max_model_len=64, prefix_caching=False))
+        async with server(engine) as api:
+            _, reply, _ = await api.post(TEXT, {"prompt": "ab"})
+            assert "prompt_tokens_details" not in reply["usage"]
+
+    asyncio.run(scenario())
+
+
 def test_usage_chunk_is_last_and_carries_the_metrics() -> None:
     async def scenario() -> None:
         async with server(FakeEngine(script(b"He", b"llo"), step_time=0.03)) as api:
@@ -76,10 +101,10 @@ def test_usage_chunk_is_last_and_carries_the_metrics() -> None:
             assert "metrics" not in first | second
             assert "usage" not in first | second
             assert usage["choices"] == []
-            assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+            assert usage["usage"] == usage_of(5, 6, cached=4)
             assert usage["metrics"]["speculative_decoding"]["num_spec_steps"] == 1
             first, *_ = await api.stream({**BODY, "stream_options": {"continuous_usage_stats": True}})
-            assert first["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+            assert first["usage"] == usage_of(5, 2, cached=4)
 
     asyncio.run(scenario())
 
@@ -120,7 +145,7 @@ def test_completions_of_text_ids_and_lists() -> None:
             await api.post(TEXT, {"prompt": [1, 2, 3]})
             status, reply, _ = await api.post(TEXT, {"prompt": ["x", "yz"]})
             assert [choice["index"] for choice in reply["choices"]] == [0, 1]
-            assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+            assert reply["usage"] == usage_of(3, 12, cached=1)
             assert [request.prompt for request in api.engine.added] == [
                 (97, 98),
                 (1, 2, 3),

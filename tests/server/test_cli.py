@@ -352,7 +352,7 @@ def test_demo_says_why_the_server_died(capfd: pytest.CaptureFixture[str]) -> Non
 
 def test_demo_passes_its_flags_on() -> None:
     args = parse(demo, "m.gguf", "--spec-model", "ngram", "--kv-cache-memory", "1GiB", "--spec-nodes", "3",
-                 "--load-format", "dummy")  # fmt: skip
+                 "--load-format", "dummy", "--no-enable-prefix-caching")  # fmt: skip
     passed = parse(serve, *demo._serve_flags(args))
     assert options.engine_config(passed) == options.engine_config(args)
     assert options.model_name(passed) == "m.gguf"

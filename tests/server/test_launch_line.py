@@ -244,7 +244,7 @@ VERDICTS: dict[str, str] = {  # written by hand, from what people launch: "", "n
     "--enable-lora": "merge them",
     "--lora-modules a=b c=d": "merge them",
     "--chat-template my.jinja": "the checkpoint's own",
-    "--enable-prefix-caching": "there is no prefix cache yet",
+    "--enable-prefix-caching": "",
     "--no-enable-prefix-caching": "",
     "--revision abc": "--local-dir DIR",
     "--max-num-queued-tokens 9": "--max-num-queued-reqs",

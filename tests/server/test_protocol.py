@@ -48,6 +48,8 @@ def sampling(**fields: Any) -> Any:
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": 3}, "cache_salt"),
         ({"speculation": "on"}, "speculation"),
         ({"speculation": {"nodes": 65}}, "speculation.nodes"),
         ({"speculation": {"depth": 17}}, "speculation.depth"),

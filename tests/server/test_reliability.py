@@ -258,4 +258,5 @@ def test_report_is_silent_when_idle(caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(scenario())
     lines = [record.message for record in caplog.records if record.message.startswith("prompt ")]
     assert len(lines) == 1
-    assert "acceptance length 3.00, draft vocabulary covers 97.5%" in lines[0]
+    assert "KV use 0.0%, prefix cache hits 80.0%, acceptance length 3.00" in lines[0]
+    assert "draft vocabulary covers 97.5%" in lines[0]

@@ -159,6 +159,35 @@ def test_every_shape_of_value_in_variables(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
+    ("words", "text", "expected"),
+    [
+        ("", "", True),
+        ("--no-enable-prefix-caching", "", False),
+        ("--disable-radix-cache", "", False),
+        ("--enable_prefix_caching", "", True),
+        ("", "enable-prefix-caching: false", False),
+        ("", "no-enable-prefix-caching: true", False),
+        ("", "no-enable-prefix-caching: false", True),
+        ("", "disable-radix-cache: true", False),
+        ("", "disable-radix-cache: false", True),
+        ("--enable-prefix-caching", "enable-prefix-caching: false", True),
+        ("--disable-radix-cache", "enable-prefix-caching: true", False),
+    ],
+)
+def test_a_switch_has_two_positions(words: str, text: str, expected: bool, write: Write) -> None:
+    """Whichever of its names is used, and wherever."""
+    args = parse(f"--config={write(text)}", "model", *words.split())
+    assert options.engine_config(args).prefix_caching is expected
+    assert ("--no-enable-prefix-caching" in given(args)) is not expected
+
+
+def test_a_switch_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAAST_ENABLE_PREFIX_CACHING", "0")
+    assert not options.engine_config(parse("model")).prefix_caching
+    assert options.engine_config(parse("model", "--enable-prefix-caching")).prefix_caching
+
+
+@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("PORT", "x", "argument --port: invalid int value: 'x' (from HAAST_PORT)"),

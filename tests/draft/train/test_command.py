@@ -10,11 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from draft.train.collect import DataSettings
 from draft.train.evaluate import Acceptance
 from draft.train.loop import CHECKPOINT, CURVE, Run
+from draft.train.recorder import FeatureRecorder
 from engine.build import build
+from engine.checkpoint import open_checkpoint
 from engine.cli import options
 from engine.cli.main import main
+from engine.cli.train import recording_engine
 from engine.config import EngineConfig
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from tests.checkpoint.files import write_gguf, write_hf, write_tokenizer
@@ -161,3 +165,18 @@ def test_bfloat16_is_used_where_the_kernels_have_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(options, "has_fast_bfloat16", lambda: fast)
     assert options.bfloat16_is_fast("cpu") == fast
     assert options.bfloat16_is_fast("cuda:1")
+
+
+def test_every_token_is_computed_where_features_are_recorded(tmp_path: Path) -> None:
+    """Questions begin alike; a prefix cache would spare the engine what the recorder is there for."""
+    checkpoint = open_checkpoint(str(write_target(tmp_path, "hf")))
+    engine = recording_engine(
+        checkpoint, checkpoint.tokenizer(), FeatureRecorder(), (0,), DataSettings(max_model_len=64), "cpu"
+    )
+    requests = [Request(number, tuple(range(40)), SamplingParams(max_tokens=2)) for number in range(2)]
+    for request in requests:
+        engine.add(request)
+        while engine.has_work:
+            engine.step()
+        assert isinstance(engine.draft, FeatureRecorder)
+        assert len(engine.draft.take(request.id).features) == 41
