@@ -35,7 +35,8 @@ _FIRST = 3  # samples of a size of which the (lower) median is taken; later ones
 _NUDGE = 1 / 16  # how far a later sample moves a size's value
 _FAR = 0.25  # log units past which a sample counts no further: 28%
 _PACE_STEPS = 9  # the pace is the median surprise of so many steps
-_PACE_SHARE = 0.8  # the rest of a lasting surprise goes to the shape of the sizes that showed it
+_PACE_SHARE = 0.9  # the rest of a lasting surprise goes to the shape of the sizes that showed it
+_LEAST_PACE = 0.1  # log units: a smaller median surprise is noise
 _MOST_WEIGHT = 16
 _REFRESH = 8  # samples between rebuilds of a curve's table
 
@@ -76,7 +77,7 @@ class Curve:
 
     def __init__(self) -> None:
         self._seen: dict[int, _Seen] = {}
-        self._surprises: deque[float] = deque(maxlen=_PACE_STEPS)
+        self._surprises = deque([0.0] * _PACE_STEPS, maxlen=_PACE_STEPS)
         self._pace = 1.0
         self._table: list[float] = []  # seconds of sizes 0, 1, .. at pace 1; 0 costs what 1 does
         self._since_refresh = 0
@@ -100,7 +101,8 @@ class Curve:
         else:
             surprise = place - seen.value
             self._surprises.append(surprise)
-            pace = _PACE_SHARE * sorted(self._surprises)[len(self._surprises) // 2]
+            usual = sorted(self._surprises)[_PACE_STEPS // 2]
+            pace = _PACE_SHARE * usual if abs(usual) > _LEAST_PACE else 0.0
             self._pace = math.exp(pace)
             seen.value += _NUDGE * min(max(surprise - pace, -_FAR), _FAR)
             self._since_refresh += 1
@@ -127,7 +129,8 @@ class Curve:
         weights = [min(self._seen[size].count, _MOST_WEIGHT) ** 2.0 for size in sizes]
         logs = isotonic(np.asarray([self._seen[size].value for size in sizes]), np.asarray(weights))
         seconds = np.exp(logs)
-        all_sizes = np.arange(max(64, 1 << largest.bit_length()) + 1, dtype=np.float64)
+        largest = max(largest, sizes[-1], 63)
+        all_sizes = np.arange(1 << largest.bit_length(), dtype=np.float64)
         table = np.interp(all_sizes, sizes, seconds)
         below, above = all_sizes < sizes[0], all_sizes > sizes[-1]
         prior = np.maximum(1.0 + _PRIOR_ROW * (all_sizes - 1), 1.0)
