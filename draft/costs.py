@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from draft.calibration import isotonic
 
@@ -39,6 +40,8 @@ _PACE_SHARE = 0.9  # the rest of a lasting surprise goes to the shape of the siz
 _LEAST_PACE = 0.1  # log units: a smaller median surprise is noise
 _MOST_WEIGHT = 16
 _REFRESH = 8  # samples between rebuilds of a curve's table
+
+Floats = NDArray[np.float64]
 
 
 def grid_size(size: int) -> int:
@@ -79,6 +82,7 @@ class Curve:
         self._seen: dict[int, _Seen] = {}
         self._surprises = deque([0.0] * _PACE_STEPS, maxlen=_PACE_STEPS)
         self._pace = 1.0
+        self._fit: tuple[Floats, Floats, float] | None = None
         self._table: list[float] = []  # seconds of sizes 0, 1, .. at pace 1; 0 costs what 1 does
         self._since_refresh = 0
 
@@ -107,7 +111,7 @@ class Curve:
             seen.value += _NUDGE * min(max(surprise - pace, -_FAR), _FAR)
             self._since_refresh += 1
         if self._since_refresh >= _REFRESH:
-            self._table, self._since_refresh = [], 0
+            self._fit, self._table, self._since_refresh = None, [], 0
 
     def __call__(self, size: int) -> float:
         """Seconds of one size."""
@@ -124,25 +128,32 @@ class Curve:
 
     def _build(self, largest: int) -> None:
         """Tabulate all sizes up to at least ``largest``."""
-        assert self._seen, "a curve is asked only after something was seen"
-        sizes = sorted(self._seen)
-        weights = [min(self._seen[size].count, _MOST_WEIGHT) ** 2.0 for size in sizes]
-        logs = isotonic(np.asarray([self._seen[size].value for size in sizes]), np.asarray(weights))
-        seconds = np.exp(logs)
-        largest = max(largest, sizes[-1], 63)
+        if self._fit is None:
+            self._fit = self._fitted()
+        sizes, seconds, slope = self._fit
+        largest = max(largest, int(sizes[-1]), 63)
         all_sizes = np.arange(1 << largest.bit_length(), dtype=np.float64)
         table = np.interp(all_sizes, sizes, seconds)
         below, above = all_sizes < sizes[0], all_sizes > sizes[-1]
         prior = np.maximum(1.0 + _PRIOR_ROW * (all_sizes - 1), 1.0)
-        table[below] = seconds[0] * prior[below] / prior[sizes[0]]
-        slope = _slope(np.asarray(sizes, dtype=np.float64), seconds, np.asarray(weights))
-        if slope is None:
-            slope = float(seconds[-1]) * _PRIOR_ROW / prior_shape(sizes[-1])
+        table[below] = seconds[0] * prior[below] / prior[int(sizes[0])]
         table[above] = seconds[-1] + slope * (all_sizes[above] - sizes[-1])
         self._table = table.tolist()
 
+    def _fitted(self) -> tuple[Floats, Floats, float]:
+        """Seen sizes, their seconds made non-decreasing, and seconds per row beyond them; all at pace 1."""
+        assert self._seen, "a curve is asked only after something was seen"
+        sizes = sorted(self._seen)
+        weights = np.asarray([min(self._seen[size].count, _MOST_WEIGHT) ** 2.0 for size in sizes])
+        seconds = np.exp(isotonic(np.asarray([self._seen[size].value for size in sizes]), weights))
+        places = np.asarray(sizes, dtype=np.float64)
+        slope = _slope(places, seconds, weights)
+        if slope is None:
+            slope = float(seconds[-1]) * _PRIOR_ROW / prior_shape(sizes[-1])
+        return places, seconds, slope
 
-def _slope(sizes: np.ndarray, seconds: np.ndarray, weights: np.ndarray) -> float | None:
+
+def _slope(sizes: Floats, seconds: Floats, weights: Floats) -> float | None:
     """Seconds per row over the upper half of the seen speculative sizes; None if fewer than two were seen."""
     upper = (sizes >= 2) & (sizes >= sizes[-1] / 4)
     if upper.sum() < 2:

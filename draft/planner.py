@@ -46,7 +46,7 @@ _MARGIN = 0.03  # a new shape must save this share of the time per token
 _PROBE_SHARE = 0.005  # of all time that may go into probes
 _LEAST_PROBE_STEPS = 16
 _MODE_SLOWNESS = 8.0  # a mode's belief follows its requests' trees so much slower than each request's own
-_LOOK_EVERY = 4  # plans between searches for a better shape; newcomers are not kept waiting
+_LOOK_EVERY = 8  # plans between searches for a better shape; newcomers are not kept waiting
 _PLAIN_EVERY = 512  # steps with drafts after which one has none, so that its cost stays known
 
 

@@ -185,6 +185,15 @@ def test_requests_that_decided_themselves_are_obeyed() -> None:
     assert plan(Invented(costs), [*seats[1:], free], LOAD).drafted == (False, False, False)
 
 
+def test_fixed_sizes_are_accounted_for_in_full() -> None:
+    costs = CURVES["linear"]
+    levels = [[0.5, 0.2, 0.1, 0.1], [0.25, 0.1, 0.0, 0.0], [0.1, 0.0, 0.0, 0.0]]
+    found = plan(Invented(costs), [Seat("fixed", Speculation(5, 3, 2), levels)], LOAD)
+    spent = costs.first(1) + 2 * costs.level(2) + costs.verify(5)
+    assert found.seconds_per_token == pytest.approx(spent / (1 + 0.5 + 0.25 + 0.2 + 0.1))
+    assert found.decisions[0].saved_ms == pytest.approx(1e3 * (costs.verify(1) - spent / 2.05))
+
+
 # --- while and after drafting
 
 
@@ -217,6 +226,11 @@ def test_keep_all_of_fixed_trees() -> None:
     values = [[0.0, 0.0], [0.9, 0.01]]
     costs = Invented(oracle.Costs(lambda n: 10.0 + n, lambda n: 0.0, lambda n: 0.0))
     assert keep(costs, LOAD, values, 0.0, [True, False]) == [2, 1]
+    full = Invented(oracle.Costs(lambda n: 10.0 + 5.0 * max(n - 4, 0), lambda n: 0.0, lambda n: 0.0))
+    assert keep(full, LOAD, [[0.0, 0.0], [0.3, 0.2]], 0.0, [False, False]) == [0, 2]
+    assert keep(full, LOAD, [[0.0, 0.0], [0.3, 0.2]], 0.0, [True, False]) == [2, 0], (
+        "its rows were the free ones"
+    )
 
 
 @settings(max_examples=60, deadline=None)
