@@ -295,6 +295,7 @@ class Planner:
         self._shape: Shape | None = None
         self._since_probe = self._since_plain = self._num_plans = 0
         self._asks: Sequence[Ask] = ()
+        self._whole: list[bool] = []  # of which asks every drafted node is kept
         self._load = Load(0.0)
 
     def plan(self, asks: Sequence[Ask], load: Load) -> Plan:
@@ -317,6 +318,11 @@ class Planner:
             looks_around=self._num_plans % _LOOK_EVERY == 1,
         )
         self._shape = found.shape
+        # A probe is also to show what its row costs and whether it is accepted.
+        self._whole = [
+            ask.asked == "fixed" or decision.reason == "probe"
+            for ask, decision in zip(asks, found.decisions, strict=True)
+        ]
         for memory, drafted in zip(memories, found.drafted, strict=True):
             memory.drafted = drafted
         if found.is_probe:
@@ -359,7 +365,7 @@ class Planner:
         beliefs = [self._memories[ask.request_id].belief for ask in self._asks]
         spent = self.costs.draft(num_drafting, level_rows) if num_drafting else 0.0
         trusted = [belief.trusted(of) for belief, of in zip(beliefs, values, strict=True)]
-        return keep(self.costs, self._load, trusted, spent, [ask.asked == "fixed" for ask in self._asks])
+        return keep(self.costs, self._load, trusted, spent, self._whole)
 
     def observe(self, drafts: Sequence[Drafted]) -> None:
         """Learn from the drafts of the step, those of sequences that were planned for."""
