@@ -39,7 +39,7 @@ _PACE_STEPS = 9  # the pace is the median surprise of so many steps
 _PACE_SHARE = 0.9  # the rest of a lasting surprise goes to the shape of the sizes that showed it
 _LEAST_PACE = 0.1  # log units: a smaller median surprise is noise
 _MOST_WEIGHT = 16
-_REFRESH = 8  # samples between rebuilds of a curve's table
+_REFRESH = 16  # samples between rebuilds of a curve's table
 
 Floats = NDArray[np.float64]
 
