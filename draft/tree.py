@@ -199,8 +199,7 @@ def prune(tree: DraftTree, counts: Tensor) -> DraftTree:
     """
     assert tree.scores is not None
     values = torch.where(tree.real(), tree.scores.value, NEVER)
-    values[:, 0] = -NEVER
-    place = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the root's
+    place = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the root's, worth 1
     return _padding_last(replace(tree, parents=torch.where(place <= counts[:, None], tree.parents, -1)))
 
 

@@ -106,6 +106,16 @@ def test_a_change_of_one_size_is_learned() -> None:
     assert curve(4) == pytest.approx(0.03, rel=0.06)
 
 
+def test_a_lasting_change_is_blamed_on_the_size_that_showed_it() -> None:
+    """The other sizes were not seen since: it may have been the machine, but that is ever less likely."""
+    draw = random.Random(8)
+    curve = warmed_up(lambda n: 0.02, draw)
+    for _ in range(500):
+        curve.observe(4, noisy(draw, 0.03))
+    assert curve(1) == pytest.approx(0.02, rel=0.12)
+    assert curve(4) == pytest.approx(0.03, rel=0.12)
+
+
 def test_one_hiccup_is_a_shrug() -> None:
     curve = warmed_up(FORMS["linear"], random.Random(5))
     before = curve(4)
