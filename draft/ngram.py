@@ -133,10 +133,15 @@ class MatchRates:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """A chain that prompt lookup proposes, and the chance that its first token is right."""
+    """A chain that prompt lookup proposes, and the chance of every token that the chain is right so far."""
 
     tokens: list[int]
-    likelihood: float
+    chances: list[float]
+
+    @property
+    def likelihood(self) -> float:
+        """The chance that its first token is right."""
+        return self.chances[0]
 
 
 @dataclass(slots=True)
@@ -167,14 +172,15 @@ class PromptLookup:
             return None
         length = _match_length(tokens, found)
         period, chance = len(tokens) - found, 1.0
-        chain: list[int] = []
+        chain, chances = list[int](), list[float]()
         while len(chain) < most:
             chance *= self.rates(length + len(chain))
             if chance < _LEAST_LIKELY:
                 break
             chain.append(tokens[found + len(chain) % period])
+            chances.append(chance)
         state.tokens, state.start, state.length = chain, len(tokens), length
-        return Lookup(chain, self.rates(length)) if chain else None
+        return Lookup(chain, chances) if chain else None
 
     def _settle(self, state: _State, tokens: list[int]) -> None:
         """Count how far the last proposal was right."""

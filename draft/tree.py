@@ -12,7 +12,7 @@ exceeds its parent's, and ties go to the older candidate, so whatever is kept ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -155,17 +155,23 @@ def _keep_best(
     )
 
 
-def graft(tree: DraftTree, chains: Tensor) -> DraftTree:
+def graft(tree: DraftTree, chains: Tensor, chances: Tensor | None = None) -> DraftTree:
     """Trees with a chain from each root added; where tree and chain agree, they share nodes.
 
-    tree: [B, N]; chains: [B, L] int64 tokens after the root, padded with -1 at the end. Returns at most N + L
-    nodes, padding last; grafted ones have scores of 0, which no offer has. Example: root with children a and
-    b, chain a c: c becomes a child of a.
+    tree: [B, N]; chains: [B, L] int64 tokens after the root, padded with -1 at the end; chances: [B, L]
+    float32 that the chain is right so far, 0 if not given. Returns at most N + L nodes, padding last; grafted
+    ones have a raw score of 0, which no offer has, and their chance for a value; shared ones have the greater
+    value, so that values still never grow along a path. Example: root with children a and b, chain a c: c
+    becomes a child of a.
     """
     num_seqs, num_nodes = tree.tokens.shape
     length = chains.shape[1]
     tokens = torch.cat((tree.tokens, chains.clamp(min=0)), dim=1)
     parents = torch.cat((tree.parents, torch.full_like(chains, -1)), dim=1)
+    value = None
+    if tree.scores is not None:
+        given = tree.scores.value.new_zeros(num_seqs, length) if chances is None else chances
+        value = torch.cat((tree.scores.value, given), dim=1)
     node = torch.zeros(num_seqs, 1, dtype=torch.int64, device=tokens.device)  # where the chain has got to
     for place in range(length):
         wanted = chains[:, place : place + 1]
@@ -174,14 +180,27 @@ def graft(tree: DraftTree, chains: Tensor) -> DraftTree:
         own = num_nodes + place
         parents[:, own : own + 1] = torch.where(real & ~exists, node, -1)
         node = torch.where(real, torch.where(exists, shared.long().argmax(1, keepdim=True), own), node)
+        if value is not None:  # of an own node that is not needed after all: padding, and never looked at
+            value.scatter_(1, node, torch.maximum(value.gather(1, node), value[:, own : own + 1]))
     scores = None
-    if tree.scores is not None:
+    if tree.scores is not None and value is not None:
 
         def widened(part: Tensor) -> Tensor:
             return torch.cat((part, part.new_zeros(num_seqs, length)), dim=1)
 
-        scores = DraftScores(widened(tree.scores.raw), widened(tree.scores.value), widened(tree.scores.rank))
+        scores = DraftScores(widened(tree.scores.raw), value, widened(tree.scores.rank))
     return _padding_last(DraftTree(tokens, parents, scores))
+
+
+def prune(tree: DraftTree, counts: Tensor) -> DraftTree:
+    """The same trees with the best nodes alone: counts [B] int64 of each, the root not counted.
+
+    Values never grow along a path and ties go to the older node, so what is kept has its ancestors kept.
+    """
+    assert tree.scores is not None
+    values = torch.where(tree.real(), tree.scores.value, NEVER)
+    place = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the root's, worth 1
+    return _padding_last(replace(tree, parents=torch.where(place <= counts[:, None], tree.parents, -1)))
 
 
 def _padding_last(tree: DraftTree) -> DraftTree:

@@ -139,6 +139,7 @@ class TestPromptLookup:
         # 0.5, 0.5 * 0.6, .. * 0.667, .. * 0.714, .. * 0.75 is 0.107, the next one less than 0.1
         assert short.tokens == [9, 8, 7, 6, 5]
         assert short.likelihood == 0.5
+        assert short.chances == pytest.approx([1 / 2, 3 / 10, 1 / 5, 1 / 7, 3 / 28])
         sure = lookup.propose(sequence_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, 1), 12)
         assert sure is not None
         assert sure.tokens == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import draft.tree
-from draft.tree import Limits, Offers, graft, grow
+from draft.tree import Limits, Offers, graft, grow, prune
 from engine.core import DraftScores, DraftTree, Speculation
 from tests.oracles.attention import ancestors_of
 
@@ -296,6 +296,40 @@ def test_a_grafted_tree_has_all_nodes_of_tree_and_chain_once(seed: int) -> None:
         assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
         assert sorted(grafted.scores.raw[row][real].tolist()) == [0.0] * len(own) + [0.5] * len(before)
     assert grafted.real().any(0).all(), "a CPU scores no column of padding"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_grafted_tree_is_pruned_to_its_best_nodes(seed: int) -> None:
+    """Values by path: the tree's, the chain's chance, or the greater where both have the node; many ties."""
+    draw = random.Random(seed)
+    num_seqs, length = draw.randrange(1, 4), draw.randrange(1, 5)
+    tree = random_tree(draw, num_seqs, draw.randrange(1, 8))
+    assert tree.scores is not None
+    values = torch.where(tree.real(), 0.5 ** tree.depths(), 0.0)
+    tree = replace(tree, scores=replace(tree.scores, value=values))
+    lengths = [draw.randrange(0, length + 1) for _ in range(num_seqs)]
+    place = torch.arange(length)
+    inside = place < torch.tensor(lengths)[:, None]
+    chains = torch.where(inside, torch.tensor([[draw.randrange(4) for _ in place] for _ in lengths]), -1)
+    chances = torch.where(inside, draw.choice((0.25, 0.5, 0.75, 1.0)) ** (place + 1), 0.0)
+    grafted = graft(tree, chains, chances)
+    counts = [draw.randrange(0, 8) for _ in range(num_seqs)]
+    pruned = prune(grafted, torch.tensor(counts))
+    assert pruned.scores is not None
+    for row in range(num_seqs):
+        expected = dict(zip(paths(tree, row), values[row][tree.real()[row]].tolist(), strict=True))
+        for depth in range(1, lengths[row] + 1):
+            path = (int(tree.tokens[row, 0]), *chains[row, :depth].tolist())
+            expected[path] = max(expected.get(path, 0.0), float(chances[row, depth - 1]))
+        whole, kept = paths(grafted, row), paths(pruned, row)
+        assert grafted.scores is not None
+        got = grafted.scores.value[row][grafted.real()[row]].tolist()
+        assert dict(zip(whole, got, strict=True)) == pytest.approx(expected)
+        best = sorted(whole[1:], key=lambda path: -expected[path])[: counts[row]]
+        assert kept == [path for path in whole if path in {whole[0], *best}]
+        real = pruned.real()[row]
+        assert pruned.scores.value[row][real].tolist() == pytest.approx([expected[path] for path in kept])
+        assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
 
 
 def test_a_chain_alone_needs_no_scores() -> None:

@@ -1,0 +1,395 @@
+"""How much to draft: plain decoding, a chain, a tree or prompt lookup, for every request and step.
+
+The objective is the least expected time per emitted token of the batch,
+
+    (draft seconds + seconds of the target's step) / (sequences + expected accepted tokens),
+
+where every sequence emits its bonus, and a node adds its path value: the chance that the step gets that far.
+Three questions come up on the way of a step, and pure functions answer them:
+
+- ``plan``, before drafting: who drafts, how many levels, how wide, which tokens of prompt lookup; on the
+  requests' typical trees (``draft.belief``);
+- ``is_worth_level``, while drafting: whether to expand the frontier once more;
+- ``keep``, after drafting: how many of its best nodes each tree may show the target.
+
+All rest on one fact: a row costs the same whoever needs it, so nodes are taken by value over the whole batch,
+and the only question is how many. Along a path values never grow, and ties go to the older node, so the
+ancestors of whatever is taken are taken too. Every count is looked at, so that the answer is exact for any
+cost curve: with a knee or a jump the first bad node is not the last good one.
+
+``Planner`` holds what the functions are given: costs, beliefs, the last plan, counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from draft.belief import Belief, Levels
+from draft.costs import StepCosts
+from draft.search import Asked, Found, Load, Search, Seat, Shape
+from engine.core import SPECULATION_OFF, Speculation
+
+Reason = Literal[
+    "chain",
+    "tree",
+    "lookup",
+    "probe",
+    "request said off",
+    "no room for a draft",
+    "not worth it: rows cost too much",
+    "not worth it: drafting costs too much",
+]
+
+_MARGIN = 0.03  # a new shape must save this share of the time per token
+_PROBE_SHARE = 0.005  # of all time that may go into probes
+_LEAST_PROBE_STEPS = 16
+_MODE_SLOWNESS = 8.0  # a mode's belief follows its requests' trees so much slower than each request's own
+_LOOK_EVERY = 8  # plans between searches for a better shape; newcomers are not kept waiting
+_PLAIN_EVERY = 512  # steps with drafts after which one has none, so that its cost stays known
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to draft for one request in this step."""
+
+    speculation: Speculation
+    levels: int  # that the head is expected to draft; 0: it is not asked
+    reason: Reason
+    saved_ms: float  # expected, per token of this request, against plain decoding of the whole batch
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The decisions of a step, and what the next plan must know of them."""
+
+    decisions: tuple[Decision, ...]
+    shape: Shape  # of free requests that draft, and ..
+    drafted: tuple[bool, ...]  # .. which they are; both without probes
+    is_probe: bool  # this step tries out what the plan is against
+    seconds_per_token: float  # expected, of the batch
+    plain_seconds_per_token: float
+
+
+# --- before drafting
+
+
+def plan(
+    costs: StepCosts,
+    seats: Sequence[Seat],
+    load: Load,
+    last: Shape | None = None,
+    *,
+    steps_since_probe: int = 0,
+    steps_since_plain: int = 0,
+    stops_early: bool = False,
+    looks_around: bool = True,
+) -> Plan:
+    """Decide for a batch.
+
+    last: shape of the last plan, None if there was none; it stays unless another is better by a margin.
+    steps_since_plain: since the last step without any draft. stops_early: ``is_worth_level`` is asked before
+    every level, so a draft may go as deep as its limits. looks_around: False spares most of the time; then
+    only the last plan is compared with having no head in this step, as lookups come and go.
+    """
+    search = Search(costs, seats, load)
+    newcomers = [place for place in search.free if seats[place].drafted is None]
+    same = {place for place in search.free if seats[place].drafted}
+    if last is not None and not looks_around and not newcomers:
+        stays, shape = search.again(same, last)
+        found = min(stays, search.without_head, key=lambda found: found.seconds_per_token)
+    else:
+        found, shape = search.best()
+        stays = found
+        if last is not None:
+            kept, kept_shape = search.again(same | found.drafting.intersection(newcomers), last)
+            if found.seconds_per_token > (1 - _MARGIN) * kept.seconds_per_token:
+                found, shape = kept, kept_shape
+                stays = found
+    drafted = tuple(place in stays.drafting for place in range(len(seats)))
+    plain = search.times[0] / len(seats)
+    if found.drafting and not search.fixed and steps_since_plain >= _PLAIN_EVERY:
+        off = tuple(Decision(SPECULATION_OFF, 0, _refusal(seat) or "probe", 0.0) for seat in seats)
+        return Plan(off, shape, drafted, True, plain, plain)
+    probed = _probe(search, found, steps_since_probe)
+    decisions = _decisions(search, found, shape, probed, stops_early)
+    return Plan(decisions, shape, drafted, probed is not None, found.seconds_per_token, plain)
+
+
+def _refusal(seat: Seat) -> Reason | None:
+    """Why there is nothing to decide for a seat."""
+    if seat.asked == "off":
+        return "request said off"
+    return "no room for a draft" if seat.limits.is_off else None
+
+
+def _probe(search: Search, found: Found, steps_since_probe: int) -> int | None:
+    """The idle seat whose turn it is to be drafted for, to see whether that has become worth it.
+
+    One seat at a time, the longest idle first, and so seldom that probes take ``_PROBE_SHARE`` of the time
+    even if nothing of what they propose is accepted.
+    """
+    idle = [place for place in search.free if place not in found.drafting]
+    if not idle:
+        return None
+    place = max(idle, key=lambda place: search.seats[place].idle_steps)
+    rows = search.rows + len(found.taken)
+    extra = search.costs.first(1) + search.times[rows + 1] - search.times[rows]
+    least = max(extra / (_PROBE_SHARE * found.seconds), _LEAST_PROBE_STEPS)
+    return place if min(steps_since_probe, search.seats[place].idle_steps) >= least else None
+
+
+def _decisions(
+    search: Search, found: Found, shape: Shape, probed: int | None, stops_early: bool
+) -> tuple[Decision, ...]:
+    tokens, lookups = search.tokens[:], [0] * len(search.seats)
+    for negative, level, place in found.taken:
+        tokens[place] -= negative
+        lookups[place] += level <= 0
+    no_head = _why_not(search, found)
+    decisions = []
+    for place, seat in enumerate(search.seats):
+        limits, lookup, levels = seat.limits, lookups[place], 0
+        refusal, size, reason = _refusal(seat), SPECULATION_OFF, no_head
+        if refusal is not None:
+            reason = refusal
+        elif seat.asked == "fixed":
+            size, levels = limits, limits.depth
+            reason = _form(limits.top_k)
+        elif place in found.drafting:
+            levels, top_k = min(shape.levels, limits.depth), min(shape.top_k, limits.top_k)
+            depth = limits.depth if stops_early else levels
+            size, reason = replace(limits, depth=depth, top_k=top_k, lookup=lookup), _form(top_k)
+        elif place == probed:
+            size, levels, reason = Speculation(2, 1, 1, lookup), 1, "probe"
+        elif lookup:
+            size, reason = Speculation(2, 1, 1, lookup), "lookup"
+        saved = search.times[0] - found.seconds / tokens[place]
+        decisions.append(Decision(size, levels, reason, saved * 1e3))
+    return tuple(decisions)
+
+
+def _form(top_k: int) -> Reason:
+    return "chain" if top_k == 1 else "tree"
+
+
+def _why_not(search: Search, found: Found) -> Reason:
+    """Whether it is the rows that make the head's nodes too dear, or drafting them."""
+    best = max((search.seats[place].levels[0][0] for place in search.free), default=0.0)
+    if best * found.seconds_per_token <= search.times[search.rows + 1] - search.times[search.rows]:
+        return "not worth it: rows cost too much"
+    return "not worth it: drafting costs too much"
+
+
+# --- while and after drafting
+
+
+def best_cut(times: Sequence[float], values: Sequence[float], tokens: float) -> tuple[float, int]:
+    """How many nodes to take (values best first): the least times[count] / (tokens + their sum), and the
+    count."""
+    best, num_best = times[0] / tokens, 0
+    for count, value in enumerate(values, start=1):
+        tokens += value
+        rate = times[count] / tokens
+        if rate < best:
+            best, num_best = rate, count
+    return best, num_best
+
+
+def keep(
+    costs: StepCosts, load: Load, values: Sequence[Sequence[float]], spent: float, fixed: Sequence[bool] = ()
+) -> list[int]:
+    """How many of its best nodes to keep of every tree of the batch (ties: the older node first).
+
+    values: path values of each tree's nodes, root excluded, in any order; spent: seconds that drafting took;
+    fixed: trees of which all is kept, none if empty.
+    """
+    whole = fixed or [False] * len(values)
+    counts = [len(of) if all_of else 0 for of, all_of in zip(values, whole, strict=True)]
+    tokens = len(values) + sum(sum(of) for of, all_of in zip(values, whole, strict=True) if all_of)
+    pool = sorted(
+        (-value, place)
+        for place, (of, all_of) in enumerate(zip(values, whole, strict=True))
+        if not all_of
+        for value in of
+    )
+    rows = len(values) + load.other_rows + sum(counts)
+    times = [spent + seconds for seconds in costs.verify_run(rows, len(pool) + 1, load.context)]
+    _, num_kept = best_cut(times, [-negative for negative, _ in pool], tokens)
+    for _, place in pool[:num_kept]:
+        counts[place] += 1
+    return counts
+
+
+def is_worth_level(
+    costs: StepCosts,
+    load: Load,
+    values: Sequence[Sequence[float]],
+    frontier: Sequence[Sequence[float]],
+    chances: Sequence[float],
+    spent: float,
+) -> bool:
+    """Whether the target's step gets better by more than another level costs.
+
+    values: path values of all nodes so far, by tree; frontier: of those that would be expanded, by tree;
+    chances: that the best child of an accepted frontier node is accepted too, by tree; spent: seconds.
+    """
+    so_far = sorted((value for of in values for value in of), reverse=True)
+    children = [value * chance for of, chance in zip(frontier, chances, strict=True) for value in of]
+    times = costs.verify_run(len(values) + load.other_rows, len(so_far) + len(children) + 1, load.context)
+    tokens = float(len(values))
+    now, _ = best_cut([spent + seconds for seconds in times], so_far, tokens)
+    spent += costs.level(len(children))
+    later, _ = best_cut(
+        [spent + seconds for seconds in times], sorted(so_far + children, reverse=True), tokens
+    )
+    return later < now
+
+
+# --- the state
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request of the batch, as the step knows it."""
+
+    request_id: int
+    sampled: bool
+    asked: Asked
+    limits: Speculation  # the most it may use in this step; off where tokens or pages run out
+    lookup: Sequence[float] = ()  # path chances of the chain that prompt lookup found
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """What became of a request's draft."""
+
+    request_id: int
+    levels: Levels  # path values of the head's tree before the cut, best first in each level; () without one
+    expected: float  # sum of the path values of the nodes that the target scored
+    accepted: int  # of them
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What is kept of a request."""
+
+    belief: Belief
+    drafted: bool | None = None
+    idle_steps: int = 0
+
+
+class Planner:
+    """Beliefs by request, the last plan and the counters; one per engine, asked once a step.
+
+    Costs are learned by ``costs.observe_verify`` and ``costs.observe_draft``, beliefs by ``observe``.
+    stops_early: as for ``plan``.
+    """
+
+    def __init__(self, costs: StepCosts | None = None, *, stops_early: bool = False) -> None:
+        self.costs = StepCosts() if costs is None else costs
+        self._stops_early = stops_early
+        self._modes = (Belief(), Belief())  # greedy, sampled
+        self._memories: dict[int, _Memory] = {}
+        self._shape: Shape | None = None
+        self._since_probe = self._since_plain = self._num_plans = 0
+        self._asks: Sequence[Ask] = ()
+        self._whole: list[bool] = []  # of which asks every drafted node is kept
+        self._load = Load(0.0)
+
+    def plan(self, asks: Sequence[Ask], load: Load) -> Plan:
+        """Decide for the sequences of a decode step, in their order."""
+        self._asks, self._load = asks, load
+        memories = [self._memory(ask) for ask in asks]
+        for memory in memories:
+            memory.idle_steps += 1
+        self._since_probe += 1
+        self._since_plain += 1
+        self._num_plans += 1
+        found = plan(
+            self.costs,
+            [_seat(ask, memory) for ask, memory in zip(asks, memories, strict=True)],
+            load,
+            self._shape,
+            steps_since_probe=self._since_probe,
+            steps_since_plain=self._since_plain,
+            stops_early=self._stops_early,
+            looks_around=self._num_plans % _LOOK_EVERY == 1,
+        )
+        self._shape = found.shape
+        # A probe is also to show what its row costs and whether it is accepted.
+        self._whole = [
+            ask.asked == "fixed" or decision.reason == "probe"
+            for ask, decision in zip(asks, found.decisions, strict=True)
+        ]
+        for memory, drafted in zip(memories, found.drafted, strict=True):
+            memory.drafted = drafted
+        if found.is_probe:
+            self._since_probe = 0
+        if all(decision.speculation.is_off for decision in found.decisions):
+            self._since_plain = 0
+        return found
+
+    def is_worth_level(
+        self,
+        depth: int,
+        values: Sequence[Sequence[float]],
+        frontier: Sequence[Sequence[float]],
+        num_drafting: int,
+        level_rows: Sequence[int],
+    ) -> bool:
+        """Whether to expand the frontier, whose nodes have this depth; lists by sequence of the plan.
+
+        level_rows: rows of the levels expanded so far.
+        """
+        if any(ask.asked == "fixed" and ask.limits.depth > depth for ask in self._asks):
+            return True
+        beliefs = [self._memories[ask.request_id].belief for ask in self._asks]
+        return is_worth_level(
+            self.costs,
+            self._load,
+            [belief.trusted(of) for belief, of in zip(beliefs, values, strict=True)],
+            [belief.trusted(of) for belief, of in zip(beliefs, frontier, strict=True)],
+            [belief.chance(depth + 1) for belief in beliefs],
+            self.costs.draft(num_drafting, level_rows),
+        )
+
+    def keep(
+        self, values: Sequence[Sequence[float]], num_drafting: int, level_rows: Sequence[int]
+    ) -> list[int]:
+        """How many of its best nodes to keep of every sequence of the plan; ``values`` as for ``keep``.
+
+        num_drafting: sequences that the head drafted for; level_rows: as for ``is_worth_level``.
+        """
+        beliefs = [self._memories[ask.request_id].belief for ask in self._asks]
+        spent = self.costs.draft(num_drafting, level_rows) if num_drafting else 0.0
+        trusted = [belief.trusted(of) for belief, of in zip(beliefs, values, strict=True)]
+        return keep(self.costs, self._load, trusted, spent, self._whole)
+
+    def observe(self, drafts: Sequence[Drafted]) -> None:
+        """Learn from the drafts of the step, those of sequences that were planned for."""
+        asks = {ask.request_id: ask for ask in self._asks}
+        for draft in drafts:
+            ask, memory = asks[draft.request_id], self._memories[draft.request_id]
+            memory.belief.judge(draft.expected, draft.accepted)
+            if draft.levels:
+                memory.belief.learn(draft.levels, memory.idle_steps - 1)
+                self._modes[ask.sampled].learn(draft.levels, slowness=_MODE_SLOWNESS)
+                memory.idle_steps = 0
+
+    def forget(self, request_id: int) -> None:
+        """Drop what is kept of a request that ended."""
+        self._memories.pop(request_id, None)
+
+    def _memory(self, ask: Ask) -> _Memory:
+        memory = self._memories.get(ask.request_id)
+        if memory is None:
+            memory = self._memories[ask.request_id] = _Memory(Belief(self._modes[ask.sampled]))
+        return memory
+
+
+def _seat(ask: Ask, memory: _Memory) -> Seat:
+    belief = memory.belief
+    levels = [belief.trusted(level) for level in belief.levels(ask.limits.depth)]
+    return Seat(ask.asked, ask.limits, levels, belief.trusted(ask.lookup), memory.drafted, memory.idle_steps)
