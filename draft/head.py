@@ -182,7 +182,7 @@ class FeatureDraft:
             if self._has_outgrown(seq, batch.speculation[row]):
                 self._pending.pop(seq.request.id, None)
                 continue
-            if batch.speculation[row].is_off and seq.request.id not in self._pending:
+            if not batch.speculation[row].may_resume and seq.request.id not in self._pending:
                 continue
             path = verdict.path[row, : lengths[row]]
             pending = self._pending.setdefault(seq.request.id, _Pending())

@@ -26,7 +26,6 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import (
-    SPECULATION_OFF,
     Batch,
     Delta,
     DraftTree,
@@ -195,10 +194,10 @@ class Scheduler:
         return True
 
     def _reserve_tree(self, seq: Sequence, num_nodes: int) -> Speculation:
-        """What to draft in a step that leaves a sequence so many nodes: where pages are short, nothing."""
+        """What to draft in a step that leaves a sequence so many nodes; where pages are short, nothing."""
         speculation = self._step_speculation(seq).within(num_nodes)
         num_rows = seq.kv_len + 1 + self._scratch_rows(speculation)
-        return speculation if self.pages.extend(seq.pages, num_rows) else SPECULATION_OFF
+        return speculation if self.pages.extend(seq.pages, num_rows) else speculation.within(1)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
