@@ -95,7 +95,8 @@ def test_a_mixed_step_is_one_forward_without_padding(
     assert tokens_of(recording) == expected
     assert state_error(MODEL, recording, draft) < TOLERANCE
     assert watched.rows == [sum(nodes) for nodes in watched.nodes]
-    assert max(watched.rows) == BUDGET
+    assert max(watched.rows) <= BUDGET
+    assert draft == "ngram" or max(watched.rows) == BUDGET  # it is given nodes for chains it has not found
     assert sum(len(nodes) == 2 for nodes in watched.nodes) > 5, "the test is idle without mixed steps"
 
 
