@@ -154,7 +154,8 @@ class Scheduler:
         needs = [len(seq.forced) + 1 for seq in prompts]
         budget = self.config.max_num_batched_tokens
         left = budget - (len(self.running) - len(prompts))  # every decode has its root
-        for_trees = max(left - min(budget // _PROMPT_SHARE, sum(needs)), 0)
+        for_prompts = min(-(-budget // _PROMPT_SHARE), sum(needs))  # rounded up: never nothing
+        for_trees = max(left - for_prompts, 0)
         shares = {}
         for seq in self.running:
             if not seq.forced:

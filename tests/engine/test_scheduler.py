@@ -216,6 +216,23 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert finishing_order(engine) == [0, 2]  # 5 tokens are more than half of the budget
 
 
+@pytest.mark.parametrize("budget", [2, 8])
+def test_trees_leave_prompts_their_share(budget: int) -> None:
+    """Trees want more nodes than there are: in every step the prompt gets a quarter, and at least one."""
+    engine = make_engine(MODEL, "eagle3", max_num_batched_tokens=budget, speculation=Speculation(30, 4, 3))
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    engine.add(Request(0, tuple(prompts_of([2])[0]), params))
+    engine.step()
+    engine.add(greedy(1, 30, 1))
+    drafted = 0
+    for step in range(10):
+        first, second = engine.step()
+        drafted += first.num_draft_tokens
+        assert (first.request_id, second.request_id) == (0, 1)
+        assert len(engine.scheduler.running[1].tokens) == 1 + (step + 1) * max(budget // 4, 1)
+    assert bool(drafted) == (budget == 8)
+
+
 def test_the_lower_priority_number_runs_first() -> None:
     """Admission, chunks, decodes: with one place, and with all of them."""
     for places in (1, 8):
