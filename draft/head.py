@@ -214,7 +214,8 @@ class FeatureDraft:
                 self._pending.pop(seq.request.id, None)
                 continue
             is_late = seq.kv_len > 0  # to begin here, for the rows before are missing
-            if seq.request.id not in self._pending and (is_late or batch.speculation[row].is_off):
+            may_begin = batch.speculation[row].may_resume and not is_late
+            if seq.request.id not in self._pending and not may_begin:
                 continue
             path = verdict.path[row, : lengths[row]]
             pending = self._pending.setdefault(seq.request.id, _Pending())

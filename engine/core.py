@@ -56,6 +56,12 @@ class Speculation:
         return self.nodes <= 1 or self.depth < 1
 
     @property
+    def may_resume(self) -> bool:
+        """Whether a head has to follow the sequence: it speculates, if not in a step that leaves it no nodes
+        but its root."""
+        return self.depth >= 1
+
+    @property
     def most_accepted(self) -> int:
         """Draft tokens that one step can accept."""
         return 0 if self.is_off else max(min(self.depth, self.nodes - 1), self.lookup)
@@ -69,13 +75,13 @@ class Speculation:
         return Speculation(self.nodes, min(self.depth, num_tokens), self.top_k, min(self.lookup, num_tokens))
 
     def within(self, num_nodes: int) -> Speculation:
-        """The same, with no more nodes than so many, the root and the lookup's chain included."""
+        """The same, with no more nodes than so many, the root and the lookup's chain included. With the root
+        alone it is off, but may resume."""
         if num_nodes >= self.nodes + self.lookup:
             return self
         nodes = min(self.nodes, num_nodes)
-        if nodes <= 1:
-            return SPECULATION_OFF
-        return Speculation(nodes, min(self.depth, nodes - 1), self.top_k, min(self.lookup, num_nodes - nodes))
+        depth = min(self.depth, nodes - 1) if nodes > 1 else self.depth
+        return Speculation(nodes, depth, self.top_k, min(self.lookup, num_nodes - nodes))
 
 
 SPECULATION_OFF = Speculation(nodes=1, depth=0, top_k=1)

@@ -27,7 +27,6 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import (
-    SPECULATION_OFF,
     Batch,
     Delta,
     DraftTree,
@@ -177,7 +176,8 @@ class Scheduler:
         needs = [len(seq.forced) + 1 for seq in prompts]
         budget = self.config.max_num_batched_tokens
         left = budget - (len(self.running) - len(prompts))  # every decode has its root
-        for_trees = max(left - min(budget // _PROMPT_SHARE, sum(needs)), 0)
+        for_prompts = min(-(-budget // _PROMPT_SHARE), sum(needs))  # rounded up: never nothing
+        for_trees = max(left - for_prompts, 0)
         shares = {}
         for seq in self.running:
             if not seq.forced:
@@ -217,10 +217,10 @@ class Scheduler:
         return True
 
     def _reserve_tree(self, seq: Sequence, num_nodes: int) -> Speculation:
-        """What to draft in a step that leaves a sequence so many nodes: where pages are short, nothing."""
+        """What to draft in a step that leaves a sequence so many nodes; where pages are short, nothing."""
         speculation = self._step_speculation(seq).within(num_nodes)
         num_rows = seq.kv_len + 1 + self._scratch_rows(speculation)
-        return speculation if self.pages.extend(seq.pages, num_rows) else SPECULATION_OFF
+        return speculation if self.pages.extend(seq.pages, num_rows) else speculation.within(1)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -209,14 +209,17 @@ def make_engine(
     weights: Mapping[str, Weight] | None = None,
     head: Mapping[str, Weight] | None = None,
     token_ids: Tensor | None = None,
+    eos: tuple[int, ...] = (),
+    max_num_batched_tokens: int = 48,
+    max_num_seqs: int = 8,
 ) -> Engine:
     """draft: "none" or "eagle"; weights and head: instead of the pair's own; token_ids: the only tokens that
     the head may name."""
     config = EngineConfig(
         max_model_len=200,
-        max_num_batched_tokens=24,
+        max_num_batched_tokens=max_num_batched_tokens,
         page_size=page_size,
-        max_num_seqs=8,
+        max_num_seqs=max_num_seqs,
         speculation=speculation,
     )
     num_slots = num_pages * page_size
@@ -229,7 +232,7 @@ def make_engine(
             pair.head_config, owned(head or pair.head), target.embedding, output, num_slots, token_ids
         )
         proposer = FeatureDraft(network, "eagle")
-    return Engine(config, target, proposer, PagePool(num_pages, page_size), ())
+    return Engine(config, target, proposer, PagePool(num_pages, page_size), eos)
 
 
 def plain_tokens(

@@ -136,7 +136,7 @@ def make_engine(
     speculation: Speculation = TREE,
     num_pages: int = 120,
     page_size: int = 4,
-    max_num_batched_tokens: int = 16,
+    max_num_batched_tokens: int = 96,  # room for large trees; few, and prompts are chunked and trees cut
     max_num_seqs: int = 8,
     max_model_len: int = 200,
     eos: tuple[int, ...] = (),
@@ -329,20 +329,25 @@ def record(
     params: Sequence[SamplingParams],
     speculation: Sequence[Speculation | None] | None = None,
     after_step: Callable[[Engine], None] | None = None,
+    arrivals: Sequence[int] | None = None,
 ) -> Recording:
-    """Generate as one batch and keep what the pools held after every step."""
+    """Generate and keep what the pools held after every step. arrivals: the step before which each request is
+    added, the first if None."""
     kept: list[Snapshot] = []
     specs = speculation or [None] * len(prompts)
     requests = [
         Request(i, tuple(prompt), param, spec)
         for i, (prompt, param, spec) in enumerate(zip(prompts, params, specs, strict=True))
     ]
-    for request in requests:
-        engine.add(request)
+    coming = sorted(zip(arrivals or [0] * len(requests), requests, strict=True), key=lambda pair: pair[0])
     emitted: dict[int, list[int]] = {request.id: [] for request in requests}
     drafted, accepted, steps = [0] * len(requests), [0] * len(requests), [0] * len(requests)
     reasons: dict[int, Any] = {}
-    while engine.has_work:
+    step = 0
+    while engine.has_work or coming:
+        while coming and coming[0][0] <= step:
+            engine.add(coming.pop(0)[1])
+        step += 1
         for delta in engine.step():
             emitted[delta.request_id] += delta.token_ids
             drafted[delta.request_id] += delta.num_draft_tokens

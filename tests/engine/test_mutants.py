@@ -106,9 +106,7 @@ def oracles(model: Model, draft: str, temperature: float, mutate: Mutate) -> tup
     proposer = Prophet(dict(enumerate(expected)), model.config.vocab_size) if draft == "prophet" else draft
     with pytest.MonkeyPatch.context() as patch:
         mutate(patch)
-        speculating = make_engine(
-            model, proposer, speculation=Speculation(12, 5, 4), max_num_batched_tokens=48
-        )
+        speculating = make_engine(model, proposer, speculation=Speculation(12, 5, 4))
         recording = record(speculating, PROMPTS, params)
     tokens = [completion.token_ids for completion in recording.completions]
     return tokens == expected, state_matches(model, recording, draft)
