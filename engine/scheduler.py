@@ -138,22 +138,25 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting sequences run, in order, while there are places and pages for a first step. Those that
-        run but come later in the order make room, if they have enough of it."""
-        while self.waiting:
+        run but come later in the order make room, if they have enough of it; then that is all for this step,
+        or they would come back for the room that they have made."""
+        made_room = False
+        while self.waiting and not made_room:
             seq = self.waiting[0]
             later = [other for other in self.running if other.order > seq.order]
             is_full = len(self.running) == self._num_places
             if is_full and not later:
                 return
-            if not self._start(seq):
+            while not self._start(seq):
                 first_rows = min(len(seq.tokens) + len(seq.forced), self.config.max_num_batched_tokens)
                 room = self.pages.num_available + sum(len(other.pages) for other in later)
                 if not later or self.pages.pages_for(first_rows) > room:
                     return
-                self._preempt(later[-1])
-                continue
-            if is_full:
-                self._preempt(later[-1])
+                self._preempt(later.pop())
+                made_room = True
+            if is_full and not made_room:
+                self._preempt(later.pop())
+                made_room = True
             insort(self.running, self.waiting.popleft(), key=_order)
 
     def _start(self, seq: Sequence) -> bool:
