@@ -13,6 +13,7 @@ feature 7); extend writes the head's rows 6, 7 and 8, and row 8 is the new root'
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,18 +21,22 @@ import torch
 from torch import Tensor
 
 from draft.calibration import Calibration
-from draft.ngram import Lookup, PromptLookup
-from draft.none import root_tokens
+from draft.ngram import PromptLookup
+from draft.none import Unplanned, root_tokens
+from draft.planner import Planner
+from draft.planning import Planning
 from draft.solo import Children, SoloRows, grow_one
-from draft.tree import Limits, Offers, graft, grow
+from draft.tree import IsWorth, Limits, Offers, graft, grow
 from engine.core import (
     Batch,
+    Decision,
     DraftRows,
     DraftScores,
     DraftTree,
     SamplingTensors,
     Sequence,
     Speculation,
+    StepCost,
     Verdict,
     slots_of,
 )
@@ -41,9 +46,7 @@ from engine.sampler import candidates
 from kernels import compact_rows, gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
-_SURE = 0.8  # a lookup whose first token is so likely replaces the head's tree, which costs time to grow
-# Expanding a level costs a twentieth of a step or so: not worth it where it will hardly be reached.
-_LEAST_LEVEL = 0.15
+_MOST_PENDING = 64  # pairs that wait while nothing is drafted; then they run, so that memory stays small
 
 
 class HeadModel(Protocol):
@@ -137,18 +140,26 @@ class FeatureDraft:
     """A draft (core.Draft) around a HeadModel.
 
     shared_noise: rank candidates with the sampler's own noise; max_len: tokens of a sequence up to which the
-    head is used, None for no limit. A sequence that has outgrown it has no trees any more, lookups only. It
-    is its own DraftRows, too.
+    head is used, None for no limit. A sequence that has outgrown it has no trees any more, lookups only;
+    planner: decides how much to draft, where a request does not; without one all is drafted that the limits
+    allow. It is its own DraftRows, too.
     """
 
     def __init__(
-        self, model: HeadModel, name: str, *, shared_noise: bool = True, max_len: int | None = None
+        self,
+        model: HeadModel,
+        name: str,
+        *,
+        shared_noise: bool = True,
+        max_len: int | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self.model, self.name, self.shared_noise, self.max_len = model, name, shared_noise, max_len
         self.device = str(model.token_ids.device)
         self.calibration = Calibration(self.device)
         self.coverage = Coverage(model.token_ids)
         self.lookup = PromptLookup()
+        self._planning = None if planner is None else Planning(planner)
         self._pending: dict[int, _Pending] = {}
 
     @property
@@ -163,12 +174,14 @@ class FeatureDraft:
         if speculation.is_off:
             return 0
         scored = speculation.nodes - 1 + speculation.lookup
-        return max(scored, speculation.top_k * (speculation.depth - 1))
+        return max(scored, speculation.top_k * (speculation.depth - 1) if speculation.has_tree else 0)
 
     def forget(self, seq: Sequence) -> None:
         self._pending.pop(seq.request.id, None)
         self.coverage.forget(seq)
         self.lookup.forget(seq)
+        if self._planning is not None:
+            self._planning.forget(seq.request.id)
 
     def _has_waiting(self, seq: Sequence) -> bool:
         """Whether there is a row to grow a tree from: not before the first step of a sequence that starts
@@ -186,7 +199,7 @@ class FeatureDraft:
 
     def are_needed(self, seq: Sequence, speculation: Speculation) -> bool:
         """Of sequences for which the head may ever propose: it reads all rows before its own."""
-        return not (speculation.is_off or self._has_outgrown(seq, speculation))
+        return speculation.has_tree and not self._has_outgrown(seq, speculation)
 
     def num_rows(self, seq: Sequence) -> int | None:
         """Row 0, which does not exist, is never missing. None if the head does not follow the sequence."""
@@ -223,34 +236,52 @@ class FeatureDraft:
             pending.features.append(features[row, path])
             # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for
             # the first answer token's sake the last chunk waits until that token is out.
-            if batch.prompt is not None and batch.prompt.next_token[row] >= 0 and pending.num_waiting > 1:
+            goes_on = batch.prompt is not None and batch.prompt.next_token[row] >= 0
+            if (goes_on and pending.num_waiting > 1) or pending.num_waiting > _MOST_PENDING:
                 ready.append((row, pending.num_waiting - 1))
         if ready:
             self._extend(batch, ready)
+        if self._planning is not None and batch.prompt is None:
+            self._planning.observe(tree, [length - 1 for length in lengths])
+
+    def account(self, cost: StepCost) -> None:
+        if self._planning is not None:
+            self._planning.account(cost)
 
     # --- proposing
 
+    def plan(self, seqs: Items[Sequence], limits: Items[Speculation], num_other_rows: int) -> list[Decision]:
+        """What the planner decides, or all that is allowed."""
+        if self._planning is None:
+            return Unplanned().plan(seqs, limits, num_other_rows)
+        allowed = [
+            limit if self._can_grow(seq, limit) else replace(limit, nodes=1)
+            for seq, limit in zip(seqs, limits, strict=True)
+        ]
+        found = [self.lookup.propose(seq, limit.lookup) for seq, limit in zip(seqs, limits, strict=True)]
+        chances = [[] if lookup is None else lookup.chances for lookup in found]
+        return self._planning.plan(seqs, allowed, chances, num_other_rows)
+
+    def _can_grow(self, seq: Sequence, speculation: Speculation) -> bool:
+        """Whether the head can draft for a sequence as much as is asked for."""
+        return speculation.has_tree and self._has_waiting(seq) and not self._has_outgrown(seq, speculation)
+
     def propose(self, batch: Batch) -> DraftTree:
         """Trees for the sequences that speculate, the root alone for the others."""
-        lookups = [
-            None if spec.is_off else self.lookup.propose(seq, spec.lookup)
-            for seq, spec in zip(batch.seqs, batch.speculation, strict=True)
-        ]
-        active = [
-            row
-            for row, (seq, spec) in enumerate(zip(batch.seqs, batch.speculation, strict=True))
-            if not spec.is_off
-            and self._has_waiting(seq)
-            and not self._has_outgrown(seq, spec)
-            and not _is_sure(lookups[row])
-        ]
-        tree = self._trees(batch, active)
-        if not any(lookups):
-            return tree
-        chains = [[] if lookup is None else lookup.tokens for lookup in lookups]
-        longest = max(map(len, chains))
-        padded = [chain + [-1] * (longest - len(chain)) for chain in chains]
-        return graft(tree, torch.tensor(padded, dtype=torch.int64).to(self.device))
+        both = list(zip(batch.seqs, batch.speculation, strict=True))
+        lookups = [self.lookup.propose(seq, spec.lookup) for seq, spec in both]
+        tree = self._trees(batch, [row for row, of in enumerate(both) if self._can_grow(*of)])
+        if any(lookups):
+            chains = [([], []) if lookup is None else (lookup.tokens, lookup.chances) for lookup in lookups]
+            longest = max(len(tokens) for tokens, _ in chains)
+            tokens = [tokens + [-1] * (longest - len(tokens)) for tokens, _ in chains]
+            chances = [chances + [0.0] * (longest - len(chances)) for _, chances in chains]
+            tree = graft(
+                tree,
+                torch.tensor(tokens, dtype=torch.int64).to(self.device),
+                torch.tensor(chances, dtype=torch.float32).to(self.device),
+            )
+        return tree if self._planning is None else self._planning.cut(tree)
 
     def _trees(self, batch: Batch, active: list[int]) -> DraftTree:
         """The head's trees for some rows of a batch, the root alone for the others."""
@@ -259,6 +290,16 @@ class FeatureDraft:
             return DraftTree(roots, torch.full_like(roots, -1))
         for row in active:
             self.coverage.count(batch.seqs[row])
+        if self._planning is not None:
+            pendings = [self._pending[batch.seqs[row].request.id] for row in active]
+            self._planning.begin(active, max(pending.num_waiting for pending in pendings))
+        tree = self._grown(batch, active, roots)
+        if self._planning is not None:
+            self._planning.note(tree)
+        return tree if len(active) == len(batch.seqs) else _spread(tree, active, roots)
+
+    def _grown(self, batch: Batch, active: list[int], roots: Tensor) -> DraftTree:
+        """The head's trees for some rows of a batch, [len(active), N]."""
         if len(batch.seqs) == 1 and self.device == "cpu":
             start = first_slot(batch.seqs[0].pages, batch.page_size)
             if start is not None:
@@ -267,14 +308,17 @@ class FeatureDraft:
         most = len(self.model.token_ids)  # a node cannot have more children than the head has tokens
         wanted = [batch.speculation[row] for row in active]
         limits = Limits.of([replace(s, top_k=min(s.top_k, most)) for s in wanted], self.device)
-        tree = self._grow(
+        return self._grow(
             rows,
             roots[rows.index, 0],
             self._extend_all(batch, active),
             limits,
             [batch.seqs[row].kv_len for row in active],
         )
-        return tree if len(active) == len(batch.seqs) else _spread(tree, rows.index, roots)
+
+    @property
+    def _is_worth(self) -> IsWorth | None:
+        return None if self._planning is None else self._planning.is_worth_level
 
     def _rows(self, batch: Batch, rows: list[int]) -> _Rows:
         index = torch.tensor(rows, dtype=torch.int64).to(self.device)
@@ -369,7 +413,7 @@ class FeatureDraft:
             limits,
             expand,
             lambda raw, depth: self.calibration(raw, depth, sampled),
-            _LEAST_LEVEL,
+            self._is_worth,
         )
 
     def _grow_alone(self, batch: Batch, start: int) -> DraftTree:
@@ -402,7 +446,7 @@ class FeatureDraft:
             spec,
             expand,
             lambda raw, depth, rank: self.calibration.one(raw, depth, rank, sampled),
-            _LEAST_LEVEL,
+            self._is_worth,
         )
 
     def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int) -> Offers:
@@ -427,11 +471,7 @@ class FeatureDraft:
         return Offers(tokens.gather(-1, best.indices), raw.nan_to_num(0.0))
 
 
-def _is_sure(lookup: Lookup | None) -> bool:
-    return lookup is not None and lookup.likelihood >= _SURE
-
-
-def _spread(tree: DraftTree, rows: Tensor, roots: Tensor) -> DraftTree:
+def _spread(tree: DraftTree, rows: list[int], roots: Tensor) -> DraftTree:
     """Trees of some sequences as trees of the whole batch; the others get their root alone. roots: [B, 1]."""
     assert tree.scores is not None
     shape = (roots.shape[0], tree.tokens.shape[1])

@@ -24,6 +24,7 @@ from torch import Tensor
 from draft.eagle import EagleModel
 from draft.eagle3 import Eagle3Model
 from draft.head import FeatureDraft
+from draft.planner import Planner
 from engine.checkpoint.dummy import HEAD_SEED, fill_plain
 from engine.config import POST_NORM, Fields, LlamaConfig
 from engine.core import Target
@@ -44,11 +45,18 @@ class HeadCheckpoint:
     draft_vocab_size: int
 
     def build(
-        self, target: Target, num_slots: int, *, shared_noise: bool = True, half: bool = True
+        self,
+        target: Target,
+        num_slots: int,
+        *,
+        shared_noise: bool = True,
+        half: bool = True,
+        planner: Planner | None = None,
     ) -> FeatureDraft:
         """Load the weights and attach the head to its target. Raises CheckpointError naming file and tensor.
 
-        half: round the head's matrices to float16 where that is faster (on a CPU in float32).
+        half: round the head's matrices to float16 where that is faster (on a CPU in float32); planner:
+        decides how much to draft.
         """
         weights = self.read(target.embedding.dtype, str(target.embedding.device))
         # Published heads often say 2048, whatever their target takes.
@@ -72,7 +80,8 @@ class HeadCheckpoint:
             weights.pop("lm_head.weight", None)  # some exports repeat the target's
             check_shapes(self.path, weights, eagle_shapes(self.config, weights))
             head = EagleModel(shape, weights, embedding, target.logits, num_slots)
-        return FeatureDraft(head, f"{self.kind} ({self.path.name})", shared_noise=shared_noise)
+        name = f"{self.kind} ({self.path.name})"
+        return FeatureDraft(head, name, shared_noise=shared_noise, planner=planner)
 
     def read(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         """Every tensor of the directory; see ``read_weights``."""

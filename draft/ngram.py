@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draft.none import root_tokens
+from draft.none import Unplanned, root_tokens
 from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
 
 _SIZES = (4, 3, 2)  # lengths of the n-gram to look for, longest first
@@ -55,7 +55,7 @@ class NgramIndex:
         return [tokens[found + i % period] for i in range(num_tokens)]
 
 
-class NgramDraft:
+class NgramDraft(Unplanned):
     """A draft (core.Draft) that proposes one chain from the sequence's own tokens.
 
     It is as long as the deepest path of the tree it stands for, or as ``lookup`` if that is more.
@@ -103,7 +103,7 @@ class NgramDraft:
 MAX_MATCH = 16  # longer matches are counted with these
 _PRIOR_TRIALS = 8.0  # how many observations the prior counts for
 _DECAY = 0.998  # per settled proposal
-_LEAST_LIKELY = 0.1  # a token less likely than this is not worth its row
+_LEAST_LIKELY = 0.05  # a token less likely than this is worth its row on no machine
 
 
 class MatchRates:
@@ -150,6 +150,7 @@ class _State:
 
     index: NgramIndex = field(default_factory=NgramIndex)
     tokens: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
     start: int = 0  # which token of the sequence the proposal begins with
     length: int = 0  # of the match before it
 
@@ -162,10 +163,16 @@ class PromptLookup:
         self._states: dict[int, _State] = {}
 
     def propose(self, seq: Sequence, most: int) -> Lookup | None:
-        """Up to ``most`` tokens after the sequence's last, or None where nothing is found."""
+        """Up to ``most`` tokens after the sequence's last, or None where nothing is found.
+
+        Asked again before the sequence has grown, it gives the first of the same tokens, and whatever is
+        taken of them, all are judged.
+        """
         if most < 1:
             return None
         state, tokens = self._states.setdefault(seq.request.id, _State()), seq.tokens
+        if state.tokens and state.start == len(tokens):
+            return Lookup(state.tokens[:most], state.chances[:most])
         self._settle(state, tokens)
         found = state.index.find(tokens)
         if found is None:
@@ -179,8 +186,8 @@ class PromptLookup:
                 break
             chain.append(tokens[found + len(chain) % period])
             chances.append(chance)
-        state.tokens, state.start, state.length = chain, len(tokens), length
-        return Lookup(chain, chances) if chain else None
+        state.tokens, state.chances, state.start, state.length = chain, chances, len(tokens), length
+        return Lookup(chain.copy(), chances.copy()) if chain else None
 
     def _settle(self, state: _State, tokens: list[int]) -> None:
         """Count how far the last proposal was right."""

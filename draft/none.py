@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 import torch
 from torch import Tensor
 
-from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
+from engine.core import Batch, Decision, DraftTree, Sequence, Speculation, StepCost, Verdict
 
 
 def root_tokens(batch: Batch) -> Tensor:
@@ -14,7 +16,18 @@ def root_tokens(batch: Batch) -> Tensor:
     return torch.tensor([seq.tokens[-1] for seq in batch.seqs], dtype=torch.int64).to(device)[:, None]
 
 
-class NoDraft:
+class Unplanned:
+    """The part of a draft (core.Draft) that does what it is asked to, whatever that costs."""
+
+    def plan(self, seqs: Items[Sequence], limits: Items[Speculation], num_other_rows: int) -> list[Decision]:
+        """All that the limits allow."""
+        return [Decision(limit, "request said off" if limit.is_off else "as asked") for limit in limits]
+
+    def account(self, cost: StepCost) -> None:
+        pass
+
+
+class NoDraft(Unplanned):
     """A draft (core.Draft) that proposes nothing."""
 
     name = "none"

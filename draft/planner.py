@@ -29,7 +29,7 @@ from typing import Literal
 from draft.belief import Belief, Levels
 from draft.costs import StepCosts
 from draft.search import Asked, Found, Load, Search, Seat, Shape
-from engine.core import SPECULATION_OFF, Speculation
+from engine.core import Decision, Speculation
 
 Reason = Literal[
     "chain",
@@ -38,6 +38,7 @@ Reason = Literal[
     "probe",
     "request said off",
     "no room for a draft",
+    "nothing to draft",
     "not worth it: rows cost too much",
     "not worth it: drafting costs too much",
 ]
@@ -48,16 +49,6 @@ _LEAST_PROBE_STEPS = 16
 _MODE_SLOWNESS = 8.0  # a mode's belief follows its requests' trees so much slower than each request's own
 _LOOK_EVERY = 8  # plans between searches for a better shape; newcomers are not kept waiting
 _PLAIN_EVERY = 512  # steps with drafts after which one has none, so that its cost stays known
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What to draft for one request in this step."""
-
-    speculation: Speculation
-    levels: int  # that the head is expected to draft; 0: it is not asked
-    reason: Reason
-    saved_ms: float  # expected, per token of this request, against plain decoding of the whole batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +101,7 @@ def plan(
     drafted = tuple(place in stays.drafting for place in range(len(seats)))
     plain = search.times[0] / len(seats)
     if found.drafting and not search.fixed and steps_since_plain >= _PLAIN_EVERY:
-        off = tuple(Decision(SPECULATION_OFF, 0, _refusal(seat) or "probe", 0.0) for seat in seats)
+        off = tuple(Decision(seat.limits.within(1), _refusal(seat) or "probe") for seat in seats)
         return Plan(off, shape, drafted, True, plain, plain)
     probed = _probe(search, found, steps_since_probe)
     decisions = _decisions(search, found, shape, probed, stops_early)
@@ -143,30 +134,33 @@ def _probe(search: Search, found: Found, steps_since_probe: int) -> int | None:
 def _decisions(
     search: Search, found: Found, shape: Shape, probed: int | None, stops_early: bool
 ) -> tuple[Decision, ...]:
-    tokens, lookups = search.tokens[:], [0] * len(search.seats)
+    tokens, lookups, nodes = search.tokens[:], [0] * len(search.seats), [1] * len(search.seats)
     for negative, level, place in found.taken:
         tokens[place] -= negative
         lookups[place] += level <= 0
+        nodes[place] += level > 0
     no_head = _why_not(search, found)
     decisions = []
     for place, seat in enumerate(search.seats):
-        limits, lookup, levels = seat.limits, lookups[place], 0
-        refusal, size, reason = _refusal(seat), SPECULATION_OFF, no_head
+        limits, lookup = seat.limits, lookups[place]
+        refusal, size, reason = _refusal(seat), limits.within(1), no_head
         if refusal is not None:
             reason = refusal
         elif seat.asked == "fixed":
-            size, levels = limits, limits.depth
-            reason = _form(limits.top_k)
+            size, reason = limits, _form(limits.top_k) if limits.has_tree else "lookup"
         elif place in found.drafting:
-            levels, top_k = min(shape.levels, limits.depth), min(shape.top_k, limits.top_k)
-            depth = limits.depth if stops_early else levels
-            size, reason = replace(limits, depth=depth, top_k=top_k, lookup=lookup), _form(top_k)
+            depth, top_k = min(shape.levels, limits.depth), min(shape.top_k, limits.top_k)
+            reason = _form(top_k)
+            if stops_early:
+                size = replace(limits, top_k=top_k, lookup=lookup)
+            else:
+                size = Speculation(max(nodes[place], 2), depth, top_k, lookup)
         elif place == probed:
-            size, levels, reason = Speculation(2, 1, 1, lookup), 1, "probe"
+            size, reason = Speculation(2, 1, 1, lookup), "probe"
         elif lookup:
-            size, reason = Speculation(2, 1, 1, lookup), "lookup"
+            size, reason = replace(limits, nodes=1, lookup=lookup), "lookup"
         saved = search.times[0] - found.seconds / tokens[place]
-        decisions.append(Decision(size, levels, reason, saved * 1e3))
+        decisions.append(Decision(size, reason, saved * 1e3))
     return tuple(decisions)
 
 
@@ -176,8 +170,10 @@ def _form(top_k: int) -> Reason:
 
 def _why_not(search: Search, found: Found) -> Reason:
     """Whether it is the rows that make the head's nodes too dear, or drafting them."""
-    best = max((search.seats[place].levels[0][0] for place in search.free), default=0.0)
-    if best * found.seconds_per_token <= search.times[search.rows + 1] - search.times[search.rows]:
+    firsts = [search.seats[place].levels[0][0] for place in search.free if search.seats[place].levels]
+    if not firsts:
+        return "nothing to draft"
+    if max(firsts) * found.seconds_per_token <= search.times[search.rows + 1] - search.times[search.rows]:
         return "not worth it: rows cost too much"
     return "not worth it: drafting costs too much"
 

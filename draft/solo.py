@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from draft.tree import IsWorth
 from engine.core import DraftScores, DraftTree, Speculation
 from engine.rows import Part, RowPlan, tree_bias
 
@@ -34,7 +35,12 @@ class _Candidate(NamedTuple):
 
 
 def grow_one(
-    root: int, first: Children, size: Speculation, expand: Expand, value: Value, least_level: float = 0.0
+    root: int,
+    first: Children,
+    size: Speculation,
+    expand: Expand,
+    value: Value,
+    is_worth: IsWorth | None = None,
 ) -> DraftTree:
     """As ``draft.tree.grow`` for one sequence."""
     candidates: list[_Candidate] = []
@@ -50,18 +56,20 @@ def grow_one(
                     places.append(place)
         level = range(start, len(candidates))
         best = sorted(level, key=lambda number: -candidates[number].value)[: size.top_k]
-        if depth == size.depth or not best or _is_settled(candidates, best, size, least_level):
+        if depth == size.depth or not best or _is_settled(candidates, best, size):
             break
+        if is_worth is not None:
+            values = [candidate.value for candidate in candidates]
+            if not is_worth(depth, [values], [[values[number] for number in best]]):
+                break
         chosen = [candidates[number] for number in best]
         offers = expand([c.token for c in chosen], [places[number - start] for number in best], depth)
         frontier = [(number, candidates[number].value) for number in best]
     return _keep_best(root, candidates, size)
 
 
-def _is_settled(candidates: list[_Candidate], best: list[int], size: Speculation, least_level: float) -> bool:
-    """Whether no child of the frontier can still get among the kept nodes, or all of it is hardly likely."""
-    if sum(candidates[number].value for number in best) < least_level:
-        return True
+def _is_settled(candidates: list[_Candidate], best: list[int], size: Speculation) -> bool:
+    """Whether no child of the frontier can still get among the kept nodes."""
     if len(candidates) < size.nodes - 1:
         return False
     values = sorted((candidate.value for candidate in candidates), reverse=True)

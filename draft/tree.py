@@ -12,6 +12,7 @@ exceeds its parent's, and ties go to the older candidate, so whatever is kept ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,17 +54,20 @@ class Limits:
 
 Expand = Callable[[Tensor, Tensor, int], Offers]
 Value = Callable[[Tensor, int], Tensor]
+# (depth, path values of all candidates so far, and of the nodes of that depth that would be expanded; both by
+# sequence) -> whether the level behind them is worth its time.
+IsWorth = Callable[[int, Items[Items[float]], Items[Items[float]]], bool]
 
 
 def grow(
-    root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Value, least_level: float = 0.0
+    root: Tensor, first: Offers, limits: Limits, expand: Expand, value: Value, is_worth: IsWorth | None = None
 ) -> DraftTree:
     """Build the trees of a batch.
 
     root: [B] tokens; first: offers after the root ([B, 1, k]); expand(tokens [B, F], parents [B, F], depth)
     runs the head on chosen nodes of that depth, where parents are frontier numbers of the level before, and
     returns their offers; value(raw [B, F, k], depth) is the calibrated conditional acceptance of children at
-    that depth; least_level: a level whose nodes have less value than this in sum is not expanded (on a host).
+    that depth; is_worth: asked before nodes are expanded (on a host only).
     """
     num_seqs, device = root.shape[0], root.device
     beam = limits.max_top_k
@@ -85,7 +89,9 @@ def grow(
         if depth == limits.max_depth:
             break
         best = level.topk(min(beam, level.shape[1]), dim=1)
-        if _is_settled(values, best.values, limits, least_level):
+        if _is_settled(values, best.values, limits):
+            break
+        if not _asks(is_worth, depth, values, best.values, limits):
             break
         chosen = best.indices
         offers = expand(tokens[-1].gather(1, chosen), chosen // k, depth)
@@ -105,13 +111,26 @@ def grow(
     )
 
 
-def _is_settled(values: list[Tensor], frontier: Tensor, limits: Limits, least_level: float) -> bool:
-    """Whether no child of the frontier (values [B, F], best first) can still get among the kept nodes, or all
-    of it is hardly likely. Host only: a device is never waited for."""
+def _asks(
+    is_worth: IsWorth | None, depth: int, values: list[Tensor], frontier: Tensor, limits: Limits
+) -> bool:
+    """What ``is_worth`` says of expanding a frontier, values [B, F]; on a device, that it is."""
+    if is_worth is None or frontier.device.type != "cpu":
+        return True
+    in_beam = torch.arange(frontier.shape[1]) < limits.top_k
+    return is_worth(depth, _taken(torch.cat(values, 1)), _taken(torch.where(in_beam, frontier, NEVER)))
+
+
+def _taken(values: Tensor) -> list[list[float]]:
+    """Rows of values without those that must not be taken."""
+    return [[value for value in row if value > NEVER] for row in values.tolist()]
+
+
+def _is_settled(values: list[Tensor], frontier: Tensor, limits: Limits) -> bool:
+    """Whether no child of the frontier (values [B, F], best first) can still get among the kept nodes. Host
+    only: a device is never waited for."""
     if frontier.device.type != "cpu":
         return False
-    if bool((frontier.clamp(min=0).sum(dim=1) < least_level).all()):
-        return True
     pool = torch.cat(values, 1)
     if pool.shape[1] < limits.max_nodes - 1:
         return False

@@ -16,6 +16,7 @@ from draft.load import HeadCheckpoint, published_feature_layers, read_dummy_head
 from draft.mistral_eagle import MistralEagleModel
 from draft.ngram import NgramDraft
 from draft.none import NoDraft
+from draft.planner import Planner
 from engine.checkpoint import Checkpoint, MistralCheckpoint, open_model
 from engine.checkpoint.dummy import open_dummy, open_dummy_head
 from engine.checkpoint.hub import local_directory
@@ -135,7 +136,7 @@ def build_engine(
     target = _target(checkpoint, config, num_slots, feature_layers, progress)
     proposer: Draft
     if isinstance(draft, HeadCheckpoint):
-        proposer = draft.build(target, num_slots)
+        proposer = draft.build(target, num_slots, planner=_planner(config))
     elif isinstance(draft, MistralHead):
         assert isinstance(target, Mistral4)
         proposer = _mistral_draft(draft, target, config, num_slots)
@@ -145,6 +146,11 @@ def build_engine(
         proposer = draft
     log = StepLog(config.spec_log) if config.spec_log is not None else None
     return Engine(config, target, proposer, pages, eos_token_ids, log)
+
+
+def _planner(config: EngineConfig) -> Planner | None:
+    """A device is not asked while it drafts, so there the plan stands."""
+    return Planner(stops_early=config.device == "cpu") if config.planned else None
 
 
 def _target(
@@ -197,4 +203,5 @@ def _mistral_draft(head: MistralHead, target: Mistral4, config: EngineConfig, nu
             return rows(hidden).float()
 
     network = MistralEagleModel(head.config, weights, embedding, output, num_slots, ids)
-    return FeatureDraft(network, f"eagle ({head.path.name})", max_len=config.draft_max_model_len)
+    name, max_len = f"eagle ({head.path.name})", config.draft_max_model_len
+    return FeatureDraft(network, name, max_len=max_len, planner=_planner(config))

@@ -79,6 +79,7 @@ class EngineConfig:
     prefix_caching: bool = True  # keep rows for later requests that begin with the same tokens
     gpu_memory_utilization: float | None = None  # of a GPU's memory for all; decides kv_cache_memory if given
     speculation: Speculation = field(default_factory=Speculation)
+    planned: bool = True  # with a head, that is the most to draft and a planner decides; else always drafted
     draft_vocab_size: int = 32768  # tokens that Mistral's head drafts among; 0: the whole vocabulary
     draft_max_model_len: int = 16384  # longer sequences are decoded plainly by Mistral's head
     spec_log: str | None = None

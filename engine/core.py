@@ -52,8 +52,12 @@ class Speculation:
     lookup: int = 0
 
     @property
+    def has_tree(self) -> bool:
+        return self.nodes > 1 and self.depth >= 1
+
+    @property
     def is_off(self) -> bool:
-        return self.nodes <= 1 or self.depth < 1
+        return not self.has_tree and self.lookup < 1
 
     @property
     def may_resume(self) -> bool:
@@ -64,7 +68,7 @@ class Speculation:
     @property
     def most_accepted(self) -> int:
         """Draft tokens that one step can accept."""
-        return 0 if self.is_off else max(min(self.depth, self.nodes - 1), self.lookup)
+        return max(min(self.depth, self.nodes - 1) if self.has_tree else 0, self.lookup)
 
     def limited(self, num_tokens: int) -> Speculation:
         """The same, with no path longer than so many draft tokens."""
@@ -85,6 +89,16 @@ class Speculation:
 
 
 SPECULATION_OFF = Speculation(nodes=1, depth=0, top_k=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to draft for one sequence in one step, why, and the milliseconds per token that this is expected
+    to save against plain decoding of the whole batch (0 where nobody reckons)."""
+
+    speculation: Speculation
+    reason: str
+    saved_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +268,7 @@ class Batch:
     sampling: SamplingTensors
     speculation: tuple[Speculation, ...]  # what to draft for each sequence
     prompt: PromptChunk | None = None  # set for chunks of prompts
+    decisions: tuple[Decision, ...] = ()  # of decodes: why they draft what they draft
 
     @property
     def is_prefill(self) -> bool:
@@ -304,6 +319,18 @@ class Delta:
     draft_depth: int = 0  # levels of the drafted tree
     is_decode: bool = True  # False for a chunk of a prompt
     num_cached: int = 0  # tokens of the prompt that the prefix cache spared the request
+    decision: Decision | None = None  # of a decode: what was to be drafted
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step with decodes took: rows of the target in all, prompts' included, behind ``context`` tokens
+    on average; seconds of drafting, and of all else."""
+
+    num_rows: int
+    context: float
+    draft_s: float
+    verify_s: float
 
 
 class Target(Protocol):
@@ -379,7 +406,18 @@ class Draft(Protocol):
         """KV rows past ``kv_len`` that one step may write."""
         ...
 
+    def plan(self, seqs: Items[Sequence], limits: Items[Speculation], num_other_rows: int) -> list[Decision]:
+        """How much to draft for the decodes of a step, in order, each within its limits.
+
+        num_other_rows: of prompts in the same step.
+        """
+        ...
+
     def propose(self, batch: Batch) -> DraftTree: ...
+
+    def account(self, cost: StepCost) -> None:
+        """Learn what a step with decodes took."""
+        ...
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Learn what was accepted. features: [B, N, F] of the scored nodes."""

@@ -21,14 +21,16 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 import torch
 
 from engine.config import EngineConfig
 from engine.core import (
     Batch,
+    Decision,
     Delta,
+    Draft,
     DraftTree,
     FinishReason,
     PromptChunk,
@@ -49,9 +51,9 @@ _PROMPT_SHARE = 4
 class Scheduler:
     """Owns every Sequence and every page.
 
-    prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them;
-    scratch_rows tells how many KV rows past ``kv_len`` a decode step with a given speculation may write;
-    forget is called when a sequence ends or starts over.
+    prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them; draft is
+    asked how much it wants to draft and how many KV rows that may write, and told when a sequence ends or
+    starts over.
     """
 
     def __init__(
@@ -60,15 +62,14 @@ class Scheduler:
         pages: PagePool,
         prefixes: PrefixCache,
         eos_token_ids: tuple[int, ...],
-        scratch_rows: Callable[[Speculation], int],
-        forget: Callable[[Sequence], None],
+        draft: Draft,
         vocab_size: int,
     ) -> None:
         self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
-        self._scratch_rows, self._forget = scratch_rows, forget
+        self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
         self._aborted: list[Delta] = []
@@ -127,8 +128,13 @@ class Scheduler:
                 (chunks if seq.forced else decodes).append((seq, num_nodes))
         batches = []
         if decodes:
-            speculation = [self._reserve_tree(seq, num_nodes) for seq, num_nodes in decodes]
-            batches.append(self._batch([seq for seq, _ in decodes], speculation, None))
+            seqs = [seq for seq, _ in decodes]
+            limits = [self._step_speculation(seq).within(num_nodes) for seq, num_nodes in decodes]
+            decided = self._plan(seqs, limits, sum(num_nodes for _, num_nodes in chunks))
+            decisions = [
+                self._reserve_tree(seq, decision) for seq, decision in zip(seqs, decided, strict=True)
+            ]
+            batches.append(self._batch(seqs, [one.speculation for one in decisions], None, decisions))
         if chunks:
             seqs = [seq for seq, _ in chunks]
             batches.append(
@@ -219,11 +225,12 @@ class Scheduler:
             self._preempt(later[-1])
         return True
 
-    def _reserve_tree(self, seq: Sequence, num_nodes: int) -> Speculation:
-        """What to draft in a step that leaves a sequence so many nodes; where pages are short, nothing."""
-        speculation = self._step_speculation(seq).within(num_nodes)
-        num_rows = seq.kv_len + 1 + self._scratch_rows(speculation)
-        return speculation if self.pages.extend(seq.pages, num_rows) else speculation.within(1)
+    def _reserve_tree(self, seq: Sequence, decision: Decision) -> Decision:
+        """What to draft after all: where pages are short, nothing."""
+        num_rows = seq.kv_len + 1 + self._scratch_rows(decision.speculation)
+        if self.pages.extend(seq.pages, num_rows):
+            return decision
+        return Decision(decision.speculation.within(1), "no pages left for a draft")
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -246,7 +253,11 @@ class Scheduler:
         )
 
     def _batch(
-        self, seqs: list[Sequence], speculation: list[Speculation], chunk: PromptChunk | None
+        self,
+        seqs: list[Sequence],
+        speculation: list[Speculation],
+        chunk: PromptChunk | None,
+        decisions: Items[Decision] = (),
     ) -> Batch:
         device = self.config.device
         width = max(len(seq.pages) for seq in seqs)
@@ -258,6 +269,7 @@ class Scheduler:
             page_size=self.pages.page_size,
             sampling=sampling_tensors([seq.request.sampling for seq in seqs], device),
             speculation=tuple(speculation),
+            decisions=tuple(decisions),
             prompt=chunk,
         )
 
@@ -293,6 +305,7 @@ class Scheduler:
                     num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0,
                     draft_depth=depths[row],
                     num_cached=seq.num_cached or 0,
+                    decision=batch.decisions[row] if batch.decisions else None,
                 )
             )
         return deltas

@@ -7,12 +7,12 @@ road, in the same forward, as chains that are accepted in advance.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
 
+from engine.clock import Clock
 from engine.config import EngineConfig
 from engine.core import (
     Batch,
@@ -23,6 +23,7 @@ from engine.core import (
     Request,
     SamplingParams,
     Speculation,
+    StepCost,
     Target,
 )
 from engine.errors import EngineError
@@ -76,28 +77,24 @@ class Engine:
         prefixes = PrefixCache(
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )
-        self.scheduler = Scheduler(
-            config, pages, prefixes, eos_token_ids, draft.scratch_rows, draft.forget, target.vocab_size
-        )
+        self.scheduler = Scheduler(config, pages, prefixes, eos_token_ids, draft, target.vocab_size)
         self.step_log = step_log
-        # Charge each phase of ``last_times`` with its own work by waiting for the device: for measurements
-        # only.
-        self.waits_for_device = step_log is not None
         self.last_times = StepTimes()
+        self._clock = Clock(config.device)
         self._next_id = 0
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
         """Run one iteration: draft trees, score them all at once, accept a path of each, commit it."""
         deltas = self.scheduler.take_aborted()
-        started = time.perf_counter()
+        started = self._clock.mark()
         batches = self.scheduler.next_batches()  # pages for every node are reserved here
         if not batches:
             return deltas
         trees = [prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch) for batch in batches]
-        drafted = self._now()
+        drafted = self._clock.mark()
         scores = self.target.score(batches, trees)
-        scored = self._now()
+        scored = self._clock.mark()
         verdicts = []
         for batch, tree, found in zip(batches, trees, scores, strict=True):
             choice = self.sampler(found, batch)  # the target's own token after every scored node
@@ -106,15 +103,12 @@ class Engine:
             self.draft.observe(batch, tree, verdict, found.features)
             deltas += self.scheduler.commit(batch, tree, verdict)
             verdicts.append(verdict)
-        self.last_times = StepTimes(drafted - started, scored - drafted, self._now() - scored)
-        if self.step_log is not None and not batches[0].is_prefill:  # decodes come first
-            self.step_log.write(batches[0], trees[0], verdicts[0], self.last_times)
+        self.last_times = StepTimes.between(started, drafted, scored, self._clock.mark())
+        if not batches[0].is_prefill:  # decodes come first
+            self.draft.account(_cost(batches, deltas, self.last_times))
+            if self.step_log is not None:
+                self.step_log.write(batches[0], trees[0], verdicts[0], self.last_times)
         return deltas
-
-    def _now(self) -> float:
-        if self.waits_for_device and self.config.device.startswith("cuda"):
-            torch.cuda.synchronize(self.config.device)
-        return time.perf_counter()
 
     # --- requests
 
@@ -183,6 +177,14 @@ class Engine:
             for delta in self.step():
                 deltas[delta.request_id].append(delta)
         return [_completion(request, deltas[request.id]) for request in requests]
+
+
+def _cost(batches: Items[Batch], deltas: Items[Delta], times: StepTimes) -> StepCost:
+    """What a step took, of the deltas it made."""
+    rows = sum(1 + delta.num_draft_tokens for delta in deltas if delta.is_decode)
+    rows += sum(sum(batch.prompt.lengths) for batch in batches if batch.prompt is not None)
+    contexts = [seq.kv_len for batch in batches for seq in batch.seqs]
+    return StepCost(rows, sum(contexts) / len(contexts), times.draft_s, times.verify_s + times.other_s)
 
 
 def _completion(request: Request, deltas: list[Delta]) -> Completion:

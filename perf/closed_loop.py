@@ -107,7 +107,6 @@ def drive(
     until it holds MIN_STEPS steps. Request ids count up from first_id.
     """
     assert not engine.has_work, "a window begins on an idle engine"
-    engine.waits_for_device = True
     trace = Trace(clock())
     users = [load.requests(user) for user in range(load.concurrency)]
     active: dict[int, Answer] = {}

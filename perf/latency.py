@@ -98,7 +98,6 @@ def read_prompts(path: Path) -> list[Prompt]:
 def run_engine(engine: Engine, request: Request, clock: Callable[[], float] = time.perf_counter) -> Run:
     """Answer one request on an otherwise idle engine."""
     run = Run()
-    engine.waits_for_device = True
     started = before = clock()
     engine.add(request)
     while engine.has_work:

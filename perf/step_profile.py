@@ -81,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     served = open_engine(args)
     engine = served.engine
-    engine.waits_for_device = True
     prompt = tuple(conversation_ids(served.tokenizer, [{"role": "user", "content": _PROMPT}]))
     sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
     modes: dict[str, Speculation | None] = {"plain": SPECULATION_OFF, "speculative": None}

@@ -27,6 +27,7 @@ FLOORS = {
     "draft": 2,
     "verify": 2,
     "engine.core": 1,
+    "engine.clock": 1,
     "engine.config": 1,
     "engine.errors": 1,
     "engine.nn": 1,

@@ -11,6 +11,7 @@ from typing import IO, Any, Protocol
 
 import msgspec
 
+from engine.clock import Mark, seconds_between
 from engine.core import Batch, DraftTree, Verdict
 from engine.errors import ConfigError
 
@@ -24,21 +25,30 @@ class StepTimes:
     verify_s: float = 0.0
     other_s: float = 0.0
 
+    @classmethod
+    def between(cls, started: Mark, drafted: Mark, scored: Mark, ended: Mark) -> StepTimes:
+        """The times between marks."""
+        return cls(
+            seconds_between(started, drafted),
+            seconds_between(drafted, scored),
+            seconds_between(scored, ended),
+        )
+
     @property
     def total_s(self) -> float:
         return self.draft_s + self.verify_s + self.other_s
 
 
 def _state(batch: Batch, row: int, num_nodes: int) -> dict[str, Any]:
-    """Whether a sequence speculated in this step, and if not, why."""
-    asked = batch.seqs[row].request.speculation
-    if num_nodes > 1:
-        return {"speculation": "on", "reason": None}
-    if not batch.speculation[row].is_off:
-        return {"speculation": "off", "reason": "the draft proposed nothing"}
-    if asked is not None and asked.is_off:
-        return {"speculation": "off", "reason": "the request turned it off"}
-    return {"speculation": "off", "reason": "off by default, or no tokens or memory left for a tree"}
+    """Whether a sequence speculated in this step, and why or why not."""
+    decision = batch.decisions[row] if batch.decisions else None
+    state = {
+        "speculation": "on" if num_nodes > 1 else "off",
+        "reason": decision.reason if decision is not None else None,
+    }
+    if decision is not None and num_nodes == 1 and not decision.speculation.is_off:
+        state["reason"] = f"{decision.reason}: nothing was proposed"
+    return state
 
 
 def step_records(

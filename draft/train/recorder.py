@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draft.none import root_tokens
+from draft.none import Unplanned, root_tokens
 from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
 
 
@@ -28,7 +28,7 @@ class Recording:
     features: Tensor  # [len(tokens) - 1, F] bfloat16, on the host
 
 
-class FeatureRecorder:
+class FeatureRecorder(Unplanned):
     """core.Draft: the root alone, and a notebook. The engine must run without a prefix cache, for the
     features of tokens that are not computed cannot be recorded."""
 

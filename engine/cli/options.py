@@ -166,8 +166,8 @@ def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="nodes of the draft tree, root included; 1 turns speculation off (default 8, or 4 on a CPU "
-        "without AVX-512 bfloat16, where every scored node costs time)",
+        help="most nodes of the draft tree, root included; 1 turns speculation off (default 12; with "
+        "--spec-plan fixed 8, or 4 on a CPU without AVX-512 bfloat16, where every scored node costs time)",
     )
     group.add_argument(
         "--spec-depth",
@@ -175,7 +175,7 @@ def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="levels of the draft tree (default 4, or 3)",
+        help="most levels of the draft tree (default 5; fixed: 4, or 3)",
     )
     group.add_argument(
         "--spec-top-k",
@@ -183,7 +183,7 @@ def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="children of a node (default 4, or 2)",
+        help="most children of a node (default 4; fixed: 4, or 2)",
     )
     group.add_argument(
         "--spec-lookup",
@@ -216,6 +216,13 @@ def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
         "ours tree (as --spec-nodes), depth, top_k",
     )
     group.add_argument(
+        "--spec-plan",
+        choices=("auto", "fixed"),
+        default="auto",
+        help="auto: decide for every request and step whether plain decoding, a chain, a tree or prompt "
+        "lookup should cost least, up to the sizes above; fixed: always draft all (default %(default)s)",
+    )
+    group.add_argument(
         "--spec-log", metavar="FILE", help="write every step's tree, verdict and times as JSONL"
     )
 
@@ -242,7 +249,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         kv_cache_memory=default.kv_cache_memory if args.kv_cache_memory is None else args.kv_cache_memory,
         gpu_memory_utilization=(GPU_MEMORY_UTILIZATION if share is None else share) if decides else None,
         prefix_caching=args.enable_prefix_caching,
-        speculation=draft.size(default_tree(device)),
+        speculation=draft.size(default_tree(device, args.spec_plan)),
+        planned=args.spec_plan == "auto",
         draft_vocab_size=args.spec_draft_vocab,
         draft_max_model_len=default.draft_max_model_len
         if draft.max_model_len is None
@@ -252,13 +260,15 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     )
 
 
-def default_tree(device: str) -> Speculation:
-    """The tree where none is asked for.
+def default_tree(device: str, plan: str = "auto") -> Speculation:
+    """The tree where none is asked for: the largest for a planner, or what is always drafted without one.
 
     Eight nodes are the design's choice for GPUs and CPUs with bfloat16 units, not yet measured there. On the
     one CPU without such units that was tried, scoring eight cost half as much again as scoring one, so fewer
     are drafted.
     """
+    if plan == "auto":
+        return Speculation(12, 5, 4, lookup=8)
     return Speculation(lookup=8) if bfloat16_is_fast(device) else Speculation(4, 3, 2, lookup=8)
 
 

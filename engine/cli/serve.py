@@ -155,8 +155,9 @@ def _describe(served: Served) -> None:
     else:
         longest = getattr(served.engine.draft, "max_len", None)
         log.info(
-            "speculation: %s, %d nodes, depth %d, top-k %d, lookup %d%s",
+            "speculation: %s, %s%d nodes, depth %d, top-k %d, lookup %d%s",
             served.draft_name,
+            "planned, at most " if config.planned else "",
             tree.nodes,
             tree.depth,
             tree.top_k,

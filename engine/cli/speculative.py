@@ -80,6 +80,8 @@ class Asked:
             )
         asked = {"nodes": self.nodes, "depth": self.depth, "top_k": self.top_k, "lookup": self.lookup}
         given = {name: number for name, number in asked.items() if number is not None}
+        if self.nodes == 1:  # which turns speculation off, prompt lookup too unless it is asked for
+            given.setdefault("lookup", 0)
         return dataclasses.replace(default, **given)
 
 

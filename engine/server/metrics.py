@@ -10,6 +10,7 @@ target's own, so that the tokens of speculative steps are always steps + accepte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class SpeculationMetrics(msgspec.Struct, kw_only=True):
     num_accepted_draft_tokens: int
     num_draft_tokens: int
     num_spec_tokens: int  # the most that one step can accept: tree depth or lookup
+    reasons: dict[str, int]  # decode steps by why they drafted what they drafted
+    expected_ms_saved: float  # against plain decoding, as it was reckoned before each step
 
 
 class Metrics(msgspec.Struct, kw_only=True):
@@ -64,6 +67,8 @@ class RequestStats:
     last_token: float | None = None
     num_tokens: int = 0
     num_draft_tokens: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    saved_ms: float = 0.0
     num_cached: int = 0  # tokens of the prompt
     histogram: list[int] = field(default_factory=list)
 
@@ -80,6 +85,9 @@ class RequestStats:
             self.num_tokens += num_tokens
         delta = stamped.delta
         self.num_cached = delta.num_cached
+        if delta.decision is not None and num_tokens:
+            self.reasons[delta.decision.reason] += 1
+            self.saved_ms += delta.decision.saved_ms * num_tokens
         if delta.num_draft_tokens:
             accepted = min(delta.num_accepted, max(num_tokens - 1, 0))
             self.num_draft_tokens += delta.num_draft_tokens
@@ -139,6 +147,8 @@ def _speculation(stats: Sequence[RequestStats]) -> SpeculationMetrics | None:
         num_accepted_draft_tokens=accepted_tokens,
         num_draft_tokens=drafted,
         num_spec_tokens=len(histogram) - 1,
+        reasons=dict(sum((one.reasons for one in stats), Counter[str]()).most_common()),
+        expected_ms_saved=round(sum(one.saved_ms for one in stats), 3),
     )
 
 

@@ -287,11 +287,12 @@ def speculation(call: GenerationRequest, default: Speculation) -> Speculation | 
         return None
     if isinstance(wanted, str):
         return SPECULATION_OFF
+    lookup = 0 if wanted.nodes == 1 else default.lookup  # one node turns speculation off, or leaves a lookup
     return Speculation(
         wanted.nodes or default.nodes,
         wanted.depth or default.depth,
         wanted.top_k or default.top_k,
-        default.lookup if wanted.lookup is None else wanted.lookup,
+        lookup if wanted.lookup is None else wanted.lookup,
     )
 
 

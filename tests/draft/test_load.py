@@ -38,12 +38,6 @@ Weights = dict[str, Tensor]
 Raw = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def every_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft every level: whether an unlikely one is worth it may hang on the rounding of a score."""
-    monkeypatch.setattr("draft.head._LEAST_LEVEL", 0.0)
-
-
 def eagle3_files() -> tuple[Raw, Weights]:
     raw, _ = tiny_eagle3(MODEL.config, 0, 90)
     return raw, copies(MODEL.eagle3)

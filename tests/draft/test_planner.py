@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from draft.costs import StepCosts
 from draft.planner import Ask, Drafted, Planner, is_worth_level, keep, plan
 from draft.search import Load, Seat, Shape
-from engine.core import SPECULATION_OFF, Speculation
+from engine.core import SPECULATION_OFF, Decision, Speculation
 from tests.oracles import planner as oracle
 
 # Milliseconds: of the target by rows, of a draft's first pass by sequences, of a further level by rows.
@@ -70,6 +70,11 @@ def request(draw: random.Random, most_depth: int = 4) -> oracle.Request:
 def seat_of(request: oracle.Request, drafted: bool | None = None, idle_steps: int = 0) -> Seat:
     limits = Speculation(request.nodes, request.depth, request.top_k, len(request.lookup))
     return Seat("auto", limits, request.levels, request.lookup, drafted, idle_steps)
+
+
+def levels_of(decision: Decision) -> int:
+    """That the head is asked for."""
+    return decision.speculation.depth if decision.speculation.has_tree else 0
 
 
 def rate_of(
@@ -140,7 +145,7 @@ def test_dear_rows_are_plain_decoding() -> None:
     draw = random.Random(0)
     seats = [seat_of(replace(request(draw), lookup=())) for _ in range(4)]
     found = plan(Invented(CURVES["rows are dear"]), seats, LOAD)
-    assert [decision.speculation for decision in found.decisions] == [SPECULATION_OFF] * 4
+    assert all(decision.speculation.is_off for decision in found.decisions)
     assert {decision.reason for decision in found.decisions} == {"not worth it: rows cost too much"}
     assert found.seconds_per_token == found.plain_seconds_per_token == 10.0
     assert all(decision.saved_ms == 0 for decision in found.decisions)
@@ -163,7 +168,7 @@ def test_a_sure_lookup_makes_the_head_superfluous(chance: float, levels: int, re
     values = [[0.8], [0.65], [0.5]]
     seat = seat_of(oracle.Request(values, lookup, 8, 3, 1))
     decision = plan(Invented(CURVES["launch-bound"]), [seat], LOAD).decisions[0]
-    assert (decision.levels, decision.reason) == (levels, reason)
+    assert (levels_of(decision), decision.reason) == (levels, reason)
     assert decision.speculation.lookup == (4 if levels == 0 else 2)
 
 
@@ -273,7 +278,7 @@ class Simulation:
     def step(self, quality: Sequence[float]) -> tuple[tuple[str, ...], float, float]:
         """(reasons, milliseconds of the step, of a plain one)."""
         found = self.planner.plan(self.asks, LOAD)
-        levels = [decision.levels for decision in found.decisions]
+        levels = [levels_of(decision) for decision in found.decisions]
         drafts = []
         for ask, num_levels, good in zip(self.asks, levels, quality, strict=True):
             values = [good**d for d in range(1, num_levels + 1)]
@@ -355,8 +360,9 @@ def test_what_was_promised_and_not_kept_is_trusted_less() -> None:
     ask = Ask(1, True, "auto", Speculation(4, 3, 1))
     for _ in range(60):
         found = planner.plan([ask], LOAD)
-        if found.decisions[0].levels:
-            planner.observe([Drafted(1, [[0.6], [0.3], [0.1]][: found.decisions[0].levels], 1.0, 0)])
+        num_levels = levels_of(found.decisions[0])
+        if num_levels:
+            planner.observe([Drafted(1, [[0.6], [0.3], [0.1]][:num_levels], 1.0, 0)])
     assert found.decisions[0].reason.startswith("not worth it")
     other = planner.plan([Ask(2, True, "auto", Speculation(4, 3, 1))], LOAD)
     assert other.decisions[0].reason == "chain", "a newcomer is not judged by it"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import draft.head
 from draft.calibration import Calibration
 from draft.solo import Children, SoloRows, grow_one
+from draft.tree import IsWorth
 from engine.core import DraftTree, SamplingParams, Speculation
 from engine.rows import first_slot
 from tests.draft.test_tree import FakeHead, Path, paths_of
@@ -28,7 +29,7 @@ def echo() -> Model:
     return echo_model(3)
 
 
-def grown_alone(head: FakeHead, size: Speculation, least_level: float = 0.0) -> DraftTree:
+def grown_alone(head: FakeHead, size: Speculation, is_worth: IsWorth | None = None) -> DraftTree:
     """The fake's tree by ``grow_one``."""
     frontier: list[Path] = [()]
 
@@ -45,7 +46,7 @@ def grown_alone(head: FakeHead, size: Speculation, least_level: float = 0.0) -> 
     def value(raw: float, depth: int, rank: int) -> float:
         return float(head.value(torch.tensor(raw), depth))
 
-    return grow_one(100, children()[0], size, expand, value, least_level)
+    return grow_one(100, children()[0], size, expand, value, is_worth)
 
 
 class TestGrowing:
@@ -72,9 +73,9 @@ class TestGrowing:
         assert tree.tokens.tolist() == [[7]]
         assert tree.parents.tolist() == [[-1]]
 
-    def test_an_unlikely_level_is_not_expanded(self) -> None:
+    def test_a_level_that_is_not_worth_it_is_not_expanded(self) -> None:
         never, always = FakeHead(1, 3, 5), FakeHead(1, 3, 5)
-        unexpanded = grown_alone(never, SIZES[0], least_level=9.0)
+        unexpanded = grown_alone(never, SIZES[0], lambda depth, values, frontier: False)
         assert len(paths_of(unexpanded, 0)) == 5  # the root and its children
         grown_alone(always, SIZES[0])
         assert (never.num_expands, always.num_expands > 0) == (0, True)

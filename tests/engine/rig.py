@@ -21,7 +21,8 @@ from draft.eagle import EagleModel
 from draft.eagle3 import Eagle3Model
 from draft.head import FeatureDraft
 from draft.ngram import NgramDraft
-from draft.none import NoDraft
+from draft.none import NoDraft, Unplanned
+from draft.planner import Planner
 from engine.config import POST_NORM, EngineConfig, LlamaConfig
 from engine.core import Batch, Draft, DraftTree, Request, SamplingParams, Speculation, Verdict
 from engine.core import Sequence as Seq
@@ -143,8 +144,9 @@ def make_engine(
     shared_noise: bool = True,
     half_weights: bool = False,
     prefix_caching: bool = True,
+    planner: Planner | None = None,
 ) -> Engine:
-    """draft: "none", "ngram", "eagle3", "eagle" or an object."""
+    """draft: "none", "ngram", "eagle3", "eagle" or an object; planner: of a head."""
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -168,10 +170,10 @@ def make_engine(
             FEATURE_LAYERS,
             num_slots,
         )
-        proposer = FeatureDraft(head3, "eagle3", shared_noise=shared_noise)
+        proposer = FeatureDraft(head3, "eagle3", shared_noise=shared_noise, planner=planner)
     elif draft == "eagle":
         head = EagleModel(model.eagle_config, copies(model.eagle), target.embedding, target.logits, num_slots)
-        proposer = FeatureDraft(head, "eagle", shared_noise=shared_noise)
+        proposer = FeatureDraft(head, "eagle", shared_noise=shared_noise, planner=planner)
     elif isinstance(draft, str):
         proposer = NgramDraft() if draft == "ngram" else NoDraft()
     else:
@@ -211,7 +213,7 @@ def plain_tokens(
 # --- a draft that knows the answer ----------------------------------------------------------------
 
 
-class Prophet:
+class Prophet(Unplanned):
     """A draft (core.Draft) that hides the true continuation in a random tree.
 
     answers: by request id, what plain decoding emits. Node order, wrong siblings, wrong descendants and the

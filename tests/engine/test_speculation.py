@@ -6,6 +6,7 @@ float32, so that equality is exact. Both oracles are seen to fail in test_mutant
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,33 +133,31 @@ def test_tokens_and_state(echo: Model, draft: str, shape: str, temperature: floa
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
-@pytest.mark.parametrize("sure", [0.0, 0.55, 2.0])
+@pytest.mark.parametrize("nodes", [1, SPECULATIONS["lookup"].nodes])
 def test_lookups_beside_a_head(
-    echo: Model, draft: str, sure: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+    echo: Model, draft: str, nodes: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chains instead of trees (sure of every lookup), beside them (never sure), and now this, now that."""
-    monkeypatch.setattr("draft.head._SURE", sure)
+    """Chains without trees, and beside them."""
     monkeypatch.setattr("draft.ngram._SIZES", (2, 1))  # sampled answers of a random model repeat little more
     grafted: list[DraftTree] = []
     rows: list[tuple[Tensor, Tensor]] = []  # [B] bool each: has nodes of the head, has a chain
 
-    def recorded(tree: DraftTree, chains: Tensor) -> DraftTree:
+    def recorded(tree: DraftTree, chains: Tensor, chances: Tensor) -> DraftTree:
         rows.append((tree.real().sum(1) > 1, chains[:, 0] >= 0))
-        grafted.append(graft(tree, chains))
+        grafted.append(graft(tree, chains, chances))
         return grafted[-1]
 
     monkeypatch.setattr("draft.head.graft", recorded)
     prompts = [(prompt * 3)[:24] for prompt in PROMPTS]
     params = [SamplingParams(temperature=temperature, top_k=3, seed=i, max_tokens=30) for i in range(4)]
-    engine = make_engine(echo, draft, speculation=SPECULATIONS["lookup"])
+    engine = make_engine(echo, draft, speculation=replace(SPECULATIONS["lookup"], nodes=nodes))
     recording = record(engine, prompts, params)
     assert [c.token_ids for c in recording.completions] == plain_tokens(echo, prompts, params)
     assert state_error(echo, recording, draft) < TOLERANCE
     assert_idle(engine)
     assert any(tree.parents.shape[1] > 2 for tree in grafted), "the test is idle without chains"
-    # Where a lookup is sure, the head is not asked.
     both = torch.cat([beside[found] for beside, found in rows])
-    assert not both.any() if sure == 0.0 else both.any()
+    assert both.any() == (nodes > 1)
 
 
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
@@ -166,7 +165,6 @@ def test_chains_beside_larger_trees_stay_in_their_own_rows(
     echo: Model, draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A small tree with a chain next to a large one: its nodes have no more rows than it asked for."""
-    monkeypatch.setattr("draft.head._SURE", 2.0)
     prompts = [[5, 6, 7, 8] * 5, PROMPTS[1]]
     params = [SamplingParams(temperature=0, max_tokens=40)] * 2
     sizes = [Speculation(2, 1, 1, lookup=6), Speculation(30, 3, 6)]

@@ -1,0 +1,168 @@
+"""The planner's place in a step: between the scheduler, which asks how much to draft, and the head.
+
+``draft.planner`` decides on numbers; here they are taken from sequences and trees, one step at a time:
+
+    plan             the scheduler asks, before it reserves rows
+    begin            the head starts to draft for some sequences of the batch
+    is_worth_level   before each further level
+    cut              the grown tree, with what prompt lookup added: its best nodes
+    observe          what was accepted
+    account          what it cost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import torch
+
+from draft.planner import Ask, Drafted, Planner
+from draft.search import Asked, Load
+from draft.tree import prune
+from engine.core import Decision, DraftTree, Sequence, Speculation, StepCost
+
+_USUAL_PENDING = 16  # pairs; a draft that has more to catch up with says nothing of the usual one's cost
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step, as far as it has got."""
+
+    ids: list[int]  # of the sequences, in the batch's order
+    chances: list[list[float]]  # of the lookups' tokens that may be proposed
+    active: list[int] = field(default_factory=list)  # places that the head drafts for
+    is_usual: bool = True  # whether the draft's time may be learned from
+    level_rows: list[int] = field(default_factory=list)  # of the levels expanded so far
+    levels: list[list[list[float]]] = field(default_factory=list)  # path values of each active one's tree
+
+
+class Planning:
+    """Holds the Planner and the step that it is asked about."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self._step = _Step([], [])
+
+    def plan(
+        self,
+        seqs: Items[Sequence],
+        limits: Items[Speculation],
+        lookups: Items[Items[float]],
+        num_other_rows: int,
+    ) -> list[Decision]:
+        """Decide for the sequences of a decode step. limits: the most each may use; lookups: chances of the
+        tokens that prompt lookup has for each; num_other_rows: of prompts in the same step."""
+        asks = [
+            Ask(seq.request.id, seq.request.sampling.temperature > 0, _asked(seq), limit, own[: limit.lookup])
+            for seq, limit, own in zip(seqs, limits, lookups, strict=True)
+        ]
+        context = sum(seq.kv_len for seq in seqs) / len(seqs)
+        decisions = self.planner.plan(asks, Load(context, num_other_rows)).decisions
+        chances = [
+            list(own[: decision.speculation.lookup]) for own, decision in zip(lookups, decisions, strict=True)
+        ]
+        self._step = _Step([seq.request.id for seq in seqs], chances)
+        return list(decisions)
+
+    def begin(self, active: list[int], most_pending: int) -> None:
+        """The head drafts for these places of the batch; most_pending: pairs that one of them catches up
+        with."""
+        self._step.active, self._step.is_usual = active, most_pending <= _USUAL_PENDING
+
+    def is_worth_level(self, depth: int, values: Items[Items[float]], frontier: Items[Items[float]]) -> bool:
+        """Whether to expand nodes of this depth: path values of all candidates and of those that would be
+        expanded, for each active place."""
+        step = self._step
+        num_seqs, num_drafting = len(step.ids), len(step.active)
+        is_worth = self.planner.is_worth_level(
+            depth,
+            _spread(values, step.active, num_seqs),
+            _spread(frontier, step.active, num_seqs),
+            num_drafting,
+            step.level_rows,
+        )
+        if is_worth:
+            step.level_rows.append(sum(map(len, frontier)))
+        return is_worth
+
+    def note(self, tree: DraftTree) -> None:
+        """The head's own trees, of the active places in order."""
+        assert tree.scores is not None
+        self._step.levels = [
+            _by_level(parents, values)
+            for parents, values in zip(tree.parents.tolist(), tree.scores.value.tolist(), strict=True)
+        ]
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        """The best nodes of the batch's trees, as many as pay for their rows."""
+        if tree.scores is None or tree.tokens.device.type != "cpu":
+            return tree  # lookups alone are planned to the token, and a device is not waited for
+        values = _values(tree)
+        counts = self.planner.keep(values, len(self._step.active), self._step.level_rows)
+        if counts == [len(own) for own in values]:
+            return tree
+        return prune(tree, torch.tensor(counts))
+
+    def observe(self, tree: DraftTree, accepted: Items[int]) -> None:
+        """Learn what became of the trees; accepted: draft tokens, for each place."""
+        step = self._step
+        expected = step.chances if tree.scores is None else _values(tree)
+        levels = dict(zip(step.active, step.levels, strict=True)) if step.levels else {}
+        self.planner.observe(
+            [
+                Drafted(request_id, levels.get(place, ()), sum(expected[place]), accepted[place])
+                for place, request_id in enumerate(step.ids)
+                if expected[place] or place in levels
+            ]
+        )
+
+    def account(self, cost: StepCost) -> None:
+        """Learn what the step took."""
+        if cost.verify_s <= 0:
+            return  # a clock of a device that has not got there
+        costs, step = self.planner.costs, self._step
+        costs.observe_verify(cost.num_rows, cost.context, cost.verify_s)
+        if step.active and step.is_usual and cost.draft_s > 0:
+            costs.observe_draft(len(step.active), step.level_rows, cost.draft_s)
+
+    def forget(self, request_id: int) -> None:
+        """Drop what is kept of a request that ended."""
+        self.planner.forget(request_id)
+
+
+def _asked(seq: Sequence) -> Asked:
+    asked = seq.request.speculation
+    if asked is None:
+        return "auto"
+    return "off" if asked.is_off else "fixed"
+
+
+def _spread(lists: Items[Items[float]], places: list[int], count: int) -> list[Items[float]]:
+    """Lists of some places as lists of all; the others' are empty."""
+    found: list[Items[float]] = [()] * count
+    for place, own in zip(places, lists, strict=True):
+        found[place] = own
+    return found
+
+
+def _values(tree: DraftTree) -> list[list[float]]:
+    """Path values of every tree's nodes, the root and padding left out."""
+    assert tree.scores is not None
+    return [
+        [value for value, parent in zip(own[1:], parents[1:], strict=True) if parent >= 0]
+        for own, parents in zip(tree.scores.value.tolist(), tree.parents.tolist(), strict=True)
+    ]
+
+
+def _by_level(parents: list[int], values: list[float]) -> list[list[float]]:
+    """Values of a tree's nodes by level, best first."""
+    depths = [0]
+    levels: list[list[float]] = []
+    for parent, value in zip(parents[1:], values[1:], strict=True):
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        if parent >= 0:
+            if depths[-1] > len(levels):
+                levels.append([])
+            levels[depths[-1] - 1].append(value)
+    return [sorted(level, reverse=True) for level in levels]
