@@ -15,7 +15,7 @@
 #include <string.h>
 
 #define WIDTH 8
-#define KEYS 4 /* keys that are scored at once */
+#define KEYS 8 /* keys that are scored at once: as many sums as it takes to keep the multipliers busy */
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
@@ -63,14 +63,30 @@ static inline bf16 narrow(float x) {
     return (bf16)(x != x ? bits >> 16 | 0x40 : rounded);
 }
 
+/* The first key that a row of a block may not see: nearly all before it are committed, and seen by all. */
+static int64_t first_masked(const float *bias[WIDTH], int64_t len) {
+    int64_t first = len;
+    for (int j = 0; j < WIDTH; j++) {
+        int64_t i = 0;
+        for (; i + WIDTH <= first; i += WIDTH) {
+            ivec differs = load(bias[j] + i) != 0.0f;
+            int64_t halves[WIDTH / 2];
+            memcpy(halves, &differs, sizeof halves);
+            if (halves[0] | halves[1] | halves[2] | halves[3]) break;
+        }
+        for (; i < first && bias[j][i] == 0.0f; i++) {}
+        first = i;
+    }
+    return first;
+}
+
 /* weights[i]: scores of key i for the rows of a block -> e^(score + bias - the row's largest). Returns the sums. */
 static vec exponentials(float *weights, const float *bias[WIDTH], int64_t len) {
     vec most = splat(-INFINITY);
+    for (int64_t i = bias ? first_masked(bias, len) : len; i < len; i++)
+        for (int j = 0; j < WIDTH; j++) weights[i * WIDTH + j] += bias[j][i];
     for (int64_t i = 0; i < len; i++) {
         vec w = load(weights + i * WIDTH);
-        if (bias)
-            for (int j = 0; j < WIDTH; j++) w[j] += bias[j][i];
-        store(weights + i * WIDTH, w);
         ivec larger = w > most;
         most = (vec)(((ivec)w & larger) | ((ivec)most & ~larger));
     }
@@ -104,7 +120,7 @@ static void scores(const float *query, const float *keys, const int64_t *slots, 
     }
 }
 
-/* Attention of up to WIDTH query rows that share a KV head; mixed: [WIDTH][d] of their outputs. */
+/* Attention of up to WIDTH query rows that share a KV head; mixed: [d][WIDTH], their outputs side by side. */
 static void attend(const float *query, const float *keys, const float *values, const int64_t *slots,
                    int64_t first_slot, const float *bias[WIDTH], float *mixed, float *weights, int64_t len,
                    int64_t d) {
@@ -120,7 +136,7 @@ static void attend(const float *query, const float *keys, const float *values, c
         }
         for (int c = 0; c < WIDTH; c++) {
             vec mean = (vec)((ivec)(sums[c] / total) & sees);
-            for (int j = 0; j < WIDTH; j++) mixed[j * d + part + c] = mean[j];
+            store(mixed + (part + c) * WIDTH, mean);
         }
     }
 }

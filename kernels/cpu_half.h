@@ -18,7 +18,7 @@
 #define PANEL (2 * WIDTH)
 #define MOST_ROWS 6     /* of a tile: 12 sums, 2 weights and an input fit 16 registers */
 #define ROWS_AT_ONCE 96 /* of a long product, whose inputs then stay in the second-level cache */
-#define AHEAD 512       /* elements by which a panel is fetched ahead */
+#define AHEAD 4096      /* elements by which a panel is fetched ahead */
 
 typedef uint16_t half; /* the bits */
 
@@ -34,6 +34,20 @@ static inline vec widen_half(const half *p) {
 #endif
 }
 
+/* What one input adds to the sums of a tile. */
+static inline __attribute__((always_inline)) void tile_input(const float *x, const half *w, int64_t inputs,
+                                                             const int rows, const int panels, vec sums[][8]) {
+    vec weights[8];
+    for (int p = 0; p < panels; p++) {
+        weights[2 * p] = widen_half(w + p * inputs * PANEL);
+        weights[2 * p + 1] = widen_half(w + p * inputs * PANEL + WIDTH);
+    }
+    for (int r = 0; r < rows; r++) {
+        vec input = splat(x[r * inputs]);
+        for (int v = 0; v < 2 * panels; v++) sums[r][v] += input * weights[v];
+    }
+}
+
 /* rows x inputs of x against `panels` panels from w on -> out[row][panels * PANEL]. Inlined with constants for rows
  * and panels, so that the sums are registers. */
 static inline __attribute__((always_inline)) void tile(const float *x, const half *w, float *out, int64_t out_stride,
@@ -41,19 +55,13 @@ static inline __attribute__((always_inline)) void tile(const float *x, const hal
     vec sums[MOST_ROWS][8];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < 2 * panels; v++) sums[r][v] = (vec){0};
-    for (int64_t i = 0; i < inputs; i++) {
-        vec weights[8];
-        for (int p = 0; p < panels; p++) {
-            const half *at = w + (p * inputs + i) * PANEL;
-            __builtin_prefetch(at + AHEAD);
-            weights[2 * p] = widen_half(at);
-            weights[2 * p + 1] = widen_half(at + WIDTH);
-        }
-        for (int r = 0; r < rows; r++) {
-            vec input = splat(x[r * inputs + i]);
-            for (int v = 0; v < 2 * panels; v++) sums[r][v] += input * weights[v];
-        }
+    int64_t i = 0;
+    for (; i + 2 <= inputs; i += 2) { /* two inputs' weights are a line of the cache */
+        for (int p = 0; p < panels; p++) __builtin_prefetch(w + (p * inputs + i) * PANEL + AHEAD);
+        tile_input(x + i, w + i * PANEL, inputs, rows, panels, sums);
+        tile_input(x + i + 1, w + (i + 1) * PANEL, inputs, rows, panels, sums);
     }
+    if (i < inputs) tile_input(x + i, w + i * PANEL, inputs, rows, panels, sums);
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < 2 * panels; v++) store(out + r * out_stride + v * WIDTH, sums[r][v]);
 }

@@ -98,7 +98,7 @@ static void NAME(attend_block)(const ELEM *q, int64_t q_stride, const float *key
     for (int j = 0; j < count; j++) {
         int64_t row = first + j;
         ELEM *to = out + (row / group * num_heads + head * group + row % group) * d;
-        for (int64_t c = 0; c < d; c++) PUT(to + c, mixed[j * d + c]);
+        for (int64_t c = 0; c < d; c++) PUT(to + c, mixed[c * WIDTH + j]);
     }
 }
 
