@@ -6,8 +6,8 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
 
 - Every running sequence that decodes does so in every step. No more sequences run than the budget has nodes,
   so this leaves something to the prompts.
-- Prompts get a quarter of the budget if they need it, and whatever the decodes leave; trees are cut, the
-  last in order first, rather than taking more.
+- Prompts get a quarter of the budget if they need it, and whatever the decodes leave; rather than taking
+  more, trees are cut, all to the same size.
 - Prompts are taken whole, in order. Where one does not fit it is cut, and half of what is left goes first to
   prompts behind it, of the same priority, that it lets through whole: a short question does not wait for a
   long document to be read, and the document gets on.
@@ -187,12 +187,16 @@ class Scheduler:
         left = budget - (len(self.running) - len(prompts))  # every decode has its root
         for_prompts = min(-(-budget // _PROMPT_SHARE), sum(needs))  # rounded up: never nothing
         for_trees = max(left - for_prompts, 0)
+        decodes = [seq for seq in self.running if not seq.forced]
+        wishes = [self._most_nodes(self._step_speculation(seq)) - 1 for seq in decodes]
+        most = max(wishes, default=0)
+        if sum(wishes) > for_trees:
+            most = max(for_trees // len(decodes), 1)
         shares = {}
-        for seq in self.running:
-            if not seq.forced:
-                more = min(self._most_nodes(self._step_speculation(seq)) - 1, for_trees)
-                for_trees, left = for_trees - more, left - more
-                shares[seq.request.id] = 1 + more
+        for seq, wish in zip(decodes, wishes, strict=True):
+            more = min(wish, most, for_trees)
+            for_trees, left = for_trees - more, left - more
+            shares[seq.request.id] = 1 + more
         sizes = chunk_sizes(needs, [seq.request.priority for seq in prompts], left)
         shares |= {seq.request.id: size for seq, size in zip(prompts, sizes, strict=True)}
         return [(seq, shares[seq.request.id]) for seq in self.running]
