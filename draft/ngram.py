@@ -103,7 +103,7 @@ class NgramDraft(Unplanned):
 MAX_MATCH = 16  # longer matches are counted with these
 _PRIOR_TRIALS = 8.0  # how many observations the prior counts for
 _DECAY = 0.998  # per settled proposal
-_LEAST_LIKELY = 0.05  # a token less likely than this is worth its row on no machine
+_LEAST_LIKELY = 0.1  # a token less likely than this is worth its row on hardly any machine
 
 
 class MatchRates:

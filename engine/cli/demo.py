@@ -46,6 +46,7 @@ _PASSED_ON = (
     "spec_nodes",
     "spec_depth",
     "spec_lookup",
+    "spec_plan",
     "spec_top_k",
     "spec_draft_vocab",
     "spec_max_model_len",

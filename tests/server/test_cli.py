@@ -60,8 +60,12 @@ def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = Speculation(lookup=8), Speculation(4, 3, 2, lookup=8)
     for is_fast, dtype, tree in ((True, torch.bfloat16, large), (False, torch.float32, small)):
         monkeypatch.setattr(options, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
-        config = options.engine_config(parse(serve, "--device", "cpu"))
+        config = options.engine_config(parse(serve, "--device", "cpu", "--spec-plan", "fixed"))
         assert (config.dtype, config.speculation, config.max_model_len) == (dtype, tree, 2048)
+        assert not config.planned
+        config = options.engine_config(parse(serve, "--device", "cpu"))
+        assert config.planned
+        assert config.speculation == Speculation(12, 5, 4, lookup=8)
         assert config.half_weights == (not is_fast)
         assert config.dtype_name == ("bfloat16" if is_fast else "w16a32")
     args = parse(
