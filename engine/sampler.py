@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from engine.core import Batch, SamplingParams, SamplingTensors, Scores
-from kernels import MAX_NOISE, gumbel_noise
+from kernels import choose, gumbel_noise, nucleus
 
 NEVER = float("-inf")
-_NUM_CANDIDATES = 128
 
 
 def sampling_tensors(params: list[SamplingParams], device: str) -> SamplingTensors:
@@ -59,15 +58,7 @@ def _filter(scaled: Tensor, sampling: SamplingTensors) -> Tensor:
     keep = torch.where(sampling.top_k > 0, sampling.top_k, vocab_size).clamp(max=vocab_size)
     kth = ordered.gather(-1, (keep - 1)[:, None, None].expand(-1, scaled.shape[1], 1))
     scaled = scaled.masked_fill(scaled < kth, NEVER)
-    ordered = ordered.masked_fill(ordered < kth, NEVER)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # mass of strictly better entries
-    kept = before < sampling.top_p[:, None, None]
-    kept[..., 0] = True
-    last = ordered.gather(
-        -1, kept.sum(-1, keepdim=True) - 1
-    )  # the smallest entry that stays; ties stay with it
-    return torch.where((sampling.top_p < 1)[:, None, None], scaled.masked_fill(scaled < last, NEVER), scaled)
+    return nucleus(scaled, ordered.masked_fill(ordered < kth, NEVER), sampling.top_p)
 
 
 def perturb(logits: Tensor, positions: Tensor, token_ids: Tensor, sampling: SamplingTensors) -> Tensor:
@@ -85,53 +76,53 @@ def perturb(logits: Tensor, positions: Tensor, token_ids: Tensor, sampling: Samp
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The K best columns of every row, processed: enough to choose from, nearly always.
+    """The K best columns of every row, processed: among them a draft finds its children.
 
-    A whole vocabulary of noise costs more than a layer of a small model, and sorting one much more. Which
-    tokens
-    survive the filters, and which can win once noise is added, is usually decided among a few dozen.
+    Processing all of a vocabulary costs more than a layer of a small model, and sorting it much more.
     """
 
     columns: Tensor  # [B, R, K] int64 columns of the logits, best first
-    scaled: (
-        Tensor  # [B, R, K] processed logits, -inf where a filter removed the token; greedy rows as they are
-    )
-    outside: (
-        Tensor  # [B, R] the most that a surviving column that is not listed can have; -inf if there is none
-    )
-    exact: Tensor  # [B, R] whether the filters could be decided from the list
+    scaled: Tensor  # [B, R, K] processed logits, -inf where a filter removed the token; greedy ones unchanged
 
 
 def candidates(logits: Tensor, sampling: SamplingTensors, num: int) -> Candidates:
-    """Process the ``num`` best columns of logits [B, R, V] as ``process`` does with all of them."""
+    """Process the ``num`` best columns of logits [B, R, V] as ``process`` does with all of them.
+
+    Exact but where both top_p and a filter before it leave more than these columns: there what the earlier
+    one has removed still counts as mass.
+    """
     greedy = (sampling.temperature == 0)[:, None, None]
     scaled = logits / torch.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None, None]
     listed, columns = scaled.topk(min(num, scaled.shape[-1]), dim=-1)
-    is_all = listed.shape[-1] == scaled.shape[-1]
-    beyond = torch.full_like(listed[..., -1], NEVER) if is_all else listed[..., -1]
-    exact = torch.ones_like(beyond, dtype=torch.bool)
     if not sampling.any_filter:
-        return Candidates(columns, listed, beyond, exact)
+        return Candidates(columns, listed)
     kept = listed.masked_fill(listed < listed[..., :1] + torch.log(sampling.min_p)[:, None, None], NEVER)
     top_k, top_p = sampling.top_k[:, None], sampling.top_p[:, None]
     place = (top_k - 1).clamp(0, listed.shape[-1] - 1)[..., None].expand(-1, listed.shape[1], 1)
     kth = torch.where((top_k > 0)[..., None], kept.gather(-1, place), NEVER)
     kept = kept.masked_fill(kept < kth, NEVER)
-    exact &= is_all | (top_k < listed.shape[-1])
     # What lies outside still counts in top_p's normaliser, unless a filter has already cut inside the list.
-    cut = torch.isneginf(kept[..., -1]) | is_all
+    cut = torch.isneginf(kept[..., -1]) | (listed.shape[-1] == scaled.shape[-1])
     mass = torch.where(cut, kept.logsumexp(-1), scaled.logsumexp(-1))
-    exact &= cut | (top_p == 1) | ((sampling.min_p[:, None] == 0) & (top_k == 0))
     probs = torch.exp(kept - mass[..., None])
     inside = probs.cumsum(-1) - probs < top_p[..., None]
     inside[..., 0] = True
     last = kept.gather(-1, inside.sum(-1, keepdim=True) - 1)
-    nucleus = kept.masked_fill(kept < last, NEVER)
-    exact &= (top_p == 1) | cut | torch.isneginf(nucleus[..., -1])
-    kept = torch.where((top_p < 1)[..., None], nucleus, kept)
-    kept = torch.where(greedy, listed, kept)
-    outside = torch.where(torch.isneginf(kept[..., -1]), NEVER, beyond)
-    return Candidates(columns, kept, outside, exact | greedy[..., 0])
+    kept = torch.where((top_p < 1)[..., None], kept.masked_fill(kept < last, NEVER), kept)
+    return Candidates(columns, torch.where(greedy, listed, kept))
+
+
+def _floors(logits: Tensor, sampling: SamplingTensors) -> Tensor:
+    """[B, R]: the least logit / temperature that min_p and top_k keep, -inf where they are off."""
+    temperature = torch.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None]
+    floors = logits.amax(dim=-1) / temperature + torch.log(sampling.min_p)[:, None]
+    most = min(int(sampling.top_k.max()), logits.shape[-1])
+    if most == 0:
+        return floors
+    best = logits.topk(most, dim=-1).values
+    place = (sampling.top_k - 1).clamp(0, most - 1)[:, None, None].expand(-1, best.shape[1], 1)
+    kth = best.gather(-1, place)[..., 0] / temperature
+    return torch.where((sampling.top_k > 0)[:, None], torch.maximum(floors, kth), floors)
 
 
 class Sampler:
@@ -143,23 +134,10 @@ class Sampler:
     def __call__(self, scores: Scores, batch: Batch) -> Tensor:
         """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by
         that."""
-        sampling = batch.sampling
+        sampling, logits, positions = batch.sampling, scores.logits, scores.positions + 1
+        if logits.device.type == "cpu":
+            floors = _floors(logits, sampling) if sampling.any_filter else None
+            return choose(logits, positions, sampling.temperature, sampling.top_p, floors, sampling.seed)
         if sampling.all_greedy:
-            return scores.logits.argmax(dim=-1)
-        if scores.logits.device.type != "cpu":  # a device does not wait to be told how little would have done
-            return perturb(scores.logits, scores.positions + 1, self._token_ids, sampling).argmax(dim=-1)
-        choice = scores.logits.argmax(dim=-1)
-        rows = (sampling.temperature > 0).nonzero()[:, 0]
-        choice[rows] = self._sample(scores.logits[rows], scores.positions[rows] + 1, sampling.select(rows))
-        return choice
-
-    def _sample(self, logits: Tensor, positions: Tensor, sampling: SamplingTensors) -> Tensor:
-        """As ``perturb(..).argmax()``, from candidates where they settle it. logits: [B, R, V] -> [B, R]."""
-        few = candidates(logits, sampling, _NUM_CANDIDATES)
-        best = (few.scaled + gumbel_noise(sampling.seed, positions, few.columns)).max(dim=-1)
-        choice = few.columns.gather(-1, best.indices[..., None])[..., 0]
-        settled = few.exact & (best.values > few.outside + MAX_NOISE)
-        for row in (~settled.all(dim=1)).nonzero():
-            perturbed = perturb(logits[row], positions[row], self._token_ids, sampling.select(row))
-            choice[row] = perturbed.argmax(dim=-1)
-        return choice
+            return logits.argmax(dim=-1)
+        return perturb(logits, positions, self._token_ids, sampling).argmax(dim=-1)

@@ -9,6 +9,7 @@ from kernels.cpu import kernels_for
 from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
 from kernels.ops import (
     add_rms_norm,
+    choose,
     half_linear,
     layer_rows,
     pack_half,
@@ -26,10 +27,10 @@ from kernels.quant import (
     quantise_nvfp4,
 )
 from kernels.ref import (
-    MAX_NOISE,
     compact_rows,
     gumbel_noise,
     has_fast_bfloat16,
+    nucleus,
     pack_linear,
     packed_linear,
     rope,
@@ -37,11 +38,11 @@ from kernels.ref import (
 )
 
 __all__ = [
-    "MAX_NOISE",
     "FusedLayer",
     "LayerRows",
     "LayerSizes",
     "add_rms_norm",
+    "choose",
     "compact_rows",
     "dequantise_fp8",
     "dequantise_nvfp4",
@@ -52,6 +53,7 @@ __all__ = [
     "has_fast_bfloat16",
     "kernels_for",
     "layer_rows",
+    "nucleus",
     "nvfp4_linear",
     "pack_half",
     "pack_linear",

@@ -2,8 +2,8 @@
  *
  * kernels/cpu.py compiles this file once per machine and calls it; kernels/ref.py says what each function
  * computes. Tensors are float32 or bfloat16 (cpu_ops.h is compiled for either), arithmetic is always float32,
- * rounded once at the end. cpu_half.h and cpu_layer.h add products with float16 matrices, and whole layers made of
- * all these. A row's result does not depend on how many rows a call has: sums run over the same lanes in the same
+ * rounded once at the end. cpu_choose.h chooses tokens; cpu_half.h and cpu_layer.h add products with float16 matrices, and
+ * whole layers made of all these. A row's result does not depend on how many rows a call has: sums run over the same lanes in the same
  * order, and keys that a row may not see add exact zeros. So a token scored alone and in a tree gets the same bits.
  *
  * Vectors are GCC's and Clang's generic ones, eight floats wide, whatever the machine's registers are. Fused
@@ -159,6 +159,7 @@ static void attend(const float *query, const float *keys, const float *values, c
 #define PUT(p, x) (*(p) = narrow(x))
 #define IS_FLOAT 0
 #include "cpu_ops.h"
+#include "cpu_choose.h"
 
 #if defined(_OPENMP) && (defined(__F16C__) || defined(__aarch64__))
 #include "cpu_half.h"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cpu, ref
+from kernels import cpu, cpu_choose, ref
 from kernels.cpu_layer import FusedLayer, LayerRows, Part
 
 # Past this many multiply-adds of one sequence's attention, torch's products on all cores beat ours. A tree
@@ -109,6 +109,20 @@ def half_linear(x: Tensor, packed: Any) -> Tensor:
         assert not (x.requires_grad and torch.is_grad_enabled()), "the product has no gradient"
         return cpu.half_linear(x.contiguous(), packed)
     return ref.half_linear(x, packed)
+
+
+def choose(
+    logits: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    floors: Tensor | None,
+    seeds: Tensor,
+) -> Tensor:
+    """The tokens chosen after some nodes, [B, R]; see the reference."""
+    kernel = cpu_choose.choose_kernel() if _is_plain(logits, torch.float32) else None
+    given = (logits, positions, temperature, top_p, floors, seeds)
+    return ref.choose(*given) if kernel is None else cpu_choose.choose(kernel, *given)
 
 
 def layer_rows(

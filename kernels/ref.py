@@ -253,9 +253,6 @@ def _finalise(x: Tensor, key: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-MAX_NOISE = 16.64  # no value of gumbel_noise is larger: -log(-log(1 - 2^-24)) = 16.6355
-
-
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise that is a function of (seed, position, token id) alone.
 
@@ -273,3 +270,42 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     # to 1)
     uniform = ((bits >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
+
+
+def nucleus(scaled: Tensor, ordered: Tensor, top_p: Tensor) -> Tensor:
+    """-inf where tokens better than a token have ``top_p`` of the mass or more; the best stays.
+
+    scaled: [B, R, V] float32; ordered: the same, sorted along V, best first; top_p: [B], 1 is off.
+    """
+    probs = ordered.softmax(dim=-1)
+    kept = probs.cumsum(dim=-1) - probs < top_p[:, None, None]
+    kept[..., 0] = True
+    last = ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)  # what is tied with it stays too
+    return torch.where((top_p < 1)[:, None, None], scaled.masked_fill(scaled < last, float("-inf")), scaled)
+
+
+def choose(
+    logits: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    floors: Tensor | None,
+    seeds: Tensor,
+) -> Tensor:
+    """The token with the largest logit / temperature + noise, of those that the filters keep; where
+    temperature is 0, with the largest logit. Of equals the lowest.
+
+    logits: [B, R, V] float32; positions: [B, R] int64, of the tokens to be chosen; temperature, top_p: [B]
+    float32; floors: [B, R] float32, the least logit / temperature that is kept, before ``top_p`` looks at
+    what is left; seeds: [B] int64. Returns [B, R] int64.
+    """
+    choice = logits.argmax(dim=-1)
+    rows = (temperature > 0).nonzero()[:, 0]
+    scaled = logits[rows] / temperature[rows, None, None]
+    if floors is not None:
+        scaled = scaled.masked_fill(scaled < floors[rows][..., None], float("-inf"))
+    if bool((top_p[rows] < 1).any()):
+        scaled = nucleus(scaled, scaled.sort(dim=-1, descending=True).values, top_p[rows])
+    token_ids = torch.arange(logits.shape[-1], device=logits.device)
+    choice[rows] = (scaled + gumbel_noise(seeds[rows], positions[rows], token_ids)).argmax(dim=-1)
+    return choice
