@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.canary import Canary, CanaryCounts
 from engine.config import EngineConfig
 from engine.core import (
     Batch,
@@ -79,6 +80,7 @@ class Engine:
         self.scheduler = Scheduler(
             config, pages, prefixes, eos_token_ids, draft.scratch_rows, draft.forget, target.vocab_size
         )
+        self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
         # Charge each phase of ``last_times`` with its own work by waiting for the device: for measurements
         # only.
@@ -109,6 +111,8 @@ class Engine:
         self.last_times = StepTimes(drafted - started, scored - drafted, self._now() - scored)
         if self.step_log is not None and not batches[0].is_prefill:  # decodes come first
             self.step_log.write(batches[0], trees[0], verdicts[0], self.last_times)
+        if self.config.canary:
+            self.canary.check(self.scheduler.running, deltas)
         return deltas
 
     def _now(self) -> float:
@@ -151,6 +155,10 @@ class Engine:
         """Tokens of all prompts so far, and how many of them the prefix cache had. (0, 0) without one."""
         prefixes = self.scheduler.prefixes
         return prefixes.num_asked, prefixes.num_found
+
+    def canary_counts(self) -> CanaryCounts:
+        """What re-scoring steps has shown so far; all zero without ``EngineConfig.canary``."""
+        return self.canary.counts
 
     def generate(
         self,
