@@ -82,6 +82,7 @@ class EngineConfig:
     planned: bool = True  # with a head, that is the most to draft and a planner decides; else always drafted
     draft_vocab_size: int = 32768  # tokens that Mistral's head drafts among; 0: the whole vocabulary
     draft_max_model_len: int = 16384  # longer sequences are decoded plainly by Mistral's head
+    canary: float = 0.0  # share of the decode steps that are decoded once more, plainly: see engine.canary
     spec_log: str | None = None
     dummy_weights: bool = False  # random numbers in the shape of model and head; weight files are not read
 
@@ -106,6 +107,8 @@ class EngineConfig:
                 f"gpu_memory_utilization is {share} on {self.device}, expected more than 0 and at most 1 "
                 "of a CUDA device's memory"
             )
+        if not 0 <= self.canary <= 1:
+            raise ConfigError(f"canary is {self.canary}, expected a share of all steps, 0 to 1")
         if self.max_num_batched_tokens < 2:
             raise ConfigError("max_num_batched_tokens must be at least 2, found 1")
         if self.half_weights and (self.dtype != torch.float32 or self.device != "cpu"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.canary import Canary, CanaryCounts
 from engine.clock import Clock
 from engine.config import EngineConfig
 from engine.core import (
@@ -78,6 +79,7 @@ class Engine:
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )
         self.scheduler = Scheduler(config, pages, prefixes, eos_token_ids, draft, target.vocab_size)
+        self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
         self.last_times = StepTimes()
         self._clock = Clock(config.device)
@@ -108,6 +110,8 @@ class Engine:
             self.draft.account(_cost(batches, deltas, self.last_times))
             if self.step_log is not None:
                 self.step_log.write(batches[0], trees[0], verdicts[0], self.last_times)
+        if self.config.canary:
+            self.canary.check(self.scheduler.running, deltas)
         return deltas
 
     # --- requests
@@ -145,6 +149,10 @@ class Engine:
         """Tokens of all prompts so far, and how many of them the prefix cache had. (0, 0) without one."""
         prefixes = self.scheduler.prefixes
         return prefixes.num_asked, prefixes.num_found
+
+    def canary_counts(self) -> CanaryCounts:
+        """What re-scoring steps has shown so far; all zero without ``EngineConfig.canary``."""
+        return self.canary.counts
 
     def generate(
         self,

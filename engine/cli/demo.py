@@ -51,6 +51,7 @@ _PASSED_ON = (
     "spec_draft_vocab",
     "spec_max_model_len",
     "spec_log",
+    "canary",
     "spec_model",
     "dtype",
 )

@@ -225,6 +225,14 @@ def _add_speculation_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--spec-log", metavar="FILE", help="write every step's tree, verdict and times as JSONL"
     )
+    group.add_argument(
+        "--canary",
+        type=float,
+        default=default.canary,
+        metavar="SHARE",
+        help="share of the steps to decode once more without speculation; tokens that differ are counted "
+        "and, where rounding does not explain it, logged as errors; 0.001 costs little, 0 is off",
+    )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -232,6 +240,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     share = args.gpu_memory_utilization
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"--gpu-memory-utilization is {share}, expected more than 0 and at most 1")
+    if not 0 <= args.canary <= 1:
+        raise ConfigError(f"--canary is {args.canary}, expected a share of all steps, 0 to 1")
     default, draft = EngineConfig(), asked(args)
     device = device_name(args.device)
     decides = device != "cpu" and args.kv_cache_memory is None
@@ -255,6 +265,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         draft_max_model_len=default.draft_max_model_len
         if draft.max_model_len is None
         else draft.max_model_len,
+        canary=args.canary,
         spec_log=args.spec_log,
         dummy_weights=args.load_format == "dummy",
     )

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from engine.build import Served
+from engine.canary import CanaryCounts
 from engine.errors import ConfigError
 from engine.server.app import ServerOptions, ServerState, create_app
 from engine.server.runner import EngineRunner
@@ -116,7 +117,7 @@ async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> Non
             acceptance += f", draft vocabulary covers {100 * coverage:.1f}%"
         hits = f", prefix cache hits {100 * found / asked:.1f}%" if asked else ""
         log.info(
-            "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s%s",
+            "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s%s%s",
             prompt / interval,
             generated / interval,
             engine.num_running,
@@ -124,7 +125,16 @@ async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> Non
             100 * engine.kv_usage(),
             hits,
             acceptance,
+            _canary_text(engine.canary_counts()),
         )
+
+
+def _canary_text(counts: CanaryCounts) -> str:
+    """The end of a line on what the canary saw since the start; empty if it has not been at work."""
+    if not counts.num_steps and not counts.num_skipped:
+        return ""
+    skipped = f" ({counts.num_skipped} not, for want of pages)" if counts.num_skipped else ""
+    return f", canary steps {counts.num_steps}{skipped}, ties {counts.num_ties}, bugs {counts.num_bugs}"
 
 
 def _snapshot(runner: EngineRunner) -> tuple[int, ...]:

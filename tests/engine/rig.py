@@ -125,9 +125,12 @@ def echo_model(seed: int = 0, gain: float = 0.35) -> Model:
     return dataclasses.replace(model, weights=weights, eagle=eagle, eagle3=eagle3)
 
 
-def copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The engine consumes the dict it is given."""
-    return {name: tensor.clone() for name, tensor in weights.items()}
+def copies(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The engine consumes the dict it is given. dtype: of what is not a table of token ids."""
+    return {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in weights.items()
+    }
 
 
 def make_engine(
@@ -145,6 +148,8 @@ def make_engine(
     half_weights: bool = False,
     prefix_caching: bool = True,
     planner: Planner | None = None,
+    canary: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object; planner: of a head."""
     config = EngineConfig(
@@ -155,24 +160,28 @@ def make_engine(
         speculation=speculation,
         half_weights=half_weights,
         prefix_caching=prefix_caching,
+        canary=canary,
+        dtype=dtype,
     )
     layers = (
         {"eagle3": FEATURE_LAYERS, "eagle": (POST_NORM,)}.get(draft, ()) if isinstance(draft, str) else ()
     )
     num_slots = num_pages * page_size
     proposer: Draft
-    target = Llama(model.config, copies(model.weights), num_slots, layers, half_weights)
+    target = Llama(model.config, copies(model.weights, dtype), num_slots, layers, half_weights)
     if draft == "eagle3":
         head3 = Eagle3Model(
             model.eagle3_config,
-            {n: t for n, t in copies(model.eagle3).items() if n != "t2d"},
+            {n: t for n, t in copies(model.eagle3, dtype).items() if n != "t2d"},
             target.embedding,
             FEATURE_LAYERS,
             num_slots,
         )
         proposer = FeatureDraft(head3, "eagle3", shared_noise=shared_noise, planner=planner)
     elif draft == "eagle":
-        head = EagleModel(model.eagle_config, copies(model.eagle), target.embedding, target.logits, num_slots)
+        head = EagleModel(
+            model.eagle_config, copies(model.eagle, dtype), target.embedding, target.logits, num_slots
+        )
         proposer = FeatureDraft(head, "eagle", shared_noise=shared_noise, planner=planner)
     elif isinstance(draft, str):
         proposer = NgramDraft() if draft == "ngram" else NoDraft()

@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 
 from engine.build import Served
+from engine.canary import CanaryCounts
 from engine.config import EngineConfig
 from engine.core import Delta, Request
 from engine.server.app import ServerOptions, ServerState
@@ -86,6 +87,7 @@ class FakeEngine:
     refusal: Exception | None = None
     step_time: float = 0.0
     hold: threading.Event = field(default_factory=threading.Event)
+    canary: CanaryCounts = field(default_factory=CanaryCounts)
     added: list[Request] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     num_steps: int = 0
@@ -114,6 +116,9 @@ class FakeEngine:
 
     def prefix_counts(self) -> tuple[int, int]:
         return sum(len(r.prompt) for r in self.added), sum(len(r.prompt) - 1 for r in self.added)
+
+    def canary_counts(self) -> CanaryCounts:
+        return self.canary
 
     def add(self, request: Request) -> None:
         if self.refusal is not None:

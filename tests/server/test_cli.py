@@ -87,10 +87,12 @@ def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         "8",
         "--spec-log",
         "log",
+        "--canary",
+        "0.25",
     )
     config = options.engine_config(args)
     assert (config.dtype, config.half_weights, config.device) == (torch.float32, False, "cpu")
-    assert (config.page_size, config.spec_log) == (8, "log")
+    assert (config.page_size, config.spec_log, config.canary) == (8, "log", 0.25)
     assert config.kv_cache_memory == 3 << 29
     assert (config.draft_vocab_size, config.draft_max_model_len) == (32768, 16384)
     some = options.engine_config(parse(serve, "--spec-draft-vocab", "0", "--spec-max-model-len", "9"))
@@ -101,6 +103,10 @@ def test_engine_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.speculation == Speculation(4, 3, 2, lookup=8)
     assert options.model_name(args) == "a.gguf"
     assert options.model_name(parse(serve, "--model-path", "b")) == "b"
+    assert options.engine_config(parse(serve)).canary == 0
+    for share in ("-0.1", "1.5", "nan"):
+        with pytest.raises(ConfigError, match=f"--canary is {share}, expected a share of all steps, 0 to 1"):
+            options.engine_config(parse(serve, "--canary", share))
     assert options.model_name(parse(serve)) is None
     with pytest.raises(ConfigError, match="--device is 'tpu'"):
         options.engine_config(parse(serve, "--device", "tpu"))

@@ -113,7 +113,7 @@ def test_the_published_line(line: str, pair: tuple[str, str], monkeypatch: pytes
         assert (draft.head, config.draft_max_model_len, config.speculation) == (
             None,
             16384,
-            Speculation(lookup=8),
+            Speculation(12, 5, 4, lookup=8),
         )
     [attention] = compat.notes_of(args)
     backend = "TRITON_MLA" if line == NVFP4 else "FLASH_ATTN_MLA"

@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 import pytest
 
+from engine.canary import CanaryCounts
 from engine.core import Delta, Request, SamplingParams
 from engine.server import lifecycle, runner, sse
 from engine.server.metrics import StampedDelta
@@ -242,11 +243,22 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch)
     asyncio.run(scenario())
 
 
-def test_report_is_silent_when_idle(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("canary", "said"),
+    [
+        (CanaryCounts(), ""),
+        (CanaryCounts(12, 0, 2, 0), ", canary steps 12, ties 2, bugs 0"),
+        (CanaryCounts(12, 3, 2, 1), ", canary steps 12 (3 not, for want of pages), ties 2, bugs 1"),
+        (CanaryCounts(0, 3), ", canary steps 0 (3 not, for want of pages), ties 0, bugs 0"),
+    ],
+)
+def test_report_is_silent_when_idle(
+    canary: CanaryCounts, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
 
     async def scenario() -> None:
-        async with server() as api:
+        async with server(FakeEngine(canary=canary)) as api:
             assert api.state.serving is not None
             reporter = asyncio.create_task(lifecycle.report(api.state.serving.runner, interval=0.05))
             await asyncio.sleep(0.12)
@@ -259,4 +271,4 @@ def test_report_is_silent_when_idle(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.message for record in caplog.records if record.message.startswith("prompt ")]
     assert len(lines) == 1
     assert "KV use 0.0%, prefix cache hits 80.0%, acceptance length 3.00" in lines[0]
-    assert "draft vocabulary covers 97.5%" in lines[0]
+    assert lines[0].endswith(f"draft vocabulary covers 97.5%{said}")

@@ -92,10 +92,11 @@ def test_flag_then_variable_then_file_then_default(write: Write, monkeypatch: py
     words = ["--config", file, "--max_model_len", "300"]
     monkeypatch.setenv("HAAST_MAX_MODEL_LEN", "200")
     monkeypatch.setenv("HAAST_MAX_NUM_SEQS", "6")
+    monkeypatch.setenv("HAAST_CANARY", "0.001")
     args = parse(*words)
     config = options.engine_config(args)
     assert (config.max_model_len, config.max_num_seqs, config.page_size) == (300, 6, 8)
-    assert config.max_num_batched_tokens == 512
+    assert (config.max_num_batched_tokens, config.canary) == (512, 0.001)
     assert options.model_name(args) == "from-file"
     assert given(args) == {
         "--config": (file, "flag"),
@@ -103,6 +104,7 @@ def test_flag_then_variable_then_file_then_default(write: Write, monkeypatch: py
         "--max-num-seqs": ("6", "HAAST_MAX_NUM_SEQS"),
         "--block-size": ("8", f"{file}: block-size"),
         "--model": ("from-file", f"{file}: model"),
+        "--canary": ("0.001", "HAAST_CANARY"),
     }
     assert options.model_name(parse("typed", *words)) == "typed"
     monkeypatch.setenv("HAAST_CONFIG", file)
