@@ -324,8 +324,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step with decodes took: rows of the target in all, prompts' included, behind ``context`` tokens
-    on average; seconds of drafting, and of all else."""
+    """What a step of decodes alone took: rows of the target in all, behind ``context`` tokens on average;
+    seconds of drafting, and of all else."""
 
     num_rows: int
     context: float
@@ -416,7 +416,7 @@ class Draft(Protocol):
     def propose(self, batch: Batch) -> DraftTree: ...
 
     def account(self, cost: StepCost) -> None:
-        """Learn what a step with decodes took."""
+        """Learn what a step of decodes alone took."""
         ...
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:

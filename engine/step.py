@@ -107,7 +107,8 @@ class Engine:
             verdicts.append(verdict)
         self.last_times = StepTimes.between(started, drafted, scored, self._clock.mark())
         if not batches[0].is_prefill:  # decodes come first
-            self.draft.account(_cost(batches, deltas, self.last_times))
+            if len(batches) == 1:
+                self.draft.account(_cost(batches[0], deltas, self.last_times))
             if self.step_log is not None:
                 self.step_log.write(batches[0], trees[0], verdicts[0], self.last_times)
         if self.config.canary:
@@ -187,12 +188,12 @@ class Engine:
         return [_completion(request, deltas[request.id]) for request in requests]
 
 
-def _cost(batches: Items[Batch], deltas: Items[Delta], times: StepTimes) -> StepCost:
-    """What a step took, of the deltas it made."""
+def _cost(batch: Batch, deltas: Items[Delta], times: StepTimes) -> StepCost:
+    """What a step of decodes alone took. A prompt's rows are cheaper than a tree's, of which every one is
+    scored: steps that have both would say that trees are cheap."""
     rows = sum(1 + delta.num_draft_tokens for delta in deltas if delta.is_decode)
-    rows += sum(sum(batch.prompt.lengths) for batch in batches if batch.prompt is not None)
-    contexts = [seq.kv_len for batch in batches for seq in batch.seqs]
-    return StepCost(rows, sum(contexts) / len(contexts), times.draft_s, times.verify_s + times.other_s)
+    context = sum(seq.kv_len for seq in batch.seqs) / len(batch.seqs)
+    return StepCost(rows, context, times.draft_s, times.verify_s + times.other_s)
 
 
 def _completion(request: Request, deltas: list[Delta]) -> Completion:
