@@ -99,7 +99,7 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=default.max_num_batched_tokens,
         metavar="TOKENS",
-        help="size of a prefill step; longer prompts take several",
+        help="tokens of a step, prompts and drafts together; a prompt that does not fit takes several steps",
     )
     group.add_argument(
         "--block-size",
