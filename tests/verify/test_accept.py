@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.core import DraftTree, PromptChunk
 from tests.oracles.accept import all_parents, walk
-from verify.accept import accept, accept_all
+from verify.accept import accept, accept_all, accept_on_device
 
 Tree = tuple[list[int], list[int]]  # tokens, parents
 
@@ -40,9 +40,12 @@ def compare(cases: list[tuple[Tree, list[int]]]) -> None:
         torch.tensor([parents + [-1] * (width - len(parents)) for (_, parents), _ in cases]),
     )
     choice = torch.tensor([chosen + [0] * (width - len(chosen)) for _, chosen in cases])
-    verdict = accept(tree, choice)
+    verdict, in_tensors = accept(tree, choice), accept_on_device(tree, choice)
     assert verdict.path.shape == tree.tokens.shape
     paths, lengths, bonuses = verdict.path.tolist(), verdict.length.tolist(), verdict.bonus.tolist()
+    assert torch.equal(in_tensors.path, verdict.path)
+    assert torch.equal(in_tensors.length, verdict.length)
+    assert torch.equal(in_tensors.bonus, verdict.bonus)
     for row, ((tokens, parents), chosen) in enumerate(cases):
         path, bonus = walk(tokens, parents, chosen)
         assert lengths[row] == len(path)
