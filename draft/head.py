@@ -14,7 +14,7 @@ feature 7); extend writes the head's rows 6, 7 and 8, and row 8 is the new root'
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from draft.calibration import Calibration
 from draft.ngram import PromptLookup
 from draft.none import Unplanned, root_tokens
+from draft.pending import Pending
 from draft.planner import Planner
 from draft.planning import Planning
 from draft.solo import Children, SoloRows, grow_one
@@ -71,27 +72,6 @@ class HeadModel(Protocol):
     def logits(self, feature: Tensor) -> Tensor:
         """[.., H] as returned by forward -> [.., Vd] float32."""
         ...
-
-
-@dataclass(slots=True)
-class _Pending:
-    """Pairs that wait for extend. Rows 1..num_rows of the head are computed."""
-
-    num_rows: int = 0
-    tokens: list[Tensor] = field(default_factory=list)  # each [n]
-    features: list[Tensor] = field(default_factory=list)  # each [n, F]
-
-    @property
-    def num_waiting(self) -> int:
-        return sum(len(tokens) for tokens in self.tokens)
-
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """Remove the first ``count`` pairs."""
-        tokens, features = torch.cat(self.tokens), torch.cat(self.features)
-        self.tokens = [tokens[count:]] if count < len(tokens) else []
-        self.features = [features[count:]] if count < len(tokens) else []
-        self.num_rows += count
-        return tokens[:count], features[:count]
 
 
 class Coverage:
@@ -160,7 +140,7 @@ class FeatureDraft:
         self.coverage = Coverage(model.token_ids)
         self.lookup = PromptLookup()
         self._planning = None if planner is None else Planning(planner)
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
 
     @property
     def rows(self) -> DraftRows:
@@ -208,7 +188,7 @@ class FeatureDraft:
 
     def resume(self, seq: Sequence) -> None:
         """Follow a sequence from behind rows that are there already."""
-        self._pending[seq.request.id] = _Pending(seq.kv_len)
+        self._pending[seq.request.id] = Pending(seq.kv_len)
 
     def copy_rows(self, source: Tensor, destination: Tensor) -> None:
         """Copy rows of every layer. source, destination: [M] slots."""
@@ -220,7 +200,8 @@ class FeatureDraft:
         """Pair the features of the accepted nodes with the tokens that followed them."""
         if tree.scores is not None:
             self.calibration.observe(tree, verdict, batch.sampling)
-        lengths = verdict.length.tolist()
+        lengths, paths, bonuses = verdict.length.tolist(), verdict.path.tolist(), verdict.bonus.tolist()
+        tree_tokens = tree.tokens.tolist()
         ready: list[tuple[int, int]] = []  # rows of the batch, and how many of their pairs can run now
         for row, seq in enumerate(batch.seqs):
             if self._has_outgrown(seq, batch.speculation[row]):
@@ -230,10 +211,10 @@ class FeatureDraft:
             may_begin = batch.speculation[row].may_resume and not is_late
             if seq.request.id not in self._pending and not may_begin:
                 continue
-            path = verdict.path[row, : lengths[row]]
-            pending = self._pending.setdefault(seq.request.id, _Pending())
-            pending.tokens.append(torch.cat((tree.tokens[row, path[1:]], verdict.bonus[row : row + 1])))
-            pending.features.append(features[row, path])
+            path = paths[row][: lengths[row]]
+            pending = self._pending.setdefault(seq.request.id, Pending())
+            tokens = [tree_tokens[row][node] for node in path[1:]]
+            pending.append([*tokens, bonuses[row]], features[row], path)
             # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for
             # the first answer token's sake the last chunk waits until that token is out.
             goes_on = batch.prompt is not None and batch.prompt.next_token[row] >= 0
@@ -341,19 +322,20 @@ class FeatureDraft:
     def _extend(self, batch: Batch, wanted: list[tuple[int, int]]) -> Tensor:
         """Run pending pairs, side by side: for each (row of the batch, count) the first ``count`` of them.
         Returns the feature after the last of each, [b, H]."""
-        tokens, features, positions, spans = [], [], [], []
+        tokens: list[int] = []
+        features, positions, spans = [], [], []
         for row, count in wanted:
             seq = batch.seqs[row]
             pending = self._pending[seq.request.id]
             first = pending.num_rows + 1
             pair_tokens, pair_features = pending.take(count)
-            tokens.append(pair_tokens)
+            tokens += pair_tokens
             features.append(pair_features)
             positions.append(torch.arange(first - 1, first - 1 + count))
             # Row 0 does not exist, so none is read before row 1.
             spans.append(span(seq.pages, batch.page_size, first, chain_bias(count, self.device), start=1))
         out = self.model.forward(
-            torch.cat(tokens),
+            torch.tensor(tokens).to(self.device),
             self.model.inject(torch.cat(features)),
             torch.cat(positions).to(self.device),
             plan_spans(spans, torch.device(self.device)),

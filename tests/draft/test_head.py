@@ -57,11 +57,11 @@ def test_the_example_of_the_module(draft: FeatureDraft) -> None:
     pending = draft._pending[0]
     assert pending.num_waiting == 3
     tokens, kept = pending.take(2)
-    assert tokens.tolist() == [16, 17]
+    assert tokens == [16, 17]
     assert kept[:, 0].tolist() == [0, 1]
     assert (pending.num_rows, pending.num_waiting) == (7, 1)
     tokens, kept = pending.take(1)
-    assert tokens.tolist() == [18]
+    assert tokens == [18]
     assert kept[:, 0].tolist() == [3]
     assert (pending.num_rows, pending.num_waiting) == (8, 0)
 

@@ -326,8 +326,7 @@ def snapshots(engine: Engine) -> list[Snapshot]:
             assert pending.num_rows + pending.num_waiting == len(seq.tokens) - 1, (
                 "the head lags by its pending pairs"
             )
-            waiting = [token for part in pending.tokens for token in part.tolist()]
-            assert waiting == seq.tokens[1 + pending.num_rows :], "a pair holds the wrong token"
+            assert pending.tokens == seq.tokens[1 + pending.num_rows :], "a pair holds the wrong token"
             slots = slots_of_pages(seq.pages, page_size, 1, pending.num_rows + 1)
             head_rows = engine.draft.model.pool.rows[:, :, :, slots].clone()
         found.append(Snapshot(seq.request.id, tuple(seq.tokens), rows, head_rows))
