@@ -55,6 +55,7 @@ def test_streams_one_event_per_step_and_then_says_what_speculation_saved(server:
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        "speculation": {"nodes": 4, "depth": 3, "top_k": 2},  # always drafts, whatever a step costs here
     }
     with server.post("/v1/chat/completions", body) as response:
         found = events(response)
@@ -88,7 +89,8 @@ def test_speculative_text_equals_plain_text(server: Server, sampling: dict[str, 
         chain = server.chat(prompt=prompt, speculation={"nodes": 5, "depth": 4, "top_k": 1}, **sampling)
         assert fast["choices"] == plain["choices"] == chain["choices"]
         assert plain["metrics"]["speculative_decoding"] is None
-        assert fast["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+        assert sum(fast["metrics"]["speculative_decoding"]["reasons"].values()) > 0
+        assert chain["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
 
 
 def test_concurrent_answers_equal_lone_answers(server: Server) -> None:

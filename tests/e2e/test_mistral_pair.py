@@ -35,17 +35,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7}])
 def test_speculative_answers_equal_plain_answers(server: Server, sampling: dict[str, Any]) -> None:
     asked = {"prompt": "Hi", "reasoning_effort": "high", "tools": [TOOL], "ignore_eos": True, **sampling}
-    answers = [
-        server.chat(**asked, speculation=speculation)["choices"][0]
+    wholes = [
+        server.chat(**asked, speculation=speculation)
         for speculation in ("off", "auto", {"nodes": 4, "depth": 3, "top_k": 1})
     ]
+    answers = [whole["choices"][0] for whole in wholes]
     for answer in answers:  # call ids are the response's own
         for call in answer["message"].get("tool_calls") or ():
             call.pop("id")
     assert answers[0] == answers[1] == answers[2]
-    fast = server.chat(**asked)
-    assert fast["usage"]["completion_tokens"] == 48
-    assert fast["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+    assert all(whole["usage"]["completion_tokens"] == 48 for whole in wholes)
+    _, planned, chain = [whole["metrics"]["speculative_decoding"] for whole in wholes]
+    assert sum(planned["reasons"].values()) > 0
+    assert chain["num_draft_tokens"] > 0
 
 
 def test_a_stream_says_what_the_answer_says(server: Server) -> None:
@@ -88,7 +90,7 @@ def test_the_published_launch_line_serves(tmp_path: Path) -> None:
         "--gpu-memory-utilization 0.8: no effect on a CPU; the KV cache may take 0.12 GiB",
         "Model loading took 0.00 GiB and ",
         "Available KV cache memory: 0.12 GiB; KV cache size: ",
-        "speculation: eagle (head), 4 nodes, depth 3, top-k ",
+        "speculation: eagle (head), planned, at most 4 nodes, depth 3, top-k ",
         ", max position 65536",
     ):
         assert said in log, log
