@@ -98,6 +98,11 @@ class LayerRows:
             listed += _sequences(part, sum(sequence[1] for sequence in listed))
         num_rows, longest = len(cos), max(sequence[4] for sequence in listed)
         assert sum(sequence[1] for sequence in listed) == num_rows, "the parts have other rows"
+        assert cos.numel() == sin.numel() == num_rows * sizes.head_dim, "a rotation of other heads"
+        if isinstance(write, slice):
+            assert 0 <= write.start == write.stop - num_rows <= num_slots - num_rows, "rows without a slot"
+        else:
+            assert write.numel() == num_rows, "rows without a slot"
         table = torch.tensor(listed)
         threads = torch.get_num_threads()
         # The dtype is named: torch's default is whatever somebody has made it.
@@ -123,8 +128,11 @@ class LayerRows:
 
 def _sequences(part: Part, first_row: int) -> list[list[int]]:
     """Each sequence of a part as ``haast_part`` has it."""
-    bias_stride = 0 if part.bias is None else part.bias.shape[2]
-    bias = 0 if part.bias is None else part.bias.data_ptr()
+    bias, bias_stride = 0, 0
+    if part.bias is not None:
+        assert part.bias.shape[:2] == (part.num_seqs, part.num_nodes), "a mask of other rows"
+        bias, bias_stride = part.bias.data_ptr(), part.bias.shape[2]
+    assert len(part.read) == part.num_seqs, "some sequences read nothing"
     found = []
     for number in range(part.num_seqs):
         if isinstance(part.read, tuple):
@@ -152,6 +160,11 @@ class FusedLayer:
         self.sizes, self._has_norm = sizes, norms[0] is not None
         self._short, self._long = functions
         self._qkv_inputs = matrices[0].panels.shape[1]
+        heads, inner = sizes.num_heads * sizes.head_dim, sizes.inner
+        outputs = heads + 2 * sizes.num_kv_heads * sizes.head_dim, sizes.hidden, 2 * inner, sizes.hidden
+        assert tuple(matrix.num_outputs for matrix in matrices) == outputs
+        assert [matrix.panels.shape[1] for matrix in matrices[1:]] == [heads, sizes.hidden, inner]
+        assert all(norm is None or len(norm) == sizes.hidden for norm in norms)
         self._held = norms, matrices  # what the addresses below lead to
         self._struct = _Layer(
             *(None if norm is None else norm.data_ptr() for norm in norms),

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, ops, ref
+from kernels import cpu, cpu_choose, ops, ref
 
 needs_compiler = pytest.mark.skipif(cpu.kernels_for(torch.float32) is None, reason="no C compiler")
 
@@ -27,7 +27,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 def forget_library() -> None:
-    for remembered in (cpu._library, cpu._load, cpu.half_kernels):
+    for remembered in (cpu._library, cpu._load, cpu.half_kernels, cpu_choose.choose_kernel):
         remembered.cache_clear()
 
 

@@ -169,3 +169,21 @@ def test_rows_that_do_not_match_are_refused() -> None:
         fused(torch.zeros(2, 48), (pool[:, 1:], pool), rows)
     with pytest.raises(AssertionError, match="rows"):
         cpu_layer.LayerRows(SIZES, rotation, slice(3, 5), [part, part], NUM_SLOTS)
+    for write in (slice(3, 6), slice(NUM_SLOTS - 1, NUM_SLOTS + 1), torch.tensor([3])):
+        with pytest.raises(AssertionError, match="slot"):
+            cpu_layer.LayerRows(SIZES, rotation, write, [part], NUM_SLOTS)
+    with pytest.raises(AssertionError, match="mask"):
+        cpu_layer.LayerRows(
+            SIZES, rotation, slice(3, 5), [Part(1, 2, (slice(0, 5),), torch.zeros(2, 1, 5))], NUM_SLOTS
+        )
+    with pytest.raises(AssertionError, match="rotation"):
+        cpu_layer.LayerRows(SIZES, (rotation[0], rotation[1][:1]), slice(3, 5), [part], NUM_SLOTS)
+
+
+def test_matrices_of_another_layer_are_refused() -> None:
+    layer = Layer.random(SIZES)
+    wide = Layer.random(cpu_layer.LayerSizes(hidden=48, num_heads=6, num_kv_heads=2, head_dim=8, inner=96))
+    with pytest.raises(AssertionError):
+        Layer(SIZES, layer.norms, (*layer.matrices[:2], *wide.matrices[2:])).fused()
+    with pytest.raises(AssertionError):
+        Layer(SIZES, (layer.norms[0], torch.ones(64)), layer.matrices).fused()
