@@ -365,8 +365,7 @@ class FeatureDraft:
                 inherited = seen[-1].gather(1, parents[..., None].expand(-1, -1, level * width))
             seen.append(torch.cat((inherited, own), dim=-1))
             # A sequence keeps as many rows a level as it has children: it has reserved no more. What others
-            # of
-            # the batch need beyond that is written to the dummy page, and is no candidate of this one.
+            # of the batch need beyond that is written to the dummy page, and is no candidate of this one.
             num_scratch = (limits.depth - 1).clamp(max=depth) * limits.top_k
             row = torch.arange(1, longest + depth * width, device=self.device)[None].expand(len(root), -1)
             scratch = row - kv_lens[:, None] - 1
@@ -383,7 +382,8 @@ class FeatureDraft:
                 visible,
             )
             given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
-            positions = (kv_lens + depth - 1)[:, None].expand(-1, width)
+            # The others' depths may lie past the end of this one's context, where there are no positions.
+            positions = torch.where(kept, (kv_lens + depth - 1)[:, None], 0)
             out = self.model.forward(tokens.flatten(), given.flatten(0, 1), positions.flatten(), plan)
             frontier = out.view(*tokens.shape, -1)
             return self._offers(frontier, rows, depth, limits.max_top_k)

@@ -166,3 +166,20 @@ def test_coverage_counts_what_a_head_could_have_drafted() -> None:
     assert 0 < share < 1
     assert engine.vocab_coverage() == share
     assert make_engine(MODEL, "ngram", speculation=TREE).vocab_coverage() is None
+
+
+def test_a_sequence_at_the_end_of_its_context_beside_a_deep_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no rows at the others' depths, and no positions either: tables end with the context."""
+    monkeypatch.setattr("draft.head._LEAST_LEVEL", 0.0)
+    model = random_model(1, max_position_embeddings=40)
+    long, short = prompts_of([34, 3])
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (6, 12)]
+    alone = [
+        make_engine(model, max_model_len=40).generate([prompt], param)[0].token_ids
+        for prompt, param in zip((long, short), params, strict=True)
+    ]
+    for draft in ("eagle", "eagle3"):
+        engine = make_engine(
+            model, draft, max_model_len=40, max_num_batched_tokens=200, speculation=Speculation(64, 12, 2)
+        )
+        assert [c.token_ids for c in engine.generate([long, short], params)] == alone
