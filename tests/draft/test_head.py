@@ -168,9 +168,8 @@ def test_coverage_counts_what_a_head_could_have_drafted() -> None:
     assert make_engine(MODEL, "ngram", speculation=TREE).vocab_coverage() is None
 
 
-def test_a_sequence_at_the_end_of_its_context_beside_a_deep_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_at_the_end_of_its_context_beside_a_deep_tree() -> None:
     """It has no rows at the others' depths, and no positions either: tables end with the context."""
-    monkeypatch.setattr("draft.head._LEAST_LEVEL", 0.0)
     model = random_model(1, max_position_embeddings=40)
     long, short = prompts_of([34, 3])
     params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (6, 12)]
