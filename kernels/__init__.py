@@ -1,13 +1,14 @@
 """Tensors in, tensors out. Knows nothing of requests.
 
-Callers import the operations from here; which implementation runs follows from the tensors (``kernels.ops``).
-The plain torch reference in ``kernels.ref``, ``kernels.mla`` and ``kernels.quant`` runs everywhere and is the
-specification; ``kernels.cpu`` has small compiled kernels for a CPU.
+Callers import the operations from here; which implementation runs follows from the tensors
+(``kernels.dispatch``). The plain torch reference in ``kernels.ref``, ``kernels.mla`` and ``kernels.quant``
+runs everywhere and is the specification; ``kernels.cpu`` has small compiled kernels for a CPU, and
+``kernels.triton`` those for a GPU, which ``kernels.ops`` lists.
 """
 
 from kernels.cpu import kernels_for
 from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
-from kernels.ops import (
+from kernels.dispatch import (
     add_rms_norm,
     choose,
     half_linear,
