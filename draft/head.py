@@ -47,7 +47,7 @@ from engine.sampler import candidates
 from kernels import best, compact_rows, gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
-_MOST_PENDING = 64  # pairs that wait while nothing is drafted; then they run, so that memory stays small
+_MOST_PENDING = 256  # pairs that wait while nothing is drafted; most answers end before that many
 
 
 class HeadModel(Protocol):
@@ -437,9 +437,7 @@ class FeatureDraft:
         sampling = rows.sampling
         if sampling.all_greedy or not self.shared_noise:
             values, columns, mass = best(logits, top_k)
-            return Offers(
-                self.model.token_ids[columns], torch.exp(values - mass[..., None]).nan_to_num(0.0)
-            )
+            return Offers(self.model.token_ids[columns], torch.exp(values - mass[..., None]).nan_to_num(0.0))
         few = candidates(logits, sampling, max(_NUM_CANDIDATES, top_k))
         tokens = self.model.token_ids[few.columns]
         positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])
