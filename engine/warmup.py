@@ -25,16 +25,16 @@ _SALT = "warm-up"
 
 
 def sizes(config: EngineConfig) -> Iterator[tuple[int, Speculation]]:
-    """(sequences, what each drafts) to be timed: within the limits, each number of
-    rows up to 8, then two an octave; and levels of the draft, alone and side by side."""
+    """(sequences, what each drafts) to be timed: within the limits, two numbers of the target's rows an octave,
+    and levels of the draft, alone and side by side."""
     most = config.speculation
     shapes = [SPECULATION_OFF]
-    for nodes in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24):
+    for nodes in (2, 3, 4, 6, 8, 12):
         depth = min(nodes - 1, most.depth)
         if most.has_tree and nodes <= most.nodes + most.lookup:
             shapes += [Speculation(nodes, depth, 1 if depth == nodes - 1 else most.top_k)]
     yield from ((1, shape) for shape in shapes)
-    for num_seqs in (2, 4, _MOST_SEQS):
+    for num_seqs in (2, _MOST_SEQS):
         if num_seqs <= config.max_num_seqs:
             yield from ((num_seqs, shape) for shape in shapes[:2])
 

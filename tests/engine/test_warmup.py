@@ -37,8 +37,8 @@ def test_costs_are_learned_and_acceptance_is_not(echo: Model, draft: str) -> Non
     engine.step_log = log = Forbidden()
     warm_up(engine)
     assert engine.step_log is log
-    assert {1, 2, 3, 4, 5, 6, 7, 8, 12} <= set(planner.costs._rows._seen), "rows of the target, by size"
-    assert {1, 2, 4, 8} <= set(planner.costs._first._seen), "sequences that the head drafts for"
+    assert {1, 2, 3, 4, 6, 8, 12} <= set(planner.costs._rows._seen), "rows of the target, by size"
+    assert {1, 2, 8} <= set(planner.costs._first._seen), "sequences that the head drafts for"
     assert planner.costs._level.is_known
     assert_idle(engine)
     assert engine.prefix_counts() == (0, 0)
@@ -46,6 +46,7 @@ def test_costs_are_learned_and_acceptance_is_not(echo: Model, draft: str) -> Non
     assert not engine.draft.calibration.trials.any()
     assert engine.draft.coverage.emitted == 0
     assert planner._memories == {}
+    engine.step_log = None
     prompts, params = prompts_of([5, 24]), [SamplingParams(temperature=0, max_tokens=20)] * 2
     found = [completion.token_ids for completion in engine.generate(prompts, params)]
     assert found == plain_tokens(echo, prompts, params)
