@@ -25,8 +25,8 @@ _SALT = "warm-up"
 
 
 def sizes(config: EngineConfig) -> Iterator[tuple[int, Speculation]]:
-    """(sequences, what each drafts) to be timed: within the limits, two numbers of the target's rows an octave,
-    and levels of the draft, alone and side by side."""
+    """(sequences, what each drafts) to be timed: within the limits, two numbers of rows of the target an
+    octave, and levels of the draft, alone and side by side."""
     most = config.speculation
     shapes = [SPECULATION_OFF]
     for nodes in (2, 3, 4, 6, 8, 12):
