@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.core import Batch, DraftTree
-from kernels import FusedLayer, LayerRows, layer_rows
+from engine.core import Batch, DraftTree, slots_of
+from kernels import MOST_OWN, FusedLayer, LayerRows, TreeRows, ancestor_words, layer_rows
 
 Slots = Tensor | slice  # a list of slots, or a run of them
 
@@ -36,13 +36,15 @@ class Part:
     """Neighbouring rows that attend together: b sequences of n rows each.
 
     read: [b, L] slots, or one run per sequence of at most L; bias: [b, n, L] of 0 and -inf, or None where
-    every row sees all that its sequence reads.
+    every row sees all that its sequence reads. On a device ``tree`` says both instead, where it can: then
+    nothing has the size of rows times rows read.
     """
 
     num_seqs: int
     num_nodes: int
     read: Tensor | tuple[slice, ...]
     bias: Tensor | None
+    tree: TreeRows | None = None
 
     @property
     def num_rows(self) -> int:
@@ -64,6 +66,8 @@ class RowPlan:
     ) -> LayerRows | None:
         """The plan as fused layers of one forward take it, or None if they do not take it: see
         ``kernels.layer_rows``. The first layer makes it, the others find it."""
+        if any(part.tree is not None for part in self.parts):
+            return None
         if not self._for_layers or self._for_layers[0][0] is not rotation:
             self._for_layers[:] = [(rotation, layer_rows(layer, rotation, self.write, self.parts, pool))]
         return self._for_layers[0][1]
@@ -229,6 +233,29 @@ def _bias(visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
+# --- planned on a device: through page tables
+
+
+def tree_part(rows: TreeRows, num_nodes: int) -> Part:
+    """Nodes that see what ``rows`` says."""
+    return Part(len(rows.kv_lens), num_nodes, (), None, rows)
+
+
+def plan_chains(
+    page_table: Tensor, page_size: int, firsts: Tensor, counts: Sequence[int], start: int = 0
+) -> RowPlan:
+    """Rows ``firsts[b]``, ``firsts[b] + 1``, .. of every sequence, ``counts[b]`` of them, one behind the
+    other; they read from row ``start``. firsts: [B] int64; neighbours of one size share a part."""
+    parts, writes, first = [], [], 0
+    for count, group in itertools.groupby(counts):
+        seqs = slice(first, first := first + len(list(group)))
+        table, begin = page_table[seqs], firsts[seqs].contiguous()
+        rows = begin[:, None] + torch.arange(count, device=firsts.device)
+        writes.append(slots_of(rows, table, page_size).flatten())
+        parts.append(tree_part(TreeRows(table, page_size, begin, None, count, start), count))
+    return RowPlan(_join_slots(writes), tuple(parts))
+
+
 # --- the batches of a step
 
 
@@ -263,27 +290,41 @@ def batch_rows(batch: Batch, tree: DraftTree) -> BatchRows:
     """Where the nodes of a batch are written, and what each of them reads: the committed rows, itself and its
     ancestors."""
     device = tree.tokens.device
+    if device.type != "cpu":
+        return _prompt_rows(batch, tree) if batch.prompt is not None else _padded_rows(batch, tree)
+    own: list[Tensor | None]
     if batch.prompt is not None:
         counts = list(batch.prompt.lengths)
-        own = [chain_bias(count, device) for count in counts]
-    elif device.type == "cpu":
+        own = [chain_bias(count) for count in counts]
+    else:
         parents = tree.parents.tolist()
         counts = [len(row) + 1 - row.count(-1) for row in parents]  # the root has no parent either
         own = [tree_bias(row[:count]) for row, count in zip(parents, counts, strict=True)]
-    else:
-        return _padded_rows(batch, tree)
     spans = [
         span(seq.pages, batch.page_size, seq.kv_len, among)
         for seq, among in zip(batch.seqs, own, strict=True)
     ]
+    return _without_padding(tree, plan_spans(spans, device), counts)
+
+
+def _without_padding(tree: DraftTree, plan: RowPlan, counts: Sequence[int]) -> BatchRows:
+    """Rows of which every sequence has the first ``counts[b]`` nodes alone."""
     num_seqs, width = tree.tokens.shape
-    plan = plan_spans(spans, device)
     if min(counts) == width:
         return BatchRows((num_seqs, width), plan)
     real = torch.arange(width) < torch.tensor(counts)[:, None]
     nodes = real.flatten().nonzero()[:, 0]
     places = (real.flatten().cumsum(0) - 1).view(num_seqs, width)
+    device = tree.tokens.device
     return BatchRows((num_seqs, width), plan, nodes.to(device), places.to(device))
+
+
+def _prompt_rows(batch: Batch, tree: DraftTree) -> BatchRows:
+    """Chunks of prompts on a device."""
+    assert batch.prompt is not None
+    counts = batch.prompt.lengths
+    plan = plan_chains(batch.page_table, batch.page_size, batch.kv_lens, counts)
+    return _without_padding(tree, plan, counts)
 
 
 def _padded_rows(batch: Batch, tree: DraftTree) -> BatchRows:
@@ -294,6 +335,10 @@ def _padded_rows(batch: Batch, tree: DraftTree) -> BatchRows:
     write = torch.where(
         tree.real(), batch.slots(rows), node % batch.page_size
     )  # padding goes to the dummy page
+    if num_nodes <= MOST_OWN:
+        words = ancestor_words(tree.parents.contiguous())
+        seen = TreeRows(batch.page_table, batch.page_size, batch.kv_lens, words, num_nodes)
+        return BatchRows((num_seqs, num_nodes), RowPlan(write.flatten(), (tree_part(seen, num_nodes),)))
     read_lens = [seq.kv_len + num_nodes for seq in batch.seqs]
     row = torch.arange(max(read_lens), device=node.device)
     offset = row[None] - batch.kv_lens[:, None]  # [B, L]: which node a row belongs to

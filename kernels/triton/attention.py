@@ -71,14 +71,14 @@ def _attend(
 ) -> None:
     """One tile of rows over one split. Scores are in base 2: ``scale`` holds the factor."""
     key_dim: tl.constexpr = value_dim + rotated_dim
-    seq = tl.program_id(2) // num_kv_heads
+    seq = (tl.program_id(2) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(2) % num_kv_heads
     split = tl.program_id(1)
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     is_row = row < num_nodes * group
     node = tl.minimum(row // group, num_nodes - 1)
     head = kv_head * group + row % group
-    place = (seq * num_nodes + node).to(tl.int64) * (num_kv_heads * group) + head  # of a row in q and out
+    place = (seq * num_nodes + node) * (num_kv_heads * group) + head  # of a row in q and out
 
     kv_len = tl.load(kv_lens + seq).to(tl.int32)
     if is_chain:  # no row of this tile sees anything behind its last node
@@ -90,12 +90,9 @@ def _attend(
     length = tl.maximum(length, least_keys)
     first = start + split * length
     if is_split:
-        lse += split.to(tl.int64) * (tl.num_programs(2) // num_kv_heads) * num_nodes * num_kv_heads * group
-        out += (
-            split.to(tl.int64)
-            * (tl.num_programs(2) // num_kv_heads)
-            * (num_nodes * num_kv_heads * group * value_dim)
-        )
+        all_rows = tl.num_programs(2).to(tl.int64) * num_nodes * group
+        lse += split * all_rows
+        out += split * all_rows * value_dim
         if first >= end:
             tl.store(lse + place, tl.full([block_rows], float("-inf"), tl.float32), mask=is_row)
             return
@@ -113,7 +110,7 @@ def _attend(
     for begin in range(first, tl.minimum(first + length, end), block_keys):
         key = begin + tl.arange(0, block_keys)
         is_key = key < end
-        page = tl.load(page_table + seq.to(tl.int64) * table_stride + key // page_size, mask=is_key, other=0)
+        page = tl.load(page_table + seq * table_stride + key // page_size, mask=is_key, other=0)
         slot = head_start + page.to(tl.int64) * page_size + key % page_size
         key_row = keys + slot[:, None] * key_dim
         content = tl.load(key_row + column[None, :], mask=is_key[:, None], other=0.0).to(compute)

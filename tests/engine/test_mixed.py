@@ -16,7 +16,7 @@ import engine.scheduler
 from engine.core import Batch, DraftTree, SamplingParams, Scores, Speculation
 from engine.models import decoder
 from engine.models.decoder import Decoder
-from engine.rows import BatchRows, Part, RowPlan, _join_slots, _padded_rows, batch_rows, join_plans
+from engine.rows import BatchRows, Part, RowPlan, _join_slots, _padded_rows, _prompt_rows, join_plans
 from engine.step import Engine
 from tests.engine import mistral_rig
 from tests.engine.rig import (
@@ -123,11 +123,12 @@ def no_mistake(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_device_keeps_its_padding(patch: pytest.MonkeyPatch) -> None:
-    """No mistake but what a device does, whose trees are planned without being asked how large they are."""
+    """No mistake but what a device does, whose trees are planned without being asked how large they are, and
+    whose nodes find their rows through page tables."""
     patch.setattr(
         decoder,
         "batch_rows",
-        lambda batch, tree: batch_rows(batch, tree) if batch.is_prefill else _padded_rows(batch, tree),
+        lambda batch, tree: (_prompt_rows if batch.is_prefill else _padded_rows)(batch, tree),
     )
 
 
