@@ -17,6 +17,7 @@ sequence each, with 3 and 2 rows.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -256,6 +257,29 @@ def plan_chains(
     return RowPlan(_join_slots(writes), tuple(parts))
 
 
+def plan_own(write: Tensor, rows: TreeRows, own: Tensor, longest: int) -> RowPlan:
+    """Nodes [B, N] that see the committed rows, and of those behind what ``own`` [B, N, num_own] says.
+
+    write: [B, N] slots; rows: without words, which are made of ``own``; longest: the largest of kv_lens. On a
+    CPU, and where there are more own rows than a word has bits, the plan holds slots and a mask.
+    """
+    if write.device.type != "cpu" and rows.num_own <= MOST_OWN:
+        return _own_words(write, rows, own)
+    row = torch.arange(rows.start, longest + rows.num_own, device=write.device).expand(len(write), -1)
+    offset = row - rows.kv_lens[:, None]
+    inside = offset.clamp(0, rows.num_own - 1)[:, None].expand(-1, own.shape[1], -1)
+    visible = (offset < 0)[:, None] | (own.gather(2, inside) & (offset < rows.num_own)[:, None])
+    read_lens = (rows.kv_lens + rows.num_own - rows.start).tolist()
+    return make_plan(write, slots_of(row, rows.page_table, rows.page_size), read_lens, visible)
+
+
+def _own_words(write: Tensor, rows: TreeRows, own: Tensor) -> RowPlan:
+    """As ``plan_own``, with a word for every node."""
+    words = (own.long() << torch.arange(rows.num_own, device=own.device)).sum(-1)
+    part = tree_part(dataclasses.replace(rows, words=words), write.shape[1])
+    return RowPlan(write.flatten(), (part,))
+
+
 # --- the batches of a step
 
 
@@ -335,15 +359,9 @@ def _padded_rows(batch: Batch, tree: DraftTree) -> BatchRows:
     write = torch.where(
         tree.real(), batch.slots(rows), node % batch.page_size
     )  # padding goes to the dummy page
-    if num_nodes <= MOST_OWN:
-        words = ancestor_words(tree.parents.contiguous())
-        seen = TreeRows(batch.page_table, batch.page_size, batch.kv_lens, words, num_nodes)
-        return BatchRows((num_seqs, num_nodes), RowPlan(write.flatten(), (tree_part(seen, num_nodes),)))
-    read_lens = [seq.kv_len + num_nodes for seq in batch.seqs]
-    row = torch.arange(max(read_lens), device=node.device)
-    offset = row[None] - batch.kv_lens[:, None]  # [B, L]: which node a row belongs to
-    is_node = (offset >= 0) & (offset < num_nodes)
-    of_node = offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1)
-    visible = (offset < 0)[:, None] | (tree.ancestors().gather(2, of_node) & is_node[:, None])
-    plan = make_plan(write, batch.slots(row[None].expand(num_seqs, -1)), read_lens, visible)
-    return BatchRows((num_seqs, num_nodes), plan)
+    seen = TreeRows(batch.page_table, batch.page_size, batch.kv_lens, None, num_nodes)
+    if num_nodes > MOST_OWN:
+        longest = max(seq.kv_len for seq in batch.seqs)
+        return BatchRows((num_seqs, num_nodes), plan_own(write, seen, tree.ancestors(), longest))
+    seen = dataclasses.replace(seen, words=ancestor_words(tree.parents.contiguous()))
+    return BatchRows((num_seqs, num_nodes), RowPlan(write.flatten(), (tree_part(seen, num_nodes),)))
