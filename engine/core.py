@@ -104,7 +104,12 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """What decides the tokens of one request. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are
-    off."""
+    off.
+
+    The penalties, ``logit_bias`` (token, what is added), ``bad_words`` (token sequences that never come) and
+    ``min_tokens`` (before which nothing ends the answer) are edits of the logits: see ``engine.edits``.
+    ``logprobs``: how many alternatives to report beside every emitted token; None reports nothing.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -115,6 +120,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +285,18 @@ class Batch:
     @property
     def is_prefill(self) -> bool:
         return self.prompt is not None
+
+    def num_known(self, row: int) -> int:
+        """Tokens of a sequence's text up to the first node that is scored: the root, or the last node of a
+        chunk of a prompt."""
+        return len(self.seqs[row].tokens) + (0 if self.prompt is None else self.prompt.lengths[row] - 1)
+
+    def known_tokens(self, row: int, first: int = 0) -> list[int]:
+        """The tokens that ``num_known`` counts, but for the ``first`` ones."""
+        seq = self.seqs[row]
+        if self.prompt is None:
+            return seq.tokens[first:]
+        return (seq.tokens + seq.forced[: self.prompt.lengths[row] - 1])[first:]
 
     def slots(self, rows: Tensor) -> Tensor:
         """Slots of KV rows ([B, n] int64 row numbers -> [B, n] int64). Rows past the table lie on the dummy

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -53,7 +54,7 @@ class Scheduler:
 
     prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them; draft is
     asked how much it wants to draft and how many KV rows that may write, and told when a sequence ends or
-    starts over.
+    starts over, as is ``forget_edits``.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         draft: Draft,
         vocab_size: int,
+        forget_edits: Callable[[Sequence], None],
     ) -> None:
         self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
+        self._forget_edits = forget_edits
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
         self._aborted: list[Delta] = []
@@ -341,6 +344,7 @@ class Scheduler:
         self.prefixes.leave(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
+        self._forget_edits(seq)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from engine.core import (
     StepCost,
     Target,
 )
+from engine.edits import sampling_edits
 from engine.errors import EngineError
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
@@ -74,11 +75,14 @@ class Engine:
         step_log: StepSink | None = None,
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
-        self.sampler = Sampler(target.vocab_size, config.device)
+        edits = sampling_edits(target.vocab_size, config.device, eos_token_ids)
+        self.sampler = Sampler(target.vocab_size, config.device, edits)
         prefixes = PrefixCache(
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )
-        self.scheduler = Scheduler(config, pages, prefixes, eos_token_ids, draft, target.vocab_size)
+        self.scheduler = Scheduler(
+            config, pages, prefixes, eos_token_ids, draft, target.vocab_size, self.sampler.forget
+        )
         self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
         self.last_times = StepTimes()
@@ -99,7 +103,7 @@ class Engine:
         scored = self._clock.mark()
         verdicts = []
         for batch, tree, found in zip(batches, trees, scores, strict=True):
-            choice = self.sampler(found, batch)  # the target's own token after every scored node
+            choice = self.sampler(found, batch, tree)  # the target's own token after every scored node
             verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
             self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
             self.draft.observe(batch, tree, verdict, found.features)

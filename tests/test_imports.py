@@ -39,6 +39,8 @@ FLOORS = {
     "engine.prefix": 1,
     "engine.kvcache": 1,
     "engine.rows": 1,
+    "engine.edits": 1,
+    "engine.penalties": 1,
     "engine.sampler": 1,
     "engine.parallel": 1,
     "engine.graphs": 1,
