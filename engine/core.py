@@ -286,6 +286,10 @@ class Batch:
     def is_prefill(self) -> bool:
         return self.prompt is not None
 
+    def chooses(self, row: int) -> bool:
+        """Whether a sequence gets a token of the target's choice, not one that is known."""
+        return self.prompt is None or self.prompt.lengths[row] > len(self.seqs[row].forced)
+
     def num_known(self, row: int) -> int:
         """Tokens of a sequence's text up to the first node that is scored: the root, or the last node of a
         chunk of a prompt."""
@@ -332,12 +336,22 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the target thought of an emitted token, before any parameter of the request had its say, and of
+    those it found likeliest there: (token, its log-probability), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one step did for one request: the host's view, sent to the client."""
 
     request_id: int
     token_ids: tuple[int, ...]  # new tokens, possibly none (prefill goes on, or aborted)
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of each of the new tokens, if the request asks for them
     num_draft_tokens: int = 0  # drafted nodes without the root; 0 for prompts and in plain steps
     num_accepted: int = 0  # of them accepted by the target
     draft_depth: int = 0  # levels of the drafted tree

@@ -26,6 +26,7 @@ from collections.abc import Sequence as Items
 
 import torch
 
+from engine.checks import check_request
 from engine.config import EngineConfig
 from engine.core import (
     Batch,
@@ -38,6 +39,7 @@ from engine.core import (
     Request,
     Sequence,
     Speculation,
+    TokenLogprob,
     Verdict,
 )
 from engine.errors import ContextLengthError, RequestError
@@ -282,9 +284,11 @@ class Scheduler:
 
     # --- committing
 
-    def commit(self, batch: Batch, tree: DraftTree, verdict: Verdict) -> list[Delta]:
+    def commit(
+        self, batch: Batch, tree: DraftTree, verdict: Verdict, logprobs: Items[tuple[TokenLogprob, ...]]
+    ) -> list[Delta]:
         """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the
-        host."""
+        host, but for logprobs (of the chosen tokens of each sequence, see ``engine.logprobs``)."""
         paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
         tree_tokens = tree.tokens.tolist()
         counts = tree.real().sum(1).tolist()
@@ -307,6 +311,7 @@ class Scheduler:
                     seq.request.id,
                     emitted,
                     seq.finish_reason,
+                    logprobs=logprobs[row][: len(emitted)],
                     is_decode=drafted,
                     num_draft_tokens=counts[row] - 1 if drafted else 0,
                     num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0,
@@ -371,34 +376,3 @@ def chunk_sizes(needs: list[int], priorities: list[int], budget: int) -> list[in
         sizes[place] = need
         budget -= need
     return sizes
-
-
-def check_request(request: Request, vocab_size: int) -> None:
-    """Refuse what no step could run, whoever asks (RequestError names the field, found and expected)."""
-
-    def refuse(param: str, found: object, expected: str) -> None:
-        raise RequestError(f"{param} is {found}, expected {expected}", param)
-
-    if not request.prompt:
-        raise RequestError("the prompt is empty; at least one token is needed", "prompt")
-    wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
-    if wrong:
-        refuse("prompt", f"a list with token {wrong[0]}", f"tokens of 0 to {vocab_size - 1}")
-    sampling = request.sampling
-    if not (sampling.temperature == 0 or 1e-5 <= sampling.temperature <= 100):
-        refuse("temperature", sampling.temperature, "0 (greedy) or 1e-5 to 100")
-    if not 0 < sampling.top_p <= 1:
-        refuse("top_p", sampling.top_p, "more than 0 and at most 1")
-    if not 0 <= sampling.min_p <= 1:
-        refuse("min_p", sampling.min_p, "0 to 1")
-    if not 0 <= sampling.top_k < 2**31:
-        refuse("top_k", sampling.top_k, "0 (off) or more")
-    if not -(2**63) <= sampling.seed < 2**63:
-        refuse("seed", sampling.seed, "an integer of 64 bits")
-    if sampling.max_tokens < 1:
-        refuse("max_tokens", sampling.max_tokens, "at least 1")
-    spec = request.speculation
-    if spec is not None and not (
-        1 <= spec.nodes <= 64 and 0 <= spec.depth <= 16 and 1 <= spec.top_k <= 16 and 0 <= spec.lookup <= 16
-    ):
-        refuse("speculation", spec, "nodes of 1 to 64, depth and lookup of 0 to 16, top_k of 1 to 16")
