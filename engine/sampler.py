@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.core import Batch, SamplingParams, SamplingTensors, Scores
+from engine.core import NO_CHOICE, Batch, SamplingParams, SamplingTensors, Scores
 from kernels import choose, gumbel_noise, nucleus
 
 NEVER = float("-inf")
@@ -132,8 +132,16 @@ class Sampler:
         self._token_ids = torch.arange(vocab_size, device=device)
 
     def __call__(self, scores: Scores, batch: Batch) -> Tensor:
-        """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by
-        that."""
+        """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by that.
+
+        NO_CHOICE where the largest logit is no finite number: a row with NaN or infinity in it says nothing,
+        and in one that is -inf throughout no token is allowed. No draft agrees with that, so the path of a
+        tree ends there, and with it the request (``Scheduler.commit``): it alone.
+        """
+        best = scores.logits.amax(dim=-1)  # which NaN and infinity always are
+        return torch.where(best.isfinite(), self._choose(scores, batch), NO_CHOICE)
+
+    def _choose(self, scores: Scores, batch: Batch) -> Tensor:
         sampling, logits, positions = batch.sampling, scores.logits, scores.positions + 1
         if logits.device.type == "cpu":
             floors = _floors(logits, sampling) if sampling.any_filter else None
