@@ -6,6 +6,7 @@ everybody else in the batch; lists without an end would slow all of them down.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ MAX_BAD_WORDS = 128  # of a client, each of which may be two sequences of tokens
 MAX_BAD_WORD_LEN = 64  # tokens
 MAX_LOGPROBS = 20
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # so that no logit leaves float32
+_CACHE_SALT = re.compile(r"[A-Za-z0-9._~+/=:-]{0,128}")
 
 
 def check_request(request: Request, vocab_size: int) -> None:
@@ -25,6 +27,12 @@ def check_request(request: Request, vocab_size: int) -> None:
     if not request.prompt:
         raise RequestError("the prompt is empty; at least one token is needed", "prompt")
     _check_ids("prompt", request.prompt, vocab_size)
+    if not -(2**31) <= request.priority < 2**31:
+        _refuse("priority", request.priority, "an integer of 32 bits")
+    if not _CACHE_SALT.fullmatch(request.cache_salt):
+        _refuse(
+            "cache_salt", f"{request.cache_salt!r:.150}", "up to 128 of the characters A-Z a-z 0-9 ._~+/=:-"
+        )
     _check_choice(request.sampling)
     _check_edits(request.sampling, vocab_size)
     if request.speculation is not None:

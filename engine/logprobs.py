@@ -25,7 +25,8 @@ def emitted_logprobs(
         # Of a prompt only its last node was scored.
         nodes = slice(0, 1) if batch.is_prefill else verdict.path[row, : int(verdict.length[row])]
         logprobs = scores.logits[row, nodes].log_softmax(-1)
-        chosen = logprobs.gather(1, choice[row, nodes, None])[:, 0].tolist()
+        columns = choice[row, nodes, None].clamp(min=0)  # what stands for NO_CHOICE will not be emitted
+        chosen = logprobs.gather(1, columns)[:, 0].tolist()
         top = logprobs.topk(min(num_top, logprobs.shape[-1]))
         found.append(
             tuple(
