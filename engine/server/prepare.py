@@ -58,7 +58,6 @@ class Preparer:
             error.param = param
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
-        self._check_ids(list(call.logit_bias or {}), "logit_bias")
         sampling = sampling_params(call, len(ids), self.config.max_model_len, self.tokenizer)
         first = Request(
             id=0,

@@ -127,6 +127,14 @@ def sampling_params(
             f"the prompt has {prompt_len} of {max_model_len})",
             "min_tokens",
         )
+    unknown = next(
+        (token for token in fields.logit_bias or {} if not 0 <= token < tokenizer.vocab_size), None
+    )
+    if unknown is not None:
+        raise RequestError(
+            f"token id {unknown} is outside the vocabulary of {tokenizer.vocab_size} tokens",
+            f"logit_bias.{unknown}",
+        )
     return SamplingParams(
         temperature=fields.engine_temperature(),
         top_k=min(max(fields.top_k or 0, 0), tokenizer.vocab_size),

@@ -276,6 +276,19 @@ def test_any_mixture(data: st.DataObject) -> None:
     assert all(is_explained(*each) for each in zip(PROMPTS, plain, params, strict=True))
 
 
+def test_who_forbids_everything_fails_alone() -> None:
+    params = [
+        replace(USUAL[0], bad_words=tuple((token,) for token in range(VOCAB)), logprobs=2),
+        replace(USUAL[1], logprobs=2),
+        USUAL[2],
+    ]
+    engine = make_engine(MODEL, "eagle3", eos=EOS)
+    found = record(engine, PROMPTS, params).completions
+    assert [one.finish_reason for one in found] == ["error", "length", "length"]
+    assert [one.token_ids for one in found] == [(), *usual_tokens()[1:]]
+    assert_idle(engine)
+
+
 def test_what_a_preempted_sequence_had_still_counts() -> None:
     params = [
         SamplingParams(

@@ -10,7 +10,7 @@ import pytest
 from engine.core import SPECULATION_OFF, Speculation
 from engine.errors import RequestError
 from engine.server import protocol
-from engine.server.sampling_fields import sampling_params
+from engine.server.sampling_fields import choice_seed, sampling_params
 from tests.server.fakes import ByteTokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
