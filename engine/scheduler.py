@@ -13,20 +13,23 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
   long document to be read, and the document gets on.
 - If pages or places run out, the last in order gives its own back and starts over from its tokens (preemption
   by recompute, behind what the prefix cache still has of them), so the first in order always gets on. Nobody
-  makes room for another's tree, and within a priority nobody overtakes at admission. A lower priority waits
-  for as long as higher ones fill the engine.
+  makes room for another's tree, and within a priority nobody overtakes at admission, but for answers to a
+  prompt that another one reads already. A lower priority waits for as long as higher ones fill the engine.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
 
+from engine.checks import check_request
 from engine.config import EngineConfig
 from engine.core import (
+    NO_CHOICE,
     Batch,
     Decision,
     Delta,
@@ -39,6 +42,7 @@ from engine.core import (
     SamplingTensors,
     Sequence,
     Speculation,
+    TokenLogprob,
     Verdict,
     depths_of,
 )
@@ -50,13 +54,15 @@ from engine.sampler import sampling_tensors
 # What prompts may claim of a step's nodes before trees get any.
 _PROMPT_SHARE = 4
 
+_NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
+
 
 class Scheduler:
     """Owns every Sequence and every page.
 
     prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them; draft is
     asked how much it wants to draft and how many KV rows that may write, and told when a sequence ends or
-    starts over.
+    starts over, as is ``forget_edits``.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         draft: Draft,
         vocab_size: int,
+        forget_edits: Callable[[Sequence], None],
     ) -> None:
         self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
@@ -74,6 +81,7 @@ class Scheduler:
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._sampling = [SamplingParams()], sampling_tensors([SamplingParams()], config.device)
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
+        self._forget_edits = forget_edits
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
         self._aborted: list[Delta] = []
@@ -107,6 +115,20 @@ class Scheduler:
                 self._end(seq, "abort")
                 self._aborted.append(Delta(request_id, (), "abort", num_cached=seq.num_cached or 0))
                 return
+
+    def fail_running(self, why: str) -> list[Delta]:
+        """End what runs, because a step broke while it worked on it; what waits is untouched.
+
+        Returns the final deltas. A step writes to no Sequence before its commit, so all is as if it had never
+        begun, but for rows, which nobody may begin with any more.
+        """
+        deltas = []
+        for seq in self.running.copy():
+            self.prefixes.disown(seq)
+            self._end(seq, "error")
+            deltas.append(Delta(seq.request.id, (), "error", num_cached=seq.num_cached or 0, error=why))
+        assert self.pages.num_held == 0, f"{self.pages.num_held} pages are held, but nothing runs"
+        return deltas
 
     def take_aborted(self) -> list[Delta]:
         """Final deltas of requests aborted since the last call."""
@@ -151,8 +173,10 @@ class Scheduler:
         run but come later in the order make room, if they have enough of it; then that is all for this step,
         or they would come back for the room that they have made."""
         made_room = False
-        while self.waiting and not made_room:
-            seq = self.waiting[0]
+        while not made_room:
+            seq = self._next_waiting()
+            if seq is None:
+                return
             later = [other for other in self.running if other.order > seq.order]
             is_full = len(self.running) == self._num_places
             if is_full and not later:
@@ -167,7 +191,20 @@ class Scheduler:
             if is_full and not made_room:
                 self._preempt(later.pop())
                 made_room = True
-            insort(self.running, self.waiting.popleft(), key=_order)
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=_order)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Who may start next. Several answers to one prompt are requests that share it; while one of them
+        reads it, and until the draft too has its rows, a step later, the others let everybody else pass: then
+        they find it in the prefix cache."""
+        being_read = {
+            id(seq.request.prompt)
+            for seq in self.running
+            if seq.num_generated < 2 and self.config.prefix_caching
+            if len(seq.request.prompt) > self.pages.page_size
+        }
+        return next((seq for seq in self.waiting if id(seq.request.prompt) not in being_read), None)
 
     def _start(self, seq: Sequence) -> bool:
         """Let a waiting sequence begin behind the rows that the prefix cache has of it. False, and nothing
@@ -290,20 +327,28 @@ class Scheduler:
 
     # --- committing
 
-    def commit(self, batch: Batch, tree: DraftTree, verdict: Verdict) -> list[Delta]:
+    def commit(
+        self, batch: Batch, tree: DraftTree, verdict: Verdict, logprobs: Items[tuple[TokenLogprob, ...]]
+    ) -> list[Delta]:
         """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the
-        host."""
+        host, but for logprobs (of the chosen tokens of each sequence, see ``engine.logprobs``)."""
         paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
         tree_tokens = tree.tokens.tolist()
         parents = tree.parents.tolist() if batch.prompt is None else [[-1]] * len(paths)
         deltas = []
         for row, seq in enumerate(batch.seqs):
-            new_tokens = [*(tree_tokens[row][node] for node in paths[row][1 : lengths[row]]), bonuses[row]]
+            new_tokens = [tree_tokens[row][node] for node in paths[row][1 : lengths[row]]]
+            if bonuses[row] != NO_CHOICE:
+                new_tokens.append(bonuses[row])
             num_known = min(len(new_tokens), len(seq.forced))
             seq.tokens.extend(new_tokens[:num_known])
             del seq.forced[:num_known]
             emitted = self._emit(seq, new_tokens[num_known:])
-            self.prefixes.publish(seq)
+            if bonuses[row] == NO_CHOICE and seq.finish_reason is None:
+                seq.finish_reason = "error"
+                self.prefixes.disown(seq)
+            else:
+                self.prefixes.publish(seq)
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -314,12 +359,14 @@ class Scheduler:
                     seq.request.id,
                     emitted,
                     seq.finish_reason,
+                    logprobs=logprobs[row][: len(emitted)],
                     is_decode=batch.prompt is None,
                     num_draft_tokens=sum(depth > 0 for depth in depths),
                     num_accepted=min(lengths[row] - 1, len(emitted)) if batch.prompt is None else 0,
                     draft_depth=max(depths),
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
+                    error=_NOTHING_LEFT if seq.finish_reason == "error" else None,
                 )
             )
         return deltas
@@ -351,6 +398,7 @@ class Scheduler:
         self.prefixes.leave(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
+        self._forget_edits(seq)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
@@ -377,34 +425,3 @@ def chunk_sizes(needs: list[int], priorities: list[int], budget: int) -> list[in
         sizes[place] = need
         budget -= need
     return sizes
-
-
-def check_request(request: Request, vocab_size: int) -> None:
-    """Refuse what no step could run, whoever asks (RequestError names the field, found and expected)."""
-
-    def refuse(param: str, found: object, expected: str) -> None:
-        raise RequestError(f"{param} is {found}, expected {expected}", param)
-
-    if not request.prompt:
-        raise RequestError("the prompt is empty; at least one token is needed", "prompt")
-    wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
-    if wrong:
-        refuse("prompt", f"a list with token {wrong[0]}", f"tokens of 0 to {vocab_size - 1}")
-    sampling = request.sampling
-    if not (sampling.temperature == 0 or 1e-5 <= sampling.temperature <= 100):
-        refuse("temperature", sampling.temperature, "0 (greedy) or 1e-5 to 100")
-    if not 0 < sampling.top_p <= 1:
-        refuse("top_p", sampling.top_p, "more than 0 and at most 1")
-    if not 0 <= sampling.min_p <= 1:
-        refuse("min_p", sampling.min_p, "0 to 1")
-    if not 0 <= sampling.top_k < 2**31:
-        refuse("top_k", sampling.top_k, "0 (off) or more")
-    if not -(2**63) <= sampling.seed < 2**63:
-        refuse("seed", sampling.seed, "an integer of 64 bits")
-    if sampling.max_tokens < 1:
-        refuse("max_tokens", sampling.max_tokens, "at least 1")
-    spec = request.speculation
-    if spec is not None and not (
-        1 <= spec.nodes <= 64 and 0 <= spec.depth <= 16 and 1 <= spec.top_k <= 16 and 0 <= spec.lookup <= 16
-    ):
-        refuse("speculation", spec, "nodes of 1 to 64, depth and lookup of 0 to 16, top_k of 1 to 16")

@@ -27,7 +27,9 @@ from engine.core import (
     StepCost,
     Target,
 )
+from engine.edits import sampling_edits
 from engine.errors import EngineError
+from engine.logprobs import emitted_logprobs
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.sampler import Sampler
@@ -74,21 +76,25 @@ class Engine:
         step_log: StepSink | None = None,
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
-        self.sampler = Sampler(target.vocab_size, config.device)
+        edits = sampling_edits(target.vocab_size, config.device, eos_token_ids)
+        self.sampler = Sampler(target.vocab_size, config.device, edits)
         prefixes = PrefixCache(
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )
-        self.scheduler = Scheduler(config, pages, prefixes, eos_token_ids, draft, target.vocab_size)
+        self.scheduler = Scheduler(
+            config, pages, prefixes, eos_token_ids, draft, target.vocab_size, self.sampler.forget
+        )
         self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
         self.last_times = StepTimes()
         self._clock = Clock(config.device)
+        self._deltas: list[Delta] = []  # of the current step, as far as it has come
         self._next_id = 0
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
         """Run one iteration: draft trees, score them all at once, accept a path of each, commit it."""
-        deltas = self.scheduler.take_aborted()
+        deltas = self._deltas = self.scheduler.take_aborted()
         started = self._clock.mark()
         batches = self.scheduler.next_batches()  # pages for every node are reserved here
         if not batches:
@@ -99,11 +105,12 @@ class Engine:
         scored = self._clock.mark()
         verdicts = []
         for batch, tree, found in zip(batches, trees, scores, strict=True):
-            choice = self.sampler(found, batch)  # the target's own token after every scored node
+            choice = self.sampler(found, batch, tree)  # the target's own token after every scored node
             verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
             self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
             self.draft.observe(batch, tree, verdict, found.features)
-            deltas += self.scheduler.commit(batch, tree, verdict)
+            logprobs = emitted_logprobs(found, choice, verdict, batch)
+            deltas += self.scheduler.commit(batch, tree, verdict, logprobs)
             verdicts.append(verdict)
         self.last_times = StepTimes.between(started, drafted, scored, self._clock.mark())
         if not batches[0].is_prefill:  # decodes come first
@@ -124,6 +131,11 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """End a request in any state; its last Delta comes with the next step."""
         self.scheduler.abort(request_id)
+
+    def fail_running(self, why: str) -> list[Delta]:
+        """After a ``step`` that raised: end the requests that run, with ``why`` as their error. Those that
+        wait go on. Returns the final deltas, and whatever the step had done before."""
+        return self._deltas + self.scheduler.fail_running(why)
 
     @property
     def has_work(self) -> bool:

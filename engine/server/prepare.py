@@ -6,13 +6,14 @@ that a prompt of many megabytes is refused before it is tokenised.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from engine.config import EngineConfig
 from engine.core import Request
 from engine.errors import ContextLengthError, RequestError
 from engine.server import protocol
+from engine.server.sampling_fields import choice_seed, sampling_params
 from engine.text.conversation import AnyTokenizer, conversation_ids, conversation_size
 
 
@@ -24,17 +25,23 @@ class Preparer:
     config: EngineConfig
 
     def chat(self, call: protocol.ChatRequest) -> list[Request]:
-        """One request for the conversation. Raises RequestError, ContextLengthError among them."""
+        """A request for each answer to the conversation. Raises RequestError, ContextLengthError among
+        them."""
         messages = protocol.messages(call)
         tools = call.tools if call.offers_tools else None
         self._check_size(conversation_size(self.tokenizer, messages), "messages")
         self._check_size(conversation_size(self.tokenizer, messages, tools), "tools")
         ids = conversation_ids(self.tokenizer, messages, tools=tools, reasoning_effort=call.reasoning_effort)
-        return [self._request(call, ids, "messages")]
+        return self._requests(call, ids, "messages")
 
     def completion(self, call: protocol.CompletionRequest) -> list[Request]:
-        """One request per prompt. Raises RequestError, ContextLengthError among them."""
-        return [self._request(call, self._prompt_ids(prompt), "prompt") for prompt in protocol.prompts(call)]
+        """The requests for each answer to each prompt, prompt by prompt. Raises RequestError,
+        ContextLengthError among them."""
+        return [
+            request
+            for prompt in protocol.prompts(call)
+            for request in self._requests(call, self._prompt_ids(prompt), "prompt")
+        ]
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -43,7 +50,7 @@ class Preparer:
         self._check_ids(prompt, "prompt")
         return prompt
 
-    def _request(self, call: protocol.GenerationRequest, ids: list[int], param: str) -> Request:
+    def _requests(self, call: protocol.GenerationRequest, ids: list[int], param: str) -> list[Request]:
         if not ids:
             raise RequestError("the prompt has no tokens, at least one is needed", param)
         if len(ids) >= self.config.max_model_len:
@@ -51,16 +58,16 @@ class Preparer:
             error.param = param
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
-        sampling = protocol.sampling_params(
-            call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size
-        )
-        return Request(
+        sampling = sampling_params(call, len(ids), self.config.max_model_len, self.tokenizer)
+        first = Request(
             id=0,
             prompt=tuple(ids),
             sampling=sampling,
             speculation=protocol.speculation(call, self.config.speculation),
             cache_salt=call.cache_salt or "",
         )
+        seeds = [choice_seed(sampling.seed, choice) for choice in range(call.num_choices)]
+        return [replace(first, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
     def _check_ids(self, ids: list[int], param: str) -> None:
         for position, token in enumerate(ids):
