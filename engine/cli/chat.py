@@ -25,6 +25,7 @@ from engine.server import protocol
 from engine.server.metrics import summarise
 from engine.server.output import Reading
 from engine.server.prepare import Preparer
+from engine.server.ticket import EngineFailedError
 from engine.text.output_parser import (
     Answer,
     Event,
@@ -200,6 +201,8 @@ def _local(args: argparse.Namespace) -> Partner:
         [request] = preparer.chat(call)
         output = None
         for progress in engine.stream(request, Reading.of_chat(call.offers_tools)):
+            if progress.error is not None:
+                raise EngineFailedError(progress.error)
             output = progress.output
             for event in progress.events:
                 show(event)

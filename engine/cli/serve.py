@@ -16,8 +16,8 @@ from engine.cli.compat import add_foreign_arguments, notes_of
 from engine.cli.options import add_engine_arguments, engine_config, notes, open_engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.server.app import ServerOptions
 from engine.server.lifecycle import serve
+from engine.server.state import ServerOptions
 from engine.server.version import version
 
 log = logging.getLogger("haast")

@@ -24,8 +24,9 @@ from engine.server.metrics import Metrics, StampedDelta, summarise
 from engine.server.output import Output, output_for
 from engine.server.protocol import StreamOptions
 from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, Usage
-from engine.server.runner import EngineRunner, Ticket
+from engine.server.runner import EngineRunner
 from engine.server.sse import ClientGoneError, EventStream
+from engine.server.ticket import Ticket
 from engine.text.output_parser import Event
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,12 @@ class Generation:
         return cls(runner, await runner.submit(numbered), outputs, Envelope(form, model))
 
     def release(self) -> None:
-        """Abort whatever still runs."""
+        """Abort whatever still runs, and count how it ended. Call once."""
         self._runner.release(self._ticket)
+        unfinished = "abort" if self._ticket.error is None else "error"
+        for output in self._outputs:
+            reason = "stop" if output.finish_reason == "tool_calls" else output.finish_reason
+            self._runner.totals.add_request(output.stats, reason or unfinished)
 
     @property
     def is_complete(self) -> bool:

@@ -38,10 +38,14 @@ class Preparer:
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            self._check_size(len(prompt.encode()), "prompt")
-            return self.tokenizer.encode(prompt, add_bos=True)
-        self._check_ids(prompt, "prompt")
+            return self.text_ids(prompt, add_bos=True)
+        self.check_ids(prompt, "prompt")
         return prompt
+
+    def text_ids(self, text: str, add_bos: bool) -> list[int]:
+        """Tokens of a text that is not hopelessly long. Raises RequestError."""
+        self._check_size(len(text.encode()), "prompt")
+        return self.tokenizer.encode(text, add_bos=add_bos)
 
     def _request(self, call: protocol.GenerationRequest, ids: list[int], param: str) -> Request:
         if not ids:
@@ -50,7 +54,7 @@ class Preparer:
             error = ContextLengthError(len(ids), self.config.max_model_len)
             error.param = param
             raise error
-        self._check_ids(call.stop_token_ids or [], "stop_token_ids")
+        self.check_ids(call.stop_token_ids or [], "stop_token_ids")
         sampling = protocol.sampling_params(
             call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size
         )
@@ -59,10 +63,12 @@ class Preparer:
             prompt=tuple(ids),
             sampling=sampling,
             speculation=protocol.speculation(call, self.config.speculation),
+            priority=call.priority or 0,
             cache_salt=call.cache_salt or "",
         )
 
-    def _check_ids(self, ids: list[int], param: str) -> None:
+    def check_ids(self, ids: list[int], param: str) -> None:
+        """Refuse ids that are no tokens (RequestError)."""
         for position, token in enumerate(ids):
             if not 0 <= token < self.tokenizer.vocab_size:
                 raise RequestError(

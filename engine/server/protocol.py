@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -21,6 +22,9 @@ from engine.errors import RequestError
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_PROMPTS = 16
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of one message
+MAX_NESTING = 64
 MAX_TOOLS = 128  # offered by a request, or called in one turn
 MAX_MESSAGE_LEN = 600  # characters of an error message: an answer must not amplify its question
 _GREEDY_BELOW = 1e-5  # a temperature below this divides logits beyond float32; it is greedy in all but name
@@ -56,7 +60,6 @@ _NOT_HONOURED: Neutral = {
     "json_schema": (),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
-    "return_token_ids": (False,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template": (),
@@ -108,7 +111,7 @@ class Message(Struct, omit_defaults=True):
     """One turn of a conversation. ``reasoning`` is another name of ``reasoning_content``."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
@@ -136,7 +139,9 @@ class GenerationRequest(Struct, kw_only=True):
     ) = None
     ignore_eos: bool | None = None
     speculation: Literal["off", "auto"] | SpeculationOptions | None = None
-    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
+    cache_salt: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._~+/=:-]{1,128}\Z")] | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    return_token_ids: bool | None = None
 
     presence_penalty: Any = None
     frequency_penalty: Any = None
@@ -163,7 +168,6 @@ class GenerationRequest(Struct, kw_only=True):
     json_schema: Any = None
     use_beam_search: Any = None
     include_stop_str_in_output: Any = None
-    return_token_ids: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
     chat_template: Any = None
@@ -177,7 +181,7 @@ class GenerationRequest(Struct, kw_only=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -197,12 +201,17 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     tools: Any = None
 
 
+StructT = TypeVar("StructT", bound=Struct)
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Read a chat request. Raises RequestError naming the field."""
-    call = _decode(body, ChatRequest)
+    return checked_chat(_decode(body, ChatRequest))
+
+
+def checked_chat(call: ChatRequest) -> ChatRequest:
+    """The call itself. Raises RequestError for what its types cannot say about conversation and tools."""
     _check_neutral(call, _NOT_HONOURED_IN_CHAT)
     if call.tool_choice == "required" or isinstance(call.tool_choice, dict):
         raise RequestError(
@@ -302,6 +311,13 @@ def shorten(message: str) -> str:
 
 
 def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
+    call = decode(body, kind)
+    _check(call)
+    return call
+
+
+def decode(body: bytes, kind: type[StructT]) -> StructT:
+    """Read a body of any kind, not nested too deeply. Raises RequestError naming the field."""
     try:
         call = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -310,8 +326,29 @@ def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
         raise RequestError(shorten(f"the body is not valid JSON: {error}"), code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    _check(call)
+    if body.count(b"[") + body.count(b"{") > MAX_NESTING:  # else there is no need to look
+        check_nesting(call)
     return call
+
+
+def check_nesting(call: Struct) -> None:
+    """Refuse lists and objects that lie deeper in one another than anybody means, in whatever field: what
+    comes after (templates, grammars) goes through them by recursion."""
+    level: list[Any] = [getattr(call, name) for name in call.__struct_fields__]
+    depth = 1
+    while level := [value for value in level if isinstance(value, list | dict | Struct)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise RequestError(
+                f"the body is nested more than {MAX_NESTING} levels deep", code="nested_too_deeply"
+            )
+        level = [inner for value in level for inner in _children(value)]
+
+
+def _children(value: list[Any] | dict[str, Any] | Struct) -> Iterable[Any]:
+    if isinstance(value, Struct):
+        return (getattr(value, name) for name in value.__struct_fields__)
+    return value.values() if isinstance(value, dict) else value
 
 
 def _check(call: GenerationRequest) -> None:

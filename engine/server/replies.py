@@ -79,6 +79,18 @@ class ModelList(Struct):
     object: str = "list"
 
 
+class StatusReply(Struct):
+    """``status`` is "ok" or "ready"; everything else is an error."""
+
+    status: str
+
+
+class VersionReply(Struct):
+    """Of the installed distribution."""
+
+    version: str
+
+
 class CalledFunction(Struct):
     """``arguments`` should be a JSON object, but are what the model wrote."""
 
@@ -169,7 +181,7 @@ class Reply(Struct, kw_only=True):
     object: str
     created: int
     model: str
-    choices: list[Choice]
+    choices: Sequence[Choice]
     usage: Usage | UnsetType = UNSET
     metrics: Metrics | UnsetType = UNSET
 

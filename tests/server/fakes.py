@@ -19,8 +19,8 @@ from engine.build import Served
 from engine.canary import CanaryCounts
 from engine.config import EngineConfig
 from engine.core import Delta, Request
-from engine.server.app import ServerOptions, ServerState
 from engine.server.lifecycle import app_runner
+from engine.server.state import ServerOptions, ServerState
 from engine.text.conversation import AnyTokenizer
 
 EOS = 256
@@ -133,6 +133,10 @@ class FakeEngine:
         if self._live.pop(request_id, None) is not None:
             self._farewells.append(Delta(request_id, (), "abort"))
 
+    def fail_running(self, why: str) -> list[Delta]:
+        failed, self._live = list(self._live), {}
+        return [Delta(request_id, (), "error", error=why) for request_id in failed]
+
     def step(self) -> list[Delta]:
         if self.fail_at == self.num_steps:
             raise RuntimeError("the step broke")
@@ -213,7 +217,7 @@ async def server(
         engine.hold.clear()
         if state.serving is not None:
             await state.serving.runner.stop()
-            state.serving.threads.shutdown()
+            state.serving.close()
         await runner.cleanup()
 
 

@@ -324,7 +324,7 @@ def test_client_reports_errors_inside_a_stream() -> None:
     async def scenario() -> None:
         engine = FakeEngine(script(*[b"tick"] * 50), fail_at=3, step_time=0.02)
         async with server(engine) as api, client.session(api.url) as http:
-            with pytest.raises(client.ServerError, match="the server failed: the engine failed"):
+            with pytest.raises(client.ServerError, match="the server failed: the request failed"):
                 await client.stream_chat(
                     http, {"messages": [{"role": "user", "content": "x"}]}, lambda piece: None
                 )

@@ -19,7 +19,7 @@ from engine.cli import compat, main, options, serve
 from engine.cli.speculative import asked
 from engine.core import Speculation
 from engine.errors import ConfigError
-from engine.server.app import ServerOptions
+from engine.server.state import ServerOptions
 from tests.checkpoint.files import write_hf
 from tests.conftest import tiny_llama
 from tests.engine.test_build_mistral import CONFIG, VOCAB
