@@ -131,7 +131,7 @@ def _ask(
     finally:
         screen.end()
     if with_stats:
-        sys.stderr.write(_stats_line(metrics))
+        sys.stderr.write(stats_line(metrics))
     return answer
 
 
@@ -179,7 +179,9 @@ class _Screen:
             self._open = what
 
 
-def _stats_line(metrics: dict[str, Any]) -> str:
+def stats_line(metrics: dict[str, Any]) -> str:
+    """Speed and acceptance of an answer, from its ``metrics``."""
+
     def number(value: float | None, pattern: str) -> str:
         return "-" if value is None else pattern.format(value)
 

@@ -101,7 +101,9 @@ async def _answer(
     arrival: float,
 ) -> web.StreamResponse:
     options = request.app[STATE].options
-    generation = await Generation.start(serving.runner, serving.served, requests, form, name, arrival)
+    generation = await Generation.start(
+        serving.runner, serving.served, requests, form, name, arrival, bool(call.return_token_ids)
+    )
     try:
         if call.stream:
             return await generation.stream(

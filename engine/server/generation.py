@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from aiohttp import web
 from msgspec import UNSET, UnsetType
@@ -23,7 +23,7 @@ from engine.server import faults
 from engine.server.metrics import Metrics, StampedDelta, summarise
 from engine.server.output import Output, output_for
 from engine.server.protocol import StreamOptions
-from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, Usage
+from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, TextChoice, Usage
 from engine.server.runner import EngineRunner
 from engine.server.sse import ClientGoneError, EventStream
 from engine.server.ticket import Ticket
@@ -37,12 +37,19 @@ class Generation:
     left."""
 
     def __init__(
-        self, runner: EngineRunner, ticket: Ticket, outputs: Sequence[Output], envelope: Envelope
+        self,
+        runner: EngineRunner,
+        ticket: Ticket,
+        outputs: Sequence[Output],
+        envelope: Envelope,
+        with_token_ids: bool = False,
     ) -> None:
         self._runner, self._ticket, self._envelope = runner, ticket, envelope
         self._outputs = list(outputs)
         self._index = {output.request.id: index for index, output in enumerate(outputs)}
         self._begun: set[int] = set()  # answers of which something was sent
+        self._with_token_ids = with_token_ids
+        self._num_sent = [0] * len(outputs)  # tokens
 
     @classmethod
     async def start(
@@ -53,11 +60,13 @@ class Generation:
         form: Form,
         model: str,
         arrival: float,
+        with_token_ids: bool = False,
     ) -> Generation:
         """Number the requests and submit them. Raises the EngineError with which the engine refuses one."""
         numbered = [dataclasses.replace(request, id=runner.new_id()) for request in requests]
         outputs = [output_for(served, request, arrival, form.reading) for request in numbered]
-        return cls(runner, await runner.submit(numbered), outputs, Envelope(form, model))
+        ticket = await runner.submit(numbered)
+        return cls(runner, ticket, outputs, Envelope(form, model), with_token_ids)
 
     def release(self) -> None:
         """Abort whatever still runs, and count how it ended. Call once."""
@@ -80,7 +89,8 @@ class Generation:
             self._envelope.form.whole(index, output.answer, output.finish_reason or "abort")
             for index, output in enumerate(self._outputs)
         ]
-        return self._envelope.answer(choices, self._usage(), self._metrics())
+        reply = self._envelope.answer(choices, self._usage(), self._metrics())
+        return self._add_token_ids(reply, range(len(choices)))
 
     async def stream(
         self, request: web.Request, options: StreamOptions, keep_alive_interval: float, request_id: str
@@ -137,14 +147,28 @@ class Generation:
         replies = []
         for position, index in enumerate(grown):
             is_last = self.is_complete and position == len(grown) - 1
-            replies.append(
-                self._envelope.chunk(
-                    [self._piece(index, growth[index])],
-                    self._usage() if options.continuous_usage_stats else UNSET,
-                    self._metrics() if is_last and not options.include_usage else UNSET,
-                )
+            is_first = index not in self._begun
+            reply = self._envelope.chunk(
+                [self._piece(index, growth[index])],
+                self._usage() if options.continuous_usage_stats else UNSET,
+                self._metrics() if is_last and not options.include_usage else UNSET,
             )
+            replies.append(self._add_token_ids(reply, [index], with_prompt=is_first))
         return replies
+
+    def _add_token_ids(self, reply: Reply, indexes: Iterable[int], with_prompt: bool = True) -> Reply:
+        """Put the tokens behind each choice of a reply, if the client wants them, and those of the prompt.
+        indexes: which answers the choices are."""
+        if not self._with_token_ids:
+            return reply
+        for index, choice in zip(indexes, reply.choices, strict=True):
+            output = self._outputs[index]
+            choice.token_ids = output.token_ids[self._num_sent[index] :]
+            self._num_sent[index] = len(output.token_ids)
+            if with_prompt:
+                holder = choice if isinstance(choice, TextChoice) else reply
+                holder.prompt_token_ids = list(output.request.prompt)
+        return reply
 
     def _piece(self, index: int, events: list[Event]) -> Choice:
         is_first = index not in self._begun

@@ -98,6 +98,7 @@ class Output:
     ) -> None:
         self.request = request
         self.finish_reason: EndReason | None = None
+        self.token_ids: list[int] = []  # what made the answer, the end-of-text token included
         self.stats = RequestStats(arrival, speculation.most_accepted)
         self._reader = _reader(tokenizer, request.sampling.stop, reading)
         self._events: list[Event] = []
@@ -118,6 +119,7 @@ class Output:
             return []
         events, num_tokens = self._read(stamped.delta.token_ids)
         self.stats.record(stamped, num_tokens)
+        self.token_ids += stamped.delta.token_ids[:num_tokens]
         reason: EndReason | None = stamped.delta.finish_reason
         if self._reader.stopped is not None:
             reason = "stop"

@@ -151,6 +151,7 @@ class ChatChoice(Struct):
     message: ChatMessage
     finish_reason: str
     logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
 
 
 class ChatChunkChoice(Struct):
@@ -160,6 +161,7 @@ class ChatChunkChoice(Struct):
     delta: ChatDelta
     finish_reason: str | None
     logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
 
 
 class TextChoice(Struct):
@@ -169,6 +171,8 @@ class TextChoice(Struct):
     text: str
     finish_reason: str | None
     logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 Choice = ChatChoice | ChatChunkChoice | TextChoice
@@ -184,6 +188,7 @@ class Reply(Struct, kw_only=True):
     choices: Sequence[Choice]
     usage: Usage | UnsetType = UNSET
     metrics: Metrics | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # of chat, if asked for
 
 
 class Form(Protocol):

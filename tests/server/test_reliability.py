@@ -179,7 +179,7 @@ def test_a_broken_step_fails_who_ran() -> None:
                 status, reply, _ = await api.post(CHAT, BODY)
                 assert (status, reply["error"]["code"]) == (500, code)
                 assert (await api.get("/health"))[0] == health
-            assert api.state.serving.runner.totals.num_failed_steps == 3  # type: ignore[union-attr]
+            assert api.state.serving.runner.totals.num_failed_steps == 4  # type: ignore[union-attr]
 
     asyncio.run(scenario())
 
