@@ -46,6 +46,6 @@ async def _complete(args: argparse.Namespace, body: dict[str, object]) -> None:
 
 
 def _show(event: Event) -> None:
-    assert isinstance(event, TextDelta), "a completion is text"
-    sys.stdout.write(event.text)
-    sys.stdout.flush()
+    if isinstance(event, TextDelta):  # a completion is nothing else
+        sys.stdout.write(event.text)
+        sys.stdout.flush()

@@ -18,6 +18,7 @@ from engine.server.version import version
 from kernels import kernels_for
 
 _PACKAGES = ("aiohttp", "msgspec", "llguidance", "tokenizers", "mistral-common", "safetensors", "triton")
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +55,7 @@ def facts() -> Iterator[tuple[str, str]]:
 
 def driver_version() -> str | None:
     """Of NVIDIA's driver, where Linux says it."""
-    file = Path("/proc/driver/nvidia/version")
-    words = file.read_text().split() if file.is_file() else []
+    words = _DRIVER_FILE.read_text().split() if _DRIVER_FILE.is_file() else []
     return next((word for word in words if word.count(".") and word.replace(".", "").isdigit()), None)
 
 

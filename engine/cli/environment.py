@@ -89,8 +89,8 @@ def unknown_variables(known: Iterable[str]) -> list[str]:
     warnings = []
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in (*names, *_NO_FLAGS):
-            close = nearest(name, names)
-            hint = f"; did you mean {close}?" if close else ""
+            close = nearest(name.removeprefix(PREFIX), [one.removeprefix(PREFIX) for one in names])
+            hint = f"; did you mean {PREFIX}{close}?" if close else ""
             warnings.append(f"the environment variable {name} is no flag's here{hint}")
     return warnings
 

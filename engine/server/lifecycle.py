@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from engine.build import Served
 from engine.canary import CanaryCounts
@@ -38,9 +39,14 @@ async def serve(options: ServerOptions, load: Callable[[], Served], parent: int 
 
     load is called once, on a thread of its own, and returns the model. parent is the descriptor of a pipe
     that the parent process holds open; its closing counts as a signal. Raises ConfigError if the port cannot
-    be bound, and whatever load raises.
+    be bound or aiohttp lacks its compiled parser, and whatever load raises.
     """
     started = time.perf_counter()
+    if HttpRequestParser is HttpRequestParserPy:
+        raise ConfigError(
+            "aiohttp was installed without its compiled HTTP parser, and requests could be smuggled past the "
+            "other: install a wheel of it, and unset AIOHTTP_NO_EXTENSIONS"
+        )
     state = ServerState(options)
     signals = _Signals()
     if parent is not None:

@@ -38,8 +38,8 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
         ("notlocalhost", 403),
     ],
 )
-def test_a_loopback_address_answers_to_this_machines_names(host: str, status: int) -> None:
-    """CVE-2024-28224: a page whose name points here is none of ours."""
+def test_cve_2024_28224_a_loopback_address_answers_to_its_own_names(host: str, status: int) -> None:
+    """A page whose name was made to point here is none of ours."""
 
     async def scenario() -> None:
         async with server(allowed_hosts=("my.proxy",)) as api:

@@ -247,7 +247,11 @@ VERDICTS: dict[str, str] = {  # written by hand, from what people launch: "", "n
     "--enable-prefix-caching": "",
     "--no-enable-prefix-caching": "",
     "--revision abc": "--local-dir DIR",
-    "--max-num-queued-tokens 9": "--max-num-queued-reqs",
+    "--max-num-queued-tokens 9": "",
+    "--max-queued-requests 9": "",
+    "--scheduling-policy priority": "",
+    "--enable-request-id-headers": "",
+    "--allowed-origins '[\"*\"]'": "use --cors-origin",
     "--uds /tmp/x": "--host and --port",
 }
 
