@@ -9,6 +9,7 @@ import aiohttp
 import msgspec
 import pytest
 
+from engine.errors import RequestError
 from engine.server import bodies
 from engine.server.access import OPEN_ROUTES
 from tests.server.fakes import FakeEngine, Server, script, server, until
@@ -248,7 +249,9 @@ def test_the_queue_is_bounded_by_tokens_too() -> None:
             await until(lambda: runner.num_queued_tokens == 0)
             engine.hold.clear()
             assert (await first)[0] == 200
-            assert runner.in_flight == 0
+            engine.refusal = RequestError("too many rows", "max_tokens")
+            assert (await api.post(TEXT, {"prompt": "a"}))[0] == 400
+            assert (runner.in_flight, runner.num_queued_tokens) == (0, 0)
 
     asyncio.run(scenario())
 

@@ -144,8 +144,8 @@ def test_server_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ConfigError, match=words[0]):
             serve.server_options(parse(serve, *words))
-    words = ("--cors-origin", "*", "--cors-origin", "https://a.example:8443", "--allowed-host", "Box.LAN")
-    found = serve.server_options(parse(serve, *words, "--watchdog-timeout", "9"))
+    origins = ("--cors-origin", "*", "--cors-origin", "https://a.example:8443", "--allowed-host", "Box.LAN")
+    found = serve.server_options(parse(serve, *origins, "--watchdog-timeout", "9"))
     assert found.cors_origins == ("*", "https://a.example:8443")
     assert (found.allowed_hosts, found.stalled_after) == (("box.lan",), 9.0)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.http_parser import HttpRequestParserPy
 from aiohttp.web_urldispatcher import StaticResource
 
 from engine.checkpoint import hub
@@ -304,7 +305,7 @@ def test_cve_2025_69223_nothing_is_decompressed() -> None:
 
 
 def test_cve_2025_69224_the_lenient_parser_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "HttpRequestParser", lifecycle.HttpRequestParserPy)
+    monkeypatch.setattr(lifecycle, "HttpRequestParser", HttpRequestParserPy)
     with pytest.raises(ConfigError, match="compiled HTTP parser"):
         asyncio.run(lifecycle.serve(ServerOptions(port=0), lambda: pytest.fail("must not load")))
 
