@@ -1,4 +1,5 @@
-"""Requests made from our own OpenAPI document: whatever is sent, the answer is one that the document knows."""
+"""Requests made from our own OpenAPI document: whatever is sent, the answer is one that the document knows.
+"""
 
 from __future__ import annotations
 
