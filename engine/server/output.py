@@ -15,8 +15,9 @@ from typing import Literal, Protocol
 from engine.build import Served
 from engine.core import SPECULATION_OFF, FinishReason, Request, Speculation
 from engine.server.metrics import RequestStats, StampedDelta
+from engine.text.conversation import AnyTokenizer, answer_parser
 from engine.text.detokenizer import Detokenizer
-from engine.text.output_parser import Answer, Event, OutputParser, TextDelta, Vocabulary, assemble
+from engine.text.output_parser import Answer, Event, TextDelta, Vocabulary, assemble
 
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -34,7 +35,7 @@ class Reading(enum.Enum):
 
 
 class Reader(Protocol):
-    """Makes events of tokens; ``OutputParser`` is one."""
+    """Makes events of tokens; what ``answer_parser`` returns is one."""
 
     @property
     def stopped(self) -> str | None:
@@ -90,7 +91,7 @@ class Output:
 
     def __init__(
         self,
-        tokenizer: Vocabulary,
+        tokenizer: AnyTokenizer,
         request: Request,
         speculation: Speculation,
         arrival: float,
@@ -140,10 +141,10 @@ class Output:
         return events, len(token_ids)
 
 
-def _reader(tokenizer: Vocabulary, stop: tuple[str, ...], reading: Reading) -> Reader:
+def _reader(tokenizer: AnyTokenizer, stop: tuple[str, ...], reading: Reading) -> Reader:
     if reading is Reading.TEXT:
         return TextReader(tokenizer, stop)
-    return OutputParser(tokenizer, uuid.uuid4().hex, stop, tools=reading is Reading.CHAT_WITH_TOOLS)
+    return answer_parser(tokenizer, uuid.uuid4().hex, stop, tools=reading is Reading.CHAT_WITH_TOOLS)
 
 
 def _text_event(text: str) -> list[Event]:

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.core import Request
 from engine.errors import ContextLengthError, RequestError
 from engine.server import protocol
+from engine.server.tool_fields import use_of
 from engine.text.conversation import AnyTokenizer, conversation_ids, conversation_size
 
 
@@ -26,8 +27,9 @@ class Preparer:
     def chat(self, call: protocol.ChatRequest) -> list[Request]:
         """One request for the conversation. Raises RequestError, ContextLengthError among them."""
         messages = protocol.messages(call)
-        tools = call.tools if call.offers_tools else None
         self._check_size(conversation_size(self.tokenizer, messages), "messages")
+        use = use_of(call.tools, call.tool_choice, call.parallel_tool_calls)
+        tools = None if use is None else use.tools
         self._check_size(conversation_size(self.tokenizer, messages, tools), "tools")
         ids = conversation_ids(self.tokenizer, messages, tools=tools, reasoning_effort=call.reasoning_effort)
         return [self._request(call, ids, "messages")]

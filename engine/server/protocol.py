@@ -17,11 +17,11 @@ from msgspec import Meta, Struct
 
 from engine.core import SPECULATION_OFF, SamplingParams, Speculation
 from engine.errors import RequestError
+from engine.server.tool_fields import MAX_TOOLS, ToolChoice, ToolSpec
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_PROMPTS = 16
-MAX_TOOLS = 128  # offered by a request, or called in one turn
 MAX_MESSAGE_LEN = 600  # characters of an error message: an answer must not amplify its question
 _GREEDY_BELOW = 1e-5  # a temperature below this divides logits beyond float32; it is greedy in all but name
 
@@ -61,7 +61,6 @@ _NOT_HONOURED: Neutral = {
     "continue_final_message": (False,),
     "chat_template": (),
 }
-_NOT_HONOURED_IN_CHAT: Neutral = {"parallel_tool_calls": (True,)}
 _NOT_HONOURED_IN_COMPLETIONS: Neutral = {"tools": ([],)}
 
 
@@ -178,8 +177,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: Annotated[list[ToolSpec], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
 
@@ -203,13 +202,6 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 def decode_chat(body: bytes) -> ChatRequest:
     """Read a chat request. Raises RequestError naming the field."""
     call = _decode(body, ChatRequest)
-    _check_neutral(call, _NOT_HONOURED_IN_CHAT)
-    if call.tool_choice == "required" or isinstance(call.tool_choice, dict):
-        raise RequestError(
-            "the model cannot be forced to call a tool yet, tool_choice may be 'auto' or 'none'",
-            "tool_choice",
-            "unsupported_value",
-        )
     for turn, message in enumerate(call.messages):
         _check_message(message, f"messages[{turn}]")
     return call

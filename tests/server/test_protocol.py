@@ -12,6 +12,7 @@ from engine.errors import RequestError
 from engine.server import protocol
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -88,11 +89,16 @@ def sampling(**fields: Any) -> Any:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": ["f"]}, "tools[0]"),
-        ({"tools": [{}] * 129}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [{}]}, "tools[0].function"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [TOOL, {"function": {"name": "f g"}}]}, "tools[1].function.name"),
+        ({"tools": [TOOL, {"function": {"name": "f", "parameters": []}}]}, "tools[1].function.parameters"),
+        ({"tools": [{"function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
         ({"tool_choice": "any"}, "tool_choice"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tool_choice": {"type": "custom", "function": {"name": "f"}}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "function", "function": "f"}}, "tool_choice.function"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice.allowed_tools"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"reasoning_effort": 3}, "reasoning_effort"),
         ({"min_tokens": 3}, "min_tokens"),
@@ -226,9 +232,10 @@ def test_messages_keep_what_is_known_and_given() -> None:
     [
         ({}, False),
         ({"tools": []}, False),
-        ({"tools": [{}]}, True),
-        ({"tools": [{}], "tool_choice": "auto"}, True),
-        ({"tools": [{}], "tool_choice": "none"}, False),
+        ({"tools": [TOOL]}, True),
+        ({"tools": [TOOL], "tool_choice": "auto"}, True),
+        ({"tools": [TOOL], "tool_choice": "none"}, False),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, True),
     ],
 )
 def test_which_requests_offer_tools(fields: dict[str, Any], offers: bool) -> None:
