@@ -32,11 +32,11 @@ class FunctionSpec(Struct, omit_defaults=True):
     strict: bool | None = None
 
 
-class ToolSpec(Struct):
-    """An entry of ``tools``."""
+class ToolSpec(Struct, kw_only=True):
+    """An entry of ``tools``; its fields in the order in which models were trained to see them."""
 
-    function: FunctionSpec
     type: Literal["function"] = "function"
+    function: FunctionSpec
 
 
 class NamedFunction(Struct):
