@@ -35,7 +35,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+NO_CHOICE = -1  # in place of a token where there is none to choose: see ``Sampler``
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +330,7 @@ class Verdict:
 
     path: Tensor  # [B, N] int64 accepted nodes, root first, -1 padded
     length: Tensor  # [B] int64 accepted nodes, root included
-    bonus: Tensor  # [B] int64; the next root
+    bonus: Tensor  # [B] int64; the next root, or NO_CHOICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +346,7 @@ class Delta:
     is_decode: bool = True  # False for a chunk of a prompt
     num_cached: int = 0  # tokens of the prompt that the prefix cache spared the request
     decision: Decision | None = None  # of a decode: what was to be drafted
+    error: str | None = None  # why the request ended, if the finish reason is "error"
 
 
 @dataclass(frozen=True, slots=True)

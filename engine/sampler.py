@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.core import Batch, DraftTree, SamplingParams, SamplingTensors, Scores, Sequence
+from engine.core import NO_CHOICE, Batch, DraftTree, SamplingParams, SamplingTensors, Scores, Sequence
 from engine.edits import Edit, EditList
 from kernels import choose, gumbel_noise, nucleus
 
@@ -146,7 +146,16 @@ class Sampler:
         return scores if logits is scores.logits else replace(scores, logits=logits)
 
     def choose(self, scores: Scores, batch: Batch) -> Tensor:
-        """The choice from edited scores, [B, R] int64."""
+        """The choice from edited scores, [B, R] int64.
+
+        NO_CHOICE where the largest logit is no finite number: a row with NaN or infinity in it says nothing,
+        and in one that is -inf throughout no token is allowed. No draft agrees with that, so the path of a
+        tree ends there, and with it the request (``Scheduler.commit``): it alone.
+        """
+        best = scores.logits.amax(dim=-1)  # which NaN and infinity always are
+        return torch.where(best.isfinite(), self._choose(scores, batch), NO_CHOICE)
+
+    def _choose(self, scores: Scores, batch: Batch) -> Tensor:
         sampling, logits, positions = batch.sampling, scores.logits, scores.positions + 1
         if logits.device.type == "cpu":
             floors = _floors(logits, sampling) if sampling.any_filter else None

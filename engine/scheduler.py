@@ -19,6 +19,7 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
 
 from __future__ import annotations
 
+import re
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import (
+    NO_CHOICE,
     Batch,
     Decision,
     Delta,
@@ -47,6 +49,9 @@ from engine.sampler import sampling_tensors
 
 # What prompts may claim of a step's nodes before trees get any.
 _PROMPT_SHARE = 4
+
+_NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
+_CACHE_SALT = re.compile(r"[A-Za-z0-9._~+/=:-]{0,128}")
 
 
 class Scheduler:
@@ -106,6 +111,20 @@ class Scheduler:
                 self._end(seq, "abort")
                 self._aborted.append(Delta(request_id, (), "abort", num_cached=seq.num_cached or 0))
                 return
+
+    def fail_running(self, why: str) -> list[Delta]:
+        """End what runs, because a step broke while it worked on it; what waits is untouched.
+
+        Returns the final deltas. A step writes to no Sequence before its commit, so all is as if it had never
+        begun, but for rows, which nobody may begin with any more.
+        """
+        deltas = []
+        for seq in self.running.copy():
+            self.prefixes.disown(seq)
+            self._end(seq, "error")
+            deltas.append(Delta(seq.request.id, (), "error", num_cached=seq.num_cached or 0, error=why))
+        assert self.pages.num_held == 0, f"{self.pages.num_held} pages are held, but nothing runs"
+        return deltas
 
     def take_aborted(self) -> list[Delta]:
         """Final deltas of requests aborted since the last call."""
@@ -291,12 +310,18 @@ class Scheduler:
         depths = tree.depths().amax(1).tolist() if batch.prompt is None else [0] * len(counts)
         deltas = []
         for row, seq in enumerate(batch.seqs):
-            new_tokens = [*(tree_tokens[row][node] for node in paths[row][1 : lengths[row]]), bonuses[row]]
+            new_tokens = [tree_tokens[row][node] for node in paths[row][1 : lengths[row]]]
+            if bonuses[row] != NO_CHOICE:
+                new_tokens.append(bonuses[row])
             num_known = min(len(new_tokens), len(seq.forced))
             seq.tokens.extend(new_tokens[:num_known])
             del seq.forced[:num_known]
             emitted = self._emit(seq, new_tokens[num_known:])
-            self.prefixes.publish(seq)
+            if bonuses[row] == NO_CHOICE and seq.finish_reason is None:
+                seq.finish_reason = "error"
+                self.prefixes.disown(seq)
+            else:
+                self.prefixes.publish(seq)
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -313,6 +338,7 @@ class Scheduler:
                     draft_depth=depths[row],
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
+                    error=_NOTHING_LEFT if seq.finish_reason == "error" else None,
                 )
             )
         return deltas
@@ -384,6 +410,12 @@ def check_request(request: Request, vocab_size: int) -> None:
     wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
     if wrong:
         refuse("prompt", f"a list with token {wrong[0]}", f"tokens of 0 to {vocab_size - 1}")
+    if not -(2**31) <= request.priority < 2**31:
+        refuse("priority", request.priority, "an integer of 32 bits")
+    if not _CACHE_SALT.fullmatch(request.cache_salt):
+        refuse(
+            "cache_salt", f"{request.cache_salt!r:.150}", "up to 128 of the characters A-Z a-z 0-9 ._~+/=:-"
+        )
     sampling = request.sampling
     if not (sampling.temperature == 0 or 1e-5 <= sampling.temperature <= 100):
         refuse("temperature", sampling.temperature, "0 (greedy) or 1e-5 to 100")

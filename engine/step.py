@@ -87,12 +87,13 @@ class Engine:
         self.step_log = step_log
         self.last_times = StepTimes()
         self._clock = Clock(config.device)
+        self._deltas: list[Delta] = []  # of the current step, as far as it has come
         self._next_id = 0
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
         """Run one iteration: draft trees, score them all at once, accept a path of each, commit it."""
-        deltas = self.scheduler.take_aborted()
+        deltas = self._deltas = self.scheduler.take_aborted()
         started = self._clock.mark()
         batches = self.scheduler.next_batches()  # pages for every node are reserved here
         if not batches:
@@ -128,6 +129,11 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """End a request in any state; its last Delta comes with the next step."""
         self.scheduler.abort(request_id)
+
+    def fail_running(self, why: str) -> list[Delta]:
+        """After a ``step`` that raised: end the requests that run, with ``why`` as their error. Those that
+        wait go on. Returns the final deltas, and whatever the step had done before."""
+        return self._deltas + self.scheduler.fail_running(why)
 
     @property
     def has_work(self) -> bool:
