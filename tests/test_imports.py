@@ -44,6 +44,7 @@ FLOORS = {
     "engine.sampler": 1,
     "engine.parallel": 1,
     "engine.graphs": 1,
+    "engine.grammar": 1,
     "kernels": 0,
 }
 STRANGERS = {"draft": "verify", "verify": "draft"}  # same floor, yet never each other
