@@ -19,14 +19,17 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
 
 from __future__ import annotations
 
+import re
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
 
 from engine.config import EngineConfig
 from engine.core import (
+    NO_CHOICE,
     Batch,
     Decision,
     Delta,
@@ -40,6 +43,7 @@ from engine.core import (
     Verdict,
 )
 from engine.errors import ContextLengthError, RequestError
+from engine.grammar import Grammars
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.sampler import sampling_tensors
@@ -47,13 +51,17 @@ from engine.sampler import sampling_tensors
 # What prompts may claim of a step's nodes before trees get any.
 _PROMPT_SHARE = 4
 
+_MOST_FORESEEN = 64  # tokens that a grammar may add to a step's: others wait for it meanwhile
+_NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
+_CACHE_SALT = re.compile(r"[A-Za-z0-9._~+/=:-]{0,128}")
+
 
 class Scheduler:
     """Owns every Sequence and every page.
 
     prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them; draft is
     asked how much it wants to draft and how many KV rows that may write, and told when a sequence ends or
-    starts over.
+    starts over, as is ``forget_edits``; grammars say where answers end and what must follow them.
     """
 
     def __init__(
@@ -64,12 +72,15 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         draft: Draft,
         vocab_size: int,
+        forget_edits: Callable[[Sequence], None],
+        grammars: Grammars,
     ) -> None:
         self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
+        self._forget_edits, self._grammars = forget_edits, grammars
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
         self._aborted: list[Delta] = []
@@ -80,6 +91,7 @@ class Scheduler:
         """Queue a request. Raises ContextLengthError or RequestError for one that could never run."""
         assert all(request.id != seq.request.id for seq in (*self.waiting, *self.running)), "ids are unique"
         check_request(request, self._vocab_size)
+        self._grammars.check(request)
         prompt_len, limit = len(request.prompt), self.config.max_model_len
         if prompt_len >= limit:
             raise ContextLengthError(prompt_len, limit)
@@ -103,6 +115,20 @@ class Scheduler:
                 self._end(seq, "abort")
                 self._aborted.append(Delta(request_id, (), "abort", num_cached=seq.num_cached or 0))
                 return
+
+    def fail_running(self, why: str) -> list[Delta]:
+        """End what runs, because a step broke while it worked on it; what waits is untouched.
+
+        Returns the final deltas. A step writes to no Sequence before its commit, so all is as if it had never
+        begun, but for rows, which nobody may begin with any more.
+        """
+        deltas = []
+        for seq in self.running.copy():
+            self.prefixes.disown(seq)
+            self._end(seq, "error")
+            deltas.append(Delta(seq.request.id, (), "error", num_cached=seq.num_cached or 0, error=why))
+        assert self.pages.num_held == 0, f"{self.pages.num_held} pages are held, but nothing runs"
+        return deltas
 
     def take_aborted(self) -> list[Delta]:
         """Final deltas of requests aborted since the last call."""
@@ -288,12 +314,19 @@ class Scheduler:
         depths = tree.depths().amax(1).tolist() if batch.prompt is None else [0] * len(counts)
         deltas = []
         for row, seq in enumerate(batch.seqs):
-            new_tokens = [*(tree_tokens[row][node] for node in paths[row][1 : lengths[row]]), bonuses[row]]
+            new_tokens = [tree_tokens[row][node] for node in paths[row][1 : lengths[row]]]
+            if bonuses[row] != NO_CHOICE:
+                new_tokens.append(bonuses[row])
             num_known = min(len(new_tokens), len(seq.forced))
             seq.tokens.extend(new_tokens[:num_known])
             del seq.forced[:num_known]
             emitted = self._emit(seq, new_tokens[num_known:])
-            self.prefixes.publish(seq)
+            foreseen = self._foresee(seq)
+            if bonuses[row] == NO_CHOICE and seq.finish_reason is None:
+                seq.finish_reason = "error"
+                self.prefixes.disown(seq)
+            else:
+                self.prefixes.publish(seq)
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -302,7 +335,7 @@ class Scheduler:
             deltas.append(
                 Delta(
                     seq.request.id,
-                    emitted,
+                    emitted + foreseen,
                     seq.finish_reason,
                     is_decode=drafted,
                     num_draft_tokens=counts[row] - 1 if drafted else 0,
@@ -310,23 +343,50 @@ class Scheduler:
                     draft_depth=depths[row],
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
+                    num_forced=len(foreseen),
+                    error=self._problem(seq) if seq.finish_reason == "error" else None,
                 )
             )
         return deltas
 
     def _emit(self, seq: Sequence, new_tokens: list[int]) -> tuple[int, ...]:
         """Append chosen tokens up to the first that ends the sequence; sets its finish reason."""
-        sampling = seq.request.sampling
         for count, token in enumerate(new_tokens, start=1):
             seq.tokens.append(token)
-            if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
-                seq.finish_reason = "stop"
-            elif self._remaining(seq) < 1:
-                seq.finish_reason = "length"
-            else:
-                continue
-            return tuple(new_tokens[:count])
+            seq.finish_reason = self._ending(seq, token)
+            if seq.finish_reason is not None:
+                return tuple(new_tokens[:count])
         return tuple(new_tokens)
+
+    def _foresee(self, seq: Sequence) -> tuple[int, ...]:
+        """Tokens that need no step, for the grammar leaves no choice: they are emitted at once, and pass
+        through the model with what comes next, as a prompt does."""
+        run: list[int] = []
+        if seq.request.sampling.grammar is None or seq.forced:
+            return ()
+        while seq.finish_reason is None and len(run) < _MOST_FORESEEN:
+            token = self._grammars.after(seq).only
+            if token is None:
+                break
+            run.append(token)
+            seq.forced.append(token)
+            seq.finish_reason = self._ending(seq, token)
+        return tuple(run)
+
+    def _ending(self, seq: Sequence, token: int) -> FinishReason | None:
+        """Whether a sequence ends with the token that was added last, and why."""
+        sampling = seq.request.sampling
+        end = None if sampling.grammar is None else self._grammars.after(seq).end
+        if end is not None:
+            return end
+        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+            return "stop"
+        return "length" if self._remaining(seq) < 1 else None
+
+    def _problem(self, seq: Sequence) -> str:
+        """Why nothing could follow a sequence's tokens."""
+        grammar = seq.request.sampling.grammar
+        return (self._grammars.after(seq).problem if grammar is not None else "") or _NOTHING_LEFT
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         seq.finish_reason = reason
@@ -341,6 +401,7 @@ class Scheduler:
         self.prefixes.leave(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
+        self._forget_edits(seq)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
@@ -380,6 +441,12 @@ def check_request(request: Request, vocab_size: int) -> None:
     wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
     if wrong:
         refuse("prompt", f"a list with token {wrong[0]}", f"tokens of 0 to {vocab_size - 1}")
+    if not -(2**31) <= request.priority < 2**31:
+        refuse("priority", request.priority, "an integer of 32 bits")
+    if not _CACHE_SALT.fullmatch(request.cache_salt):
+        refuse(
+            "cache_salt", f"{request.cache_salt!r:.150}", "up to 128 of the characters A-Z a-z 0-9 ._~+/=:-"
+        )
     sampling = request.sampling
     if not (sampling.temperature == 0 or 1e-5 <= sampling.temperature <= 100):
         refuse("temperature", sampling.temperature, "0 (greedy) or 1e-5 to 100")

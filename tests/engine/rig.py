@@ -24,7 +24,7 @@ from draft.ngram import NgramDraft
 from draft.none import NoDraft, Unplanned
 from draft.planner import Planner
 from engine.config import POST_NORM, EngineConfig, LlamaConfig
-from engine.core import Batch, Draft, DraftTree, Request, SamplingParams, Speculation, Verdict
+from engine.core import Batch, Draft, DraftMask, DraftTree, Request, SamplingParams, Speculation, Verdict
 from engine.core import Sequence as Seq
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
@@ -240,7 +240,7 @@ class Prophet(Unplanned):
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0 if speculation.is_off else speculation.nodes - 1
 
-    def propose(self, batch: Batch) -> DraftTree:
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         trees = [self._tree(seq, spec) for seq, spec in zip(batch.seqs, batch.speculation, strict=True)]
         width = max(len(tokens) for tokens, _ in trees)
         return DraftTree(

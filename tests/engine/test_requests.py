@@ -29,12 +29,20 @@ from tests.engine.rig import assert_idle, make_engine, random_model
         ({"max_tokens": 0}, "max_tokens"),
         ({"speculation": Speculation(8, 4, 0)}, "speculation"),
         ({"speculation": Speculation(1000, 4, 4)}, "speculation"),
+        ({"priority": 2**31}, "priority"),
+        ({"cache_salt": "x" * 129}, "cache_salt"),
+        ({"cache_salt": "a b"}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "cache_salt"),
     ],
 )
 def test_a_bad_field_is_named(change: dict[str, Any], param: str) -> None:
     engine = make_engine(random_model(), "eagle3")
     request = Request(0, (1, 2, 3), SamplingParams(max_tokens=4))
-    ours = {key: value for key, value in change.items() if key in ("prompt", "speculation")}
+    ours = {
+        key: value
+        for key, value in change.items()
+        if key in ("prompt", "speculation", "priority", "cache_salt")
+    }
     sampling = dataclasses.replace(request.sampling, **{k: v for k, v in change.items() if k not in ours})
     with pytest.raises(RequestError) as caught:
         engine.add(dataclasses.replace(request, sampling=sampling, **ours))
