@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -26,7 +25,7 @@ _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additi
 # One way to write a value, the one that models were trained on (json.dumps): nothing to choose between
 # tokens, and no model can lose itself in white space.
 _SPELLING: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_MAX_SCHEMA_LEN = 1 << 16  # characters of one function's parameters; bounds the cache of verdicts, too
+MAX_SCHEMA_BYTES = 1 << 16  # of one function's parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,9 @@ def tool_use(
     tools: {"type": "function", "function": {"name", "parameters", "strict", ...}}, at least one; names and
     types are checked by whoever decoded them. allowed: names of those that may be called, None for all.
 
-    Raises RequestError: ``tools[i].function.parameters`` for what is no JSON schema of an object, or, for a
-    strict function, none that can be held; ``tool_choice`` for a name that no tool has.
+    Raises RequestError: ``tools[i].function.parameters`` for what cannot be the schema of an object (the
+    compiler of grammars knows more of schemas, see ``engine.server.prepare``); ``tool_choice`` for a name that
+    no tool has.
     """
     functions = [_function(tool["function"]) for tool in tools]
     for index, function in enumerate(functions):
@@ -100,24 +100,8 @@ def _check_parameters(function: Function, param: str) -> None:
     if kind != "object":
         raise RequestError(f"{param}.type is {kind!r:.40}, expected 'object'", f"{param}.type")
     try:
-        schema = msgspec.json.encode(function.arguments_schema()).decode()
+        size = len(msgspec.json.encode(function.parameters))
     except (RecursionError, UnicodeEncodeError) as error:
         raise RequestError(f"{param} cannot be written as JSON: {error}", param) from error
-    if len(schema) > _MAX_SCHEMA_LEN:
-        raise RequestError(
-            f"{param} has {len(schema)} characters, at most {_MAX_SCHEMA_LEN} are read",
-            param,
-            "invalid_schema",
-        )
-    problem = _schema_problem(schema)
-    if problem:
-        raise RequestError(f"{param} of {function.name!r}: {problem:.300}", param, "invalid_schema")
-
-
-@lru_cache(maxsize=256)
-def _schema_problem(schema: str) -> str:
-    """What the compiler says against a schema, on one line; empty if it can be held. Clients send the same
-    tools turn after turn, so answers are kept."""
-    from llguidance import LLMatcher
-
-    return " ".join(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)).split())
+    if size > MAX_SCHEMA_BYTES:
+        raise RequestError(f"{param} has {size} bytes, at most {MAX_SCHEMA_BYTES} are allowed", param)
