@@ -6,6 +6,7 @@ that a prompt of many megabytes is refused before it is tokenised.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,16 +14,23 @@ from engine.config import EngineConfig
 from engine.core import Request
 from engine.errors import ContextLengthError, RequestError
 from engine.server import protocol
+from engine.server.held import answer_holder
 from engine.server.tool_fields import use_of
 from engine.text.conversation import AnyTokenizer, conversation_ids, conversation_size
+from engine.text.grammar import GrammarCompiler
+from engine.text.tools import ToolUse
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """Knows the model's vocabulary and context. Requests get id 0; whoever submits them numbers them."""
+    """Knows the model's vocabulary and context. Requests get id 0; whoever submits them numbers them.
+
+    compiler: the engine's; tries grammars out before the engine sees them.
+    """
 
     tokenizer: AnyTokenizer
     config: EngineConfig
+    compiler: GrammarCompiler
 
     def chat(self, call: protocol.ChatRequest) -> list[Request]:
         """One request for the conversation. Raises RequestError, ContextLengthError among them."""
@@ -32,7 +40,7 @@ class Preparer:
         tools = None if use is None else use.tools
         self._check_size(conversation_size(self.tokenizer, messages, tools), "tools")
         ids = conversation_ids(self.tokenizer, messages, tools=tools, reasoning_effort=call.reasoning_effort)
-        return [self._request(call, ids, "messages")]
+        return [self._request(call, ids, "messages", use)]
 
     def completion(self, call: protocol.CompletionRequest) -> list[Request]:
         """One request per prompt. Raises RequestError, ContextLengthError among them."""
@@ -45,7 +53,9 @@ class Preparer:
         self._check_ids(prompt, "prompt")
         return prompt
 
-    def _request(self, call: protocol.GenerationRequest, ids: list[int], param: str) -> Request:
+    def _request(
+        self, call: protocol.GenerationRequest, ids: list[int], param: str, use: ToolUse | None = None
+    ) -> Request:
         if not ids:
             raise RequestError("the prompt has no tokens, at least one is needed", param)
         if len(ids) >= self.config.max_model_len:
@@ -53,13 +63,14 @@ class Preparer:
             error.param = param
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
+        grammar = answer_holder(self.tokenizer, self.compiler, use, protocol.grammar_of(call))
         sampling = protocol.sampling_params(
             call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size
         )
         return Request(
             id=0,
             prompt=tuple(ids),
-            sampling=sampling,
+            sampling=dataclasses.replace(sampling, grammar=grammar),
             speculation=protocol.speculation(call, self.config.speculation),
             cache_salt=call.cache_salt or "",
         )

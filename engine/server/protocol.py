@@ -17,6 +17,14 @@ from msgspec import Meta, Struct
 
 from engine.core import SPECULATION_OFF, SamplingParams, Speculation
 from engine.errors import RequestError
+from engine.server.structured import (
+    RENAMED,
+    ResponseFormat,
+    StructuredOutputs,
+    Wanted,
+    refuse_renamed,
+    wanted,
+)
 from engine.server.tool_fields import MAX_TOOLS, ToolChoice, ToolSpec
 
 MAX_STOP_STRINGS = 16
@@ -38,7 +46,6 @@ _NOT_HONOURED: Neutral = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "min_tokens": (0,),
     "bad_words": ([],),
@@ -46,14 +53,6 @@ _NOT_HONOURED: Neutral = {
     "best_of": (1,),
     "suffix": ("",),
     "audio": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
     "return_token_ids": (False,),
@@ -144,7 +143,7 @@ class GenerationRequest(Struct, kw_only=True):
     logprobs: Any = None
     top_logprobs: Any = None
     prompt_logprobs: Any = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     functions: Any = None
     min_tokens: Any = None
     bad_words: Any = None
@@ -152,7 +151,7 @@ class GenerationRequest(Struct, kw_only=True):
     best_of: Any = None
     suffix: Any = None
     audio: Any = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -272,6 +271,11 @@ def sampling_params(
     )
 
 
+def grammar_of(call: GenerationRequest) -> Wanted | None:
+    """What the answer must match, and which field says so; None for anything. Raises RequestError."""
+    return wanted(call.response_format, call.structured_outputs)
+
+
 def speculation(call: GenerationRequest, default: Speculation) -> Speculation | None:
     """The tree a request asks for; None is the engine's default."""
     wanted = call.speculation
@@ -309,6 +313,8 @@ def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
 def _check(call: GenerationRequest) -> None:
     """What types and ranges of single fields cannot say."""
     _check_neutral(call, _NOT_HONOURED)
+    refuse_renamed({name: getattr(call, name) for name in RENAMED})
+    grammar_of(call)
     if call.n is not None and call.n != 1:
         raise RequestError(f"n is {call.n}, only 1 is supported", "n", "unsupported_value")
     if call.stream_options is not None and not call.stream:

@@ -110,13 +110,10 @@ def conversation_size(
 
 def answer_grammar(tokenizer: AnyTokenizer, use: ToolUse | None, answer: str | None = None) -> str | None:
     """Lark grammar (llguidance's) that holds an answer to its format, to ``use`` of tools, and to ``answer``,
-    a JSON schema of what is no call.
+    a JSON schema of what is no call; one of the two is given.
 
-    None if no such grammar is needed: because the model may do what it likes, or because its format adds
-    nothing to the JSON of ``answer``.
+    None if the format adds nothing to the JSON of ``answer``.
     """
-    if answer is None and (use is None or not use.needs_grammar):
-        return None
     if isinstance(tokenizer, MistralTokenizer):
         return mistral_grammar.answer_grammar(tokenizer, use, answer)
     return None if use is None else hermes.answer_grammar(use, tokenizer.special_tokens, answer)

@@ -24,22 +24,23 @@ from engine.errors import RequestError
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 # One way to write a value, the one that models were trained on (json.dumps): nothing to choose between
 # tokens, and no model can lose itself in white space.
-_SPELLING: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_SCHEMA_BYTES = 1 << 16  # of one function's parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function that may be called. ``strict``: its arguments must fit ``parameters`` (JSON schema)
-    exactly."""
+    """A function that may be called. ``strict``: its arguments must fit ``parameters`` (JSON schema) exactly.
+    ``param``: the field that said which, for errors."""
 
     name: str
     parameters: Mapping[str, Any]
     strict: bool
+    param: str
 
     def arguments_schema(self) -> dict[str, Any]:
         """The JSON schema of the arguments as a grammar holds it, with llguidance's settings inside."""
-        guidance = {**_SPELLING, "lenient": not self.strict}
+        guidance = {**JSON_STYLE, "lenient": not self.strict}
         return {"type": "object", **(self.parameters or _NO_PARAMETERS), "x-guidance": guidance}
 
 
@@ -71,13 +72,10 @@ def tool_use(
     tools: {"type": "function", "function": {"name", "parameters", "strict", ...}}, at least one; names and
     types are checked by whoever decoded them. allowed: names of those that may be called, None for all.
 
-    Raises RequestError: ``tools[i].function.parameters`` for what cannot be the schema of an object (the
-    compiler of grammars knows more of schemas, see ``engine.server.prepare``); ``tool_choice`` for a name that
-    no tool has.
+    Raises RequestError: ``tools[i].function.parameters`` for what cannot be the schema of an object (more is
+    found out by compiling it); ``tool_choice`` for a name that no tool has.
     """
-    functions = [_function(tool["function"]) for tool in tools]
-    for index, function in enumerate(functions):
-        _check_parameters(function, f"tools[{index}].function.parameters")
+    functions = [_function(tool["function"], f"tools[{index}].function") for index, tool in enumerate(tools)]
     if allowed is not None:
         known = {function.name for function in functions}
         for name in allowed:
@@ -91,17 +89,15 @@ def tool_use(
     return ToolUse(tuple(tools), tuple(functions), must_call, parallel)
 
 
-def _function(spec: Mapping[str, Any]) -> Function:
-    return Function(spec["name"], spec.get("parameters") or {}, bool(spec.get("strict")))
-
-
-def _check_parameters(function: Function, param: str) -> None:
-    kind = function.parameters.get("type", "object")
+def _function(spec: Mapping[str, Any], where: str) -> Function:
+    parameters, param = spec.get("parameters") or {}, f"{where}.parameters"
+    kind = parameters.get("type", "object")
     if kind != "object":
         raise RequestError(f"{param}.type is {kind!r:.40}, expected 'object'", f"{param}.type")
     try:
-        size = len(msgspec.json.encode(function.parameters))
+        size = len(msgspec.json.encode(parameters))
     except (RecursionError, UnicodeEncodeError) as error:
         raise RequestError(f"{param} cannot be written as JSON: {error}", param) from error
     if size > MAX_SCHEMA_BYTES:
         raise RequestError(f"{param} has {size} bytes, at most {MAX_SCHEMA_BYTES} are allowed", param)
+    return Function(spec["name"], parameters, bool(spec.get("strict")), param)

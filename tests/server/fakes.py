@@ -22,6 +22,7 @@ from engine.core import Delta, Request
 from engine.server.app import ServerOptions, ServerState
 from engine.server.lifecycle import app_runner
 from engine.text.conversation import AnyTokenizer
+from engine.text.grammar import GrammarCompiler
 
 EOS = 256
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
@@ -153,7 +154,9 @@ def serve_fake(
     engine: FakeEngine, draft_name: str = "fake-head", tokenizer: AnyTokenizer | None = None
 ) -> Served:
     """The fake as a model called 'fake'."""
-    return Served(cast(Any, engine), tokenizer or ByteTokenizer(), "fake", "/models/fake", draft_name)
+    tokenizer = tokenizer or ByteTokenizer()
+    compiler = GrammarCompiler(tokenizer)
+    return Served(cast(Any, engine), tokenizer, "fake", "/models/fake", draft_name, compiler)
 
 
 @dataclass

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from functools import lru_cache
-from typing import Any
 
-import llguidance
 import tokenizers
+from llguidance import LLMatcher
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from engine.core import Grammar
 from engine.text.conversation import AnyTokenizer
+from engine.text.grammar import GrammarCompiler
 from engine.text.hermes import CLOSE, OPEN
+from engine.text.mistral import MistralTokenizer
 from engine.text.tokenizer import Tokenizer, byte_alphabet
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -48,36 +50,15 @@ def hermes_tokenizer(special_tags: bool = False) -> Tokenizer:
     return Tokenizer(backend, chat_template=TEMPLATE)
 
 
-class _Vocabulary:
-    """A tokenizer in the shape that llguidance reads."""
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: AnyTokenizer) -> None:
-        self.eos_token_id = tokenizer.eos_token_ids[0]
-        self.special_token_ids = list(tokenizer.special_tokens.values())
-        names = {index: name.encode() for name, index in tokenizer.special_tokens.items()}
-        self.tokens = [
-            names.get(index) or tokenizer.token_bytes(index) for index in range(tokenizer.vocab_size)
-        ]
-        self._encode = tokenizer.encode
-
-    def __call__(self, text: Any) -> list[int]:
-        return self._encode(text.decode() if isinstance(text, bytes) else text)
-
-
 @lru_cache(maxsize=4)
-def matcher_tokenizer(tokenizer: AnyTokenizer) -> llguidance.LLTokenizer:
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)))
+def _compiler(tokenizer: Tokenizer | MistralTokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer)
 
 
-def matcher(tokenizer: AnyTokenizer, grammar: str) -> llguidance.LLMatcher:
+def matcher(tokenizer: AnyTokenizer, grammar: str) -> LLMatcher:
     """Knows which answers a Lark grammar allows."""
-    found = llguidance.LLMatcher(
-        matcher_tokenizer(tokenizer), llguidance.LLMatcher.grammar_from_lark(grammar)
-    )
-    assert not found.is_error(), (grammar, found.get_error())
-    return found
+    assert isinstance(tokenizer, Tokenizer | MistralTokenizer)
+    return _compiler(tokenizer).matcher(Grammar("lark", grammar))
 
 
 def allows(tokenizer: AnyTokenizer, grammar: str, answer: list[int]) -> bool:
