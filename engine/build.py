@@ -52,6 +52,7 @@ class Served:
     name: str  # what clients call it
     root: str  # where the weights came from
     draft_name: str  # "none", "ngram" or the head
+    grammar_compiler: GrammarCompiler | None = None  # the engine's
 
 
 def default_model_path() -> Path:
@@ -84,16 +85,13 @@ def build(
         head = str(DEFAULT_HEAD) if model is None else "none"
     draft = head if head in ("none", "ngram") else open_head(head, config.dummy_weights)
     tokenizer = checkpoint.tokenizer()
+    compiler = GrammarCompiler(tokenizer)
     engine = build_engine(
-        checkpoint,
-        tokenizer.eos_token_ids,
-        draft,
-        config,
-        progress,
-        grammar_compiler=GrammarCompiler(tokenizer),
+        checkpoint, tokenizer.eos_token_ids, draft, config, progress, grammar_compiler=compiler
     )
     name = DEFAULT_MODEL if model is None else checkpoint.name
-    return Served(engine, tokenizer, name, str(checkpoint.path), getattr(engine.draft, "name", head))
+    draft_name = getattr(engine.draft, "name", head)
+    return Served(engine, tokenizer, name, str(checkpoint.path), draft_name, compiler)
 
 
 def open_head(path: str, dummy: bool = False) -> HeadCheckpoint | MistralHead:

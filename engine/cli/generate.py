@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 def answers(served: Served, bodies: list[dict[str, Any]]) -> Iterator[Answer]:
     """Answer request bodies in batches, in order. A refused one becomes an answer with an error."""
     engine = LocalEngine(served)
-    preparer = Preparer(served.tokenizer, served.engine.config)
+    preparer = Preparer(served.tokenizer, served.engine.config, served.grammar_compiler)
     window = 2 * served.engine.config.max_num_seqs  # the batch stays full, little is held at once
     done: dict[int, Answer] = {}
     index_of: dict[int, int] = {}

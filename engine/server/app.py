@@ -100,7 +100,9 @@ class ServerState:
         """Start the engine's thread and become ready. Call on the event loop."""
         runner = EngineRunner(served.engine, self.options.max_num_queued_reqs)
         names = self.options.served_names or (served.name,)
-        self.serving = Serving(served, runner, names, Preparer(served.tokenizer, served.engine.config))
+        self.serving = Serving(
+            served, runner, names, Preparer(served.tokenizer, served.engine.config, served.grammar_compiler)
+        )
         runner.start()
         return self.serving
 

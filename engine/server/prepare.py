@@ -14,14 +14,19 @@ from engine.core import Request
 from engine.errors import ContextLengthError, RequestError
 from engine.server import protocol
 from engine.text.conversation import AnyTokenizer, conversation_ids, conversation_size
+from engine.text.grammar import GrammarCompiler
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """Knows the model's vocabulary and context. Requests get id 0; whoever submits them numbers them."""
+    """Knows the model's vocabulary and context. Requests get id 0; whoever submits them numbers them.
+
+    compiler: tries grammars out before the engine sees them; without one, the engine refuses them.
+    """
 
     tokenizer: AnyTokenizer
     config: EngineConfig
+    compiler: GrammarCompiler | None = None
 
     def chat(self, call: protocol.ChatRequest) -> list[Request]:
         """One request for the conversation. Raises RequestError, ContextLengthError among them."""
@@ -51,6 +56,9 @@ class Preparer:
             error.param = param
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
+        grammar = protocol.grammar_of(call)
+        if grammar is not None and self.compiler is not None:
+            self.compiler.matcher(grammar.grammar, grammar.param)
         sampling = protocol.sampling_params(
             call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size
         )

@@ -17,6 +17,14 @@ from msgspec import Meta, Struct
 
 from engine.core import SPECULATION_OFF, SamplingParams, Speculation
 from engine.errors import RequestError
+from engine.server.structured import (
+    RENAMED,
+    ResponseFormat,
+    StructuredOutputs,
+    Wanted,
+    refuse_renamed,
+    wanted,
+)
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
@@ -38,7 +46,6 @@ _NOT_HONOURED: Neutral = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "min_tokens": (0,),
     "bad_words": ([],),
@@ -46,14 +53,6 @@ _NOT_HONOURED: Neutral = {
     "best_of": (1,),
     "suffix": ("",),
     "audio": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
     "return_token_ids": (False,),
@@ -145,7 +144,7 @@ class GenerationRequest(Struct, kw_only=True):
     logprobs: Any = None
     top_logprobs: Any = None
     prompt_logprobs: Any = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     functions: Any = None
     min_tokens: Any = None
     bad_words: Any = None
@@ -153,7 +152,7 @@ class GenerationRequest(Struct, kw_only=True):
     best_of: Any = None
     suffix: Any = None
     audio: Any = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -263,6 +262,7 @@ def sampling_params(
 ) -> SamplingParams:
     """The engine's parameters for a prompt of ``prompt_len`` tokens. A limit beyond the context means all
     that fits; without a seed every answer draws its own."""
+    grammar = grammar_of(call)
     room = max(1, max_model_len - prompt_len)
     limit = call.token_limit()
     temperature = 1.0 if call.temperature is None else call.temperature
@@ -277,7 +277,13 @@ def sampling_params(
         stop=stop,
         stop_token_ids=tuple(call.stop_token_ids or ()),
         ignore_eos=bool(call.ignore_eos),
+        grammar=None if grammar is None else grammar.grammar,
     )
+
+
+def grammar_of(call: GenerationRequest) -> Wanted | None:
+    """What the answer must match, and which field says so; None for anything. Raises RequestError."""
+    return wanted(call.response_format, call.structured_outputs)
 
 
 def speculation(call: GenerationRequest, default: Speculation) -> Speculation | None:
@@ -317,6 +323,8 @@ def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
 def _check(call: GenerationRequest) -> None:
     """What types and ranges of single fields cannot say."""
     _check_neutral(call, _NOT_HONOURED)
+    refuse_renamed({name: getattr(call, name) for name in RENAMED})
+    grammar_of(call)
     if call.n is not None and call.n != 1:
         raise RequestError(f"n is {call.n}, only 1 is supported", "n", "unsupported_value")
     if call.stream_options is not None and not call.stream:
