@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engine.config import EngineConfig
-from engine.core import Request
+from engine.core import Grammar, Request
 from engine.errors import ContextLengthError, RequestError
 from engine.server import protocol
 from engine.server.held import answer_holder
@@ -39,12 +39,20 @@ class Preparer:
         use = use_of(call.tools, call.tool_choice, call.parallel_tool_calls)
         tools = None if use is None else use.tools
         self._check_size(conversation_size(self.tokenizer, messages, tools), "tools")
+        grammar = self._grammar(call, use)
         ids = conversation_ids(self.tokenizer, messages, tools=tools, reasoning_effort=call.reasoning_effort)
-        return [self._request(call, ids, "messages", use)]
+        return [self._request(call, ids, "messages", grammar)]
 
     def completion(self, call: protocol.CompletionRequest) -> list[Request]:
         """One request per prompt. Raises RequestError, ContextLengthError among them."""
-        return [self._request(call, self._prompt_ids(prompt), "prompt") for prompt in protocol.prompts(call)]
+        grammar = self._grammar(call)
+        return [
+            self._request(call, self._prompt_ids(prompt), "prompt", grammar)
+            for prompt in protocol.prompts(call)
+        ]
+
+    def _grammar(self, call: protocol.GenerationRequest, use: ToolUse | None = None) -> Grammar | None:
+        return answer_holder(self.tokenizer, self.compiler, use, protocol.grammar_of(call))
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -54,7 +62,7 @@ class Preparer:
         return prompt
 
     def _request(
-        self, call: protocol.GenerationRequest, ids: list[int], param: str, use: ToolUse | None = None
+        self, call: protocol.GenerationRequest, ids: list[int], param: str, grammar: Grammar | None
     ) -> Request:
         if not ids:
             raise RequestError("the prompt has no tokens, at least one is needed", param)
@@ -63,7 +71,6 @@ class Preparer:
             error.param = param
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
-        grammar = answer_holder(self.tokenizer, self.compiler, use, protocol.grammar_of(call))
         sampling = protocol.sampling_params(
             call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size
         )

@@ -8,7 +8,8 @@ way to cut it into tokens is asked for, and only that is allowed.
 
 JSON is written as Python's ``json.dumps`` does: a space behind each colon and comma and none elsewhere. Free
 whitespace costs tokens, lets a model run in circles, and leaves less that is certain. A schema may ask for
-another style (``"x-guidance": {"whitespace_flexible": true}``, see llguidance's docs/json_schema.md).
+another style by a key "x-guidance" (``whitespace_flexible``, ``item_separator``, ``key_separator``: see
+llguidance's docs/json_schema.md).
 
 A client's grammar is not to be trusted: sizes are checked here, ``engine.text.compile_guard`` tries it out,
 and the compiler's own limits stay on for every step. What is compiled is kept for the next request, the most
@@ -160,6 +161,8 @@ def _source(grammar: Grammar) -> str:
     if kind == "choice":
         return LLMatcher.grammar_from_lark(_choices(text))
     schema = {"type": "object"} if kind == "json_object" else json.loads(text)
+    if not isinstance(schema, dict):
+        raise ValueError(f"found a JSON {type(schema).__name__}, expected a schema, which is an object")
     depth = _depth(schema)
     if depth > MAX_SCHEMA_DEPTH:
         raise ValueError(f"it is nested {depth} levels deep, at most {MAX_SCHEMA_DEPTH} are allowed")
