@@ -87,7 +87,7 @@ def sampling(**fields: Any) -> Any:
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 0}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"tools": ["f"]}, "tools[0]"),
         ({"tools": [{}]}, "tools[0].function"),
         ({"tools": [TOOL] * 129}, "tools"),
@@ -104,7 +104,7 @@ def sampling(**fields: Any) -> Any:
         ({"min_tokens": 3}, "min_tokens"),
         ({"bad_words": ["x"]}, "bad_words"),
         ({"echo": True}, "echo"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp"),
     ],
 )
 def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
