@@ -20,7 +20,7 @@ import torch
 from draft.planner import Ask, Drafted, Planner
 from draft.search import Asked, Load
 from draft.tree import prune
-from engine.core import Decision, DraftTree, Sequence, Speculation, StepCost
+from engine.core import Decision, DraftTree, Sequence, Speculation, StepCost, depths_of
 
 _USUAL_PENDING = 16  # pairs; a draft that has more to catch up with says nothing of the usual one's cost
 
@@ -157,12 +157,9 @@ def _values(tree: DraftTree) -> list[list[float]]:
 
 def _by_level(parents: list[int], values: list[float]) -> list[list[float]]:
     """Values of a tree's nodes by level, best first."""
-    depths = [0]
-    levels: list[list[float]] = []
-    for parent, value in zip(parents[1:], values[1:], strict=True):
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        if parent >= 0:
-            if depths[-1] > len(levels):
-                levels.append([])
-            levels[depths[-1] - 1].append(value)
+    depths = depths_of(parents)
+    levels: list[list[float]] = [[] for _ in range(max(depths))]
+    for depth, value in zip(depths, values, strict=True):
+        if depth > 0:
+            levels[depth - 1].append(value)
     return [sorted(level, reverse=True) for level in levels]

@@ -9,6 +9,7 @@ from kernels.cpu import kernels_for
 from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
 from kernels.ops import (
     add_rms_norm,
+    best,
     choose,
     half_linear,
     layer_rows,
@@ -42,6 +43,7 @@ __all__ = [
     "LayerRows",
     "LayerSizes",
     "add_rms_norm",
+    "best",
     "choose",
     "compact_rows",
     "dequantise_fp8",

@@ -125,6 +125,12 @@ def choose(
     return ref.choose(*given) if kernel is None else cpu_choose.choose(kernel, *given)
 
 
+def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of logits [.., V], and the logarithm of their mass; see the reference."""
+    kernel = cpu_choose.best_kernel() if _is_plain(logits, torch.float32) else None
+    return ref.best(logits, count) if kernel is None else cpu_choose.best(kernel, logits, count)
+
+
 def layer_rows(
     layer: FusedLayer,
     rotation: tuple[Tensor, Tensor],

@@ -6,8 +6,7 @@ that a prompt of many megabytes is refused before it is tokenised.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from engine.config import EngineConfig
@@ -15,6 +14,7 @@ from engine.core import Grammar, Request
 from engine.errors import ContextLengthError, RequestError
 from engine.server import protocol
 from engine.server.held import answer_holder
+from engine.server.sampling_fields import choice_seed, sampling_params
 from engine.server.tool_fields import use_of
 from engine.text.conversation import AnyTokenizer, conversation_ids, conversation_size
 from engine.text.grammar import GrammarCompiler
@@ -33,7 +33,8 @@ class Preparer:
     compiler: GrammarCompiler
 
     def chat(self, call: protocol.ChatRequest) -> list[Request]:
-        """One request for the conversation. Raises RequestError, ContextLengthError among them."""
+        """A request for each answer to the conversation. Raises RequestError, ContextLengthError among
+        them."""
         messages = protocol.messages(call)
         self._check_size(conversation_size(self.tokenizer, messages), "messages")
         use = use_of(call.tools, call.tool_choice, call.parallel_tool_calls)
@@ -41,14 +42,16 @@ class Preparer:
         self._check_size(conversation_size(self.tokenizer, messages, tools), "tools")
         grammar = self._grammar(call, use)
         ids = conversation_ids(self.tokenizer, messages, tools=tools, reasoning_effort=call.reasoning_effort)
-        return [self._request(call, ids, "messages", grammar)]
+        return self._requests(call, ids, "messages", grammar)
 
     def completion(self, call: protocol.CompletionRequest) -> list[Request]:
-        """One request per prompt. Raises RequestError, ContextLengthError among them."""
+        """The requests for each answer to each prompt, prompt by prompt. Raises RequestError,
+        ContextLengthError among them."""
         grammar = self._grammar(call)
         return [
-            self._request(call, self._prompt_ids(prompt), "prompt", grammar)
+            request
             for prompt in protocol.prompts(call)
+            for request in self._requests(call, self._prompt_ids(prompt), "prompt", grammar)
         ]
 
     def _grammar(self, call: protocol.GenerationRequest, use: ToolUse | None = None) -> Grammar | None:
@@ -61,9 +64,9 @@ class Preparer:
         self._check_ids(prompt, "prompt")
         return prompt
 
-    def _request(
+    def _requests(
         self, call: protocol.GenerationRequest, ids: list[int], param: str, grammar: Grammar | None
-    ) -> Request:
+    ) -> list[Request]:
         if not ids:
             raise RequestError("the prompt has no tokens, at least one is needed", param)
         if len(ids) >= self.config.max_model_len:
@@ -71,16 +74,17 @@ class Preparer:
             error.param = param
             raise error
         self._check_ids(call.stop_token_ids or [], "stop_token_ids")
-        sampling = protocol.sampling_params(
-            call, len(ids), self.config.max_model_len, self.tokenizer.vocab_size
-        )
-        return Request(
+        sampling = sampling_params(call, len(ids), self.config.max_model_len, self.tokenizer)
+        sampling = replace(sampling, grammar=grammar)
+        first = Request(
             id=0,
             prompt=tuple(ids),
-            sampling=dataclasses.replace(sampling, grammar=grammar),
+            sampling=sampling,
             speculation=protocol.speculation(call, self.config.speculation),
             cache_salt=call.cache_salt or "",
         )
+        seeds = [choice_seed(sampling.seed, choice) for choice in range(call.num_choices)]
+        return [replace(first, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
     def _check_ids(self, ids: list[int], param: str) -> None:
         for position, token in enumerate(ids):

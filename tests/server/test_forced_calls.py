@@ -32,14 +32,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "additionalProperties": False,
     },
 }
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()
 ]
 ASKED: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi"}],
     "tools": TOOLS,
     "parallel_tool_calls": False,
-    "max_tokens": 400,
+    "max_tokens": 600,
 }
 
 
@@ -91,12 +91,8 @@ def test_parallel_calls_stream_what_they_are_whole() -> None:
         async with server(engine("eagle3"), tokenizer=hermes_tokenizer()) as api:
             most = 0
             for seed in range(4):
-                fields = {
-                    "tool_choice": "required",
-                    "parallel_tool_calls": True,
-                    "seed": seed,
-                    "max_tokens": 900,
-                }
+                fields = {"tool_choice": "required", "parallel_tool_calls": True, "seed": seed}
+                fields["logit_bias"] = {ord("\n"): 5}  # a line break begins the next call
                 whole = await calls(api, **fields)
                 for name, arguments in whole:
                     jsonschema.validate(json.loads(arguments), SCHEMAS[name])

@@ -36,9 +36,9 @@ def test_whole_answer_and_errors() -> None:
             assert text.choices[0].text == "Hello"
             with pytest.raises(openai.BadRequestError) as caught:
                 await client.chat.completions.create(
-                    model="fake", messages=[{"role": "user", "content": "Hi"}], n=3
+                    model="fake", messages=[{"role": "user", "content": "Hi"}], n=9
                 )
-            assert (caught.value.param, caught.value.code) == ("n", "unsupported_value")
+            assert (caught.value.param, caught.value.code) == ("n", "invalid_value")
             with pytest.raises(openai.NotFoundError):
                 await client.chat.completions.create(
                     model="other", messages=[{"role": "user", "content": "Hi"}]
