@@ -39,9 +39,14 @@ FLOORS = {
     "engine.prefix": 1,
     "engine.kvcache": 1,
     "engine.rows": 1,
+    "engine.checks": 1,
+    "engine.edits": 1,
+    "engine.logprobs": 1,
+    "engine.penalties": 1,
     "engine.sampler": 1,
     "engine.parallel": 1,
     "engine.graphs": 1,
+    "engine.grammar": 1,
     "kernels": 0,
 }
 STRANGERS = {"draft": "verify", "verify": "draft"}  # same floor, yet never each other

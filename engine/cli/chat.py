@@ -196,7 +196,8 @@ def stats_line(metrics: dict[str, Any]) -> str:
 
 def _local(args: argparse.Namespace) -> Partner:
     served = open_engine(args)
-    preparer, engine = Preparer(served.tokenizer, served.engine.config), LocalEngine(served)
+    preparer = Preparer(served.tokenizer, served.engine.config, served.grammar_compiler)
+    engine = LocalEngine(served)
 
     def answer(body: dict[str, object], show: Show) -> tuple[Answer, dict[str, Any]]:
         call = protocol.decode_chat(msgspec.json.encode(body))

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def answers(served: Served, bodies: list[dict[str, Any]]) -> Iterator[Answer]:
     """Answer request bodies in batches, in order. A refused one becomes an answer with an error."""
     engine = LocalEngine(served)
-    preparer = Preparer(served.tokenizer, served.engine.config)
+    preparer = Preparer(served.tokenizer, served.engine.config, served.grammar_compiler)
     window = 2 * served.engine.config.max_num_seqs  # the batch stays full, little is held at once
     done: dict[int, Answer] = {}
     index_of: dict[int, int] = {}
@@ -103,12 +103,23 @@ def _prepare(preparer: Preparer, body: dict[str, Any]) -> tuple[Request, Reading
     encoded = msgspec.json.encode(body)
     if "messages" in body:
         call = protocol.decode_chat(encoded)
+        _check_alone(call)
         [request] = preparer.chat(call)
         return request, Reading.of_chat(call.offers_tools)
-    requests = preparer.completion(protocol.decode_completion(encoded))
+    completion = protocol.decode_completion(encoded)
+    _check_alone(completion)
+    requests = preparer.completion(completion)
     if len(requests) != 1:
         raise RequestError(f"found {len(requests)} prompts in one line, expected one", "prompt")
     return requests[0], Reading.TEXT
+
+
+def _check_alone(call: protocol.GenerationRequest) -> None:
+    """One answer to a line, without log-probabilities."""
+    if call.num_choices != 1:
+        raise RequestError(f"n is {call.n}, but a line has one answer; repeat the line", "n")
+    if call.num_logprobs is not None:
+        raise RequestError("logprobs are reported by `haast serve` only", "logprobs")
 
 
 def _answer(index: int, progress: Progress) -> Answer:

@@ -59,7 +59,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     call = protocol.decode_chat(body)
     _note_unknown_fields(request, serving, protocol.unknown_fields(body, call))
     name = serving.check_model(call.model)
-    with serving.runner.admit():
+    with serving.runner.admit(call.num_choices):
         requests = await serving.prepare(lambda: serving.preparer.chat(call))
         return await _answer(request, serving, call, requests, ChatForm(call.offers_tools), name, arrival)
 
@@ -72,7 +72,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     call = protocol.decode_completion(body)
     _note_unknown_fields(request, serving, protocol.unknown_fields(body, call))
     name = serving.check_model(call.model)
-    with serving.runner.admit(len(protocol.prompts(call))):
+    with serving.runner.admit(len(protocol.prompts(call)) * call.num_choices):
         requests = await serving.prepare(lambda: serving.preparer.completion(call))
         return await _answer(request, serving, call, requests, TextForm(), name, arrival)
 
@@ -102,7 +102,14 @@ async def _answer(
 ) -> web.StreamResponse:
     options = request.app[STATE].options
     generation = await Generation.start(
-        serving.runner, serving.served, requests, form, name, arrival, bool(call.return_token_ids)
+        serving.runner,
+        serving.served,
+        requests,
+        call.num_choices,
+        form,
+        name,
+        arrival,
+        bool(call.return_token_ids),
     )
     try:
         if call.stream:

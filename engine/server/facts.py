@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from engine.core import SPECULATION_OFF, SamplingParams
-from engine.server import access, bodies, protocol
+from engine.server import access, bodies, protocol, sampling_fields, tool_fields
 from engine.server.state import ServerOptions, Serving
 from engine.server.version import version
 
@@ -42,8 +42,8 @@ def facts(serving: Serving, options: ServerOptions) -> dict[str, Any]:
             "body_values": bodies.MAX_VALUES,
             "nesting": protocol.MAX_NESTING,
             "prompts": protocol.MAX_PROMPTS,
-            "stop_strings": protocol.MAX_STOP_STRINGS,
-            "tools": protocol.MAX_TOOLS,
+            "stop_strings": sampling_fields.MAX_STOP_STRINGS,
+            "tools": tool_fields.MAX_TOOLS,
         },
         "open_routes": access.OPEN_ROUTES if options.api_keys else ["*"],
     }

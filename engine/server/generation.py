@@ -20,6 +20,7 @@ from engine.build import Served
 from engine.core import Request
 from engine.errors import EngineError
 from engine.server import faults
+from engine.server.logprobs import Logprobs, Speller
 from engine.server.metrics import Metrics, StampedDelta, summarise
 from engine.server.output import Output, output_for
 from engine.server.protocol import StreamOptions
@@ -41,11 +42,13 @@ class Generation:
         runner: EngineRunner,
         ticket: Ticket,
         outputs: Sequence[Output],
+        spellers: Sequence[Speller],
+        num_choices: int,
         envelope: Envelope,
         with_token_ids: bool = False,
     ) -> None:
         self._runner, self._ticket, self._envelope = runner, ticket, envelope
-        self._outputs = list(outputs)
+        self._outputs, self._spellers, self._num_choices = list(outputs), list(spellers), num_choices
         self._index = {output.request.id: index for index, output in enumerate(outputs)}
         self._begun: set[int] = set()  # answers of which something was sent
         self._with_token_ids = with_token_ids
@@ -57,16 +60,19 @@ class Generation:
         runner: EngineRunner,
         served: Served,
         requests: Sequence[Request],
+        num_choices: int,
         form: Form,
         model: str,
         arrival: float,
         with_token_ids: bool = False,
     ) -> Generation:
-        """Number the requests and submit them. Raises the EngineError with which the engine refuses one."""
+        """Number the requests, of which ``num_choices`` in a row have the same prompt, and submit them.
+        Raises the EngineError with which the engine refuses one."""
         numbered = [dataclasses.replace(request, id=runner.new_id()) for request in requests]
         outputs = [output_for(served, request, arrival, form.reading) for request in numbered]
+        spellers = [form.speller(served.tokenizer) for _ in outputs]
         ticket = await runner.submit(numbered)
-        return cls(runner, ticket, outputs, Envelope(form, model), with_token_ids)
+        return cls(runner, ticket, outputs, spellers, num_choices, Envelope(form, model), with_token_ids)
 
     def release(self) -> None:
         """Abort whatever still runs, and count how it ended. Call once."""
@@ -86,7 +92,9 @@ class Generation:
             for stamped in await self._ticket.next():
                 self._push(stamped)
         choices = [
-            self._envelope.form.whole(index, output.answer, output.finish_reason or "abort")
+            self._envelope.form.whole(
+                index, output.answer, output.finish_reason or "abort", self._logprobs(index)
+            )
             for index, output in enumerate(self._outputs)
         ]
         reply = self._envelope.answer(choices, self._usage(), self._metrics())
@@ -173,7 +181,15 @@ class Generation:
     def _piece(self, index: int, events: list[Event]) -> Choice:
         is_first = index not in self._begun
         self._begun.add(index)
-        return self._envelope.form.piece(index, events, is_first, self._outputs[index].finish_reason)
+        reason = self._outputs[index].finish_reason
+        return self._envelope.form.piece(index, events, is_first, reason, self._logprobs(index))
+
+    def _logprobs(self, index: int) -> Logprobs | None:
+        """Of the tokens of an answer that were not reported yet; None if nobody asks."""
+        output = self._outputs[index]
+        if output.request.sampling.logprobs is None:
+            return None
+        return self._spellers[index](output.take_scored())
 
     def _push(self, stamped: StampedDelta) -> list[Event]:
         output = self._outputs[self._index[stamped.delta.request_id]]
@@ -183,11 +199,12 @@ class Generation:
         return events
 
     def _usage(self) -> Usage:
-        prompt = sum(len(output.request.prompt) for output in self._outputs)
+        firsts = self._outputs[:: self._num_choices]  # a prompt counts once, however many answers it gets
+        prompt = sum(len(output.request.prompt) for output in firsts)
         completion = sum(output.num_tokens for output in self._outputs)
         details: PromptTokensDetails | UnsetType = UNSET
         if self._runner.engine.config.prefix_caching:
-            details = PromptTokensDetails(sum(output.stats.num_cached for output in self._outputs))
+            details = PromptTokensDetails(sum(output.stats.num_cached for output in firsts))
         return Usage(prompt, completion, prompt + completion, details)
 
     def _metrics(self) -> Metrics:

@@ -14,6 +14,7 @@ import msgspec
 
 from engine.server import protocol, replies, tokens
 from engine.server.access import OPEN_ROUTES
+from engine.server.logprobs import ChatLogprobs, TextLogprobs
 
 _REFUSALS = {
     400: "The request is wrong; the error's param says where",
@@ -28,16 +29,28 @@ _REFUSALS = {
 _OF_BODIES = (400, 404, 413, 415)  # only where there is one
 
 
+class ChatAnswer(replies.ChatChoice):
+    """One of the answers, with log-probabilities as chat has them."""
+
+    logprobs: ChatLogprobs | None = None
+
+
+class TextAnswer(replies.TextChoice):
+    """One of the answers, with log-probabilities as completions have them."""
+
+    logprobs: TextLogprobs | None = None
+
+
 class ChatCompletion(replies.Reply, kw_only=True):
     """A whole chat answer."""
 
-    choices: list[replies.ChatChoice]
+    choices: list[ChatAnswer]
 
 
 class Completion(replies.Reply, kw_only=True):
     """A whole completion, or several."""
 
-    choices: list[replies.TextChoice]
+    choices: list[TextAnswer]
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,15 +165,15 @@ class EngineRunner:
 
     @contextmanager
     def admit(self, count: int = 1) -> Iterator[None]:
-        """Hold ``count`` places, one per prompt, from before tokenising until the answer is out.
+        """Hold ``count`` places, one per answer, from before tokenising until the answer is out.
 
         Raises CapacityError if they are taken or the engine is dead, RequestError if there never are as many.
         """
         self._check_alive()
         if count > self.capacity:
             raise RequestError(
-                f"found {count} prompts, but this server admits at most {self.capacity} at once "
-                "(--max-num-seqs plus --max-num-queued-reqs); send fewer per request",
+                f"found {count} answers to give (prompts times n), but this server admits at most "
+                f"{self.capacity} at once (--max-num-seqs plus --max-num-queued-reqs); ask for fewer",
                 "prompt",
             )
         if self.in_flight + count > self.capacity:

@@ -116,7 +116,8 @@ class ServerState:
             served.engine, options.max_num_queued_reqs, options.max_num_queued_tokens, options.stalled_after
         )
         names = options.served_names or (served.name,)
-        self.serving = Serving(served, runner, names, Preparer(served.tokenizer, served.engine.config))
+        preparer = Preparer(served.tokenizer, served.engine.config, served.grammar_compiler)
+        self.serving = Serving(served, runner, names, preparer)
         runner.start()
         return self.serving
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from engine.errors import RequestError
 from engine.server import protocol
 from engine.server.prepare import Preparer
+from engine.server.tool_fields import MAX_TOOLS, ToolSpec
 
 MAX_TOKEN_IDS = 1 << 20  # of one call of /detokenize
 
@@ -20,7 +21,7 @@ class TokenizeRequest(Struct, kw_only=True):
     prompt: str | None = None
     add_special_tokens: bool = True
     messages: Annotated[list[protocol.Message], Meta(min_length=1)] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=protocol.MAX_TOOLS)] | None = None
+    tools: Annotated[list[ToolSpec], Meta(max_length=MAX_TOOLS)] | None = None
     return_token_strs: bool = False
 
 

@@ -6,9 +6,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import aiohttp
@@ -22,6 +23,7 @@ from engine.core import Delta, Request
 from engine.server.lifecycle import app_runner
 from engine.server.state import ServerOptions, ServerState
 from engine.text.conversation import AnyTokenizer
+from engine.text.grammar import GrammarCompiler
 
 EOS = 256
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
@@ -47,6 +49,9 @@ class ByteTokenizer:
 
     def token_text(self, token_id: int) -> str | None:
         return None
+
+
+BYTES = ByteTokenizer()
 
 
 def script(*steps: bytes, finish: str = "stop", accepted: int | None = None) -> list[Delta]:
@@ -153,11 +158,19 @@ class FakeEngine:
         return farewells + deltas
 
 
+@lru_cache(maxsize=8)
+def _compiler(tokenizer: Hashable) -> GrammarCompiler:
+    """One per vocabulary: a large one takes a second to read."""
+    return GrammarCompiler(cast(Any, tokenizer))
+
+
 def serve_fake(
     engine: FakeEngine, draft_name: str = "fake-head", tokenizer: AnyTokenizer | None = None
 ) -> Served:
     """The fake as a model called 'fake'."""
-    return Served(cast(Any, engine), tokenizer or ByteTokenizer(), "fake", "/models/fake", draft_name)
+    tokenizer = tokenizer or BYTES
+    compiler = _compiler(cast(Any, tokenizer))
+    return Served(cast(Any, engine), tokenizer, "fake", "/models/fake", draft_name, compiler)
 
 
 @dataclass
@@ -214,7 +227,8 @@ async def server(
         async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=20)) as http:
             yield Server(engine, state, url, http)
     finally:
-        engine.hold.clear()
+        if isinstance(engine, FakeEngine):  # not a real one, which tests may bring as well
+            engine.hold.clear()
         if state.serving is not None:
             await state.serving.runner.stop()
             state.serving.close()

@@ -148,11 +148,15 @@ def nested(depth: int) -> Any:
     return value
 
 
+def tool(schema: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": {"enum": schema}}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code"),
     [
-        (CHAT, {**BODY, "tools": [{"function": nested(70)}]}, 400, "nested_too_deeply"),
-        (CHAT, {**BODY, "logit_bias": {"a": nested(70)}}, 400, "nested_too_deeply"),
+        (CHAT, {**BODY, "tools": [tool(nested(70))]}, 400, "nested_too_deeply"),
+        (CHAT, {**BODY, "prompt_logprobs": {"a": nested(70)}}, 400, "nested_too_deeply"),
         (CHAT, {**BODY, "unknown": nested(70)}, 200, None),  # is never looked at
         (TEXT, b'{"prompt": ' + b"[" * 100_000, 400, "invalid_value"),
         (CHAT, b'{"unknown": ' + b"[" * 100_000, 400, "invalid_json"),
