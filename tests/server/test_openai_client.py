@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.errors import CapacityError
 from tests.server.fakes import FakeEngine, script, server
 from tests.server.mistral import THOUGHTFUL, TWO_CALLS, WEATHER
@@ -227,5 +228,30 @@ def test_a_pydantic_function_tool_is_parsed() -> None:
             reply = await client.chat.completions.parse(model="fake", messages=HI, tools=[tool])
             calls = reply.choices[0].message.tool_calls
             assert [call.function.parsed_arguments.city for call in calls] == ["Rome", "Oslo"]
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_is_parsed_into_a_pydantic_model() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    city = pydantic.create_model("City", name=(str, ...), days=(int, ...))
+
+    async def scenario() -> None:
+        answer = FakeEngine(
+            script(b'{"name": "Rome", ', b'"days": 3}'), config=EngineConfig(max_model_len=64)
+        )
+        async with (
+            server(answer) as api,
+            openai.AsyncOpenAI(base_url=f"{api.url}/v1", api_key="any", max_retries=0) as client,
+        ):
+            asked = {"model": "fake", "messages": HI}
+            reply = await client.chat.completions.parse(**asked, response_format=city)
+            assert reply.choices[0].message.parsed == city(name="Rome", days=3)
+            [request] = api.engine.added
+            assert request.sampling.grammar.kind == "json_schema"
+            with pytest.raises(openai.BadRequestError) as caught:
+                broken = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strng"}}}
+                await client.chat.completions.create(**asked, response_format=broken)
+            assert caught.value.param == "response_format.json_schema.schema"
 
     asyncio.run(scenario())
