@@ -327,6 +327,7 @@ class Scheduler:
                 self.prefixes.disown(seq)
             else:
                 self.prefixes.publish(seq)
+            error = self._problem(seq) if seq.finish_reason == "error" else None
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -344,7 +345,7 @@ class Scheduler:
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
                     num_forced=len(foreseen),
-                    error=self._problem(seq) if seq.finish_reason == "error" else None,
+                    error=error,
                 )
             )
         return deltas

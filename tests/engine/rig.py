@@ -30,6 +30,7 @@ from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
 from engine.pages import PagePool
 from engine.step import Completion, Engine
+from engine.text.grammar import GrammarCompiler
 from tests.conftest import layer_weights, matrix, norm_weight, tiny_eagle3, tiny_llama
 
 PLAIN = Speculation(1, 0, 1)
@@ -150,6 +151,7 @@ def make_engine(
     planner: Planner | None = None,
     canary: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    grammar_compiler: GrammarCompiler | None = None,
 ) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object; planner: of a head."""
     config = EngineConfig(
@@ -187,7 +189,9 @@ def make_engine(
         proposer = NgramDraft() if draft == "ngram" else NoDraft()
     else:
         proposer = draft
-    return Engine(config, target, proposer, PagePool(num_pages, page_size), eos)
+    return Engine(
+        config, target, proposer, PagePool(num_pages, page_size), eos, grammar_compiler=grammar_compiler
+    )
 
 
 def prompts_of(lengths: Sequence[int], seed: int = 1, vocab_size: int = 97) -> list[list[int]]:
@@ -201,6 +205,7 @@ def assert_idle(engine: Engine) -> None:
     pages = engine.scheduler.pages
     assert pages.num_free + pages.num_cached == pages.num_usable
     assert engine.scheduler.prefixes._trails == {}
+    assert engine.grammars._places == {}
     if isinstance(engine.draft, FeatureDraft):
         assert engine.draft._pending == {}
         assert engine.draft.lookup._states == {}
