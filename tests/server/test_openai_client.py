@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig
 from engine.errors import CapacityError
 from tests.server.fakes import FakeEngine, script, server
 from tests.server.mistral import THOUGHTFUL, TWO_CALLS, WEATHER
@@ -249,8 +248,8 @@ def test_an_answer_is_parsed_into_a_pydantic_model() -> None:
             assert reply.choices[0].message.parsed == city(name="Rome", days=3)
             [request] = api.engine.added
             assert request.sampling.grammar.kind == "json_schema"
+            broken = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strng"}}}
             with pytest.raises(openai.BadRequestError) as caught:
-                broken = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strng"}}}
                 await client.chat.completions.create(**asked, response_format=broken)
             assert caught.value.param == "response_format.json_schema.schema"
 
