@@ -339,6 +339,7 @@ class Scheduler:
                 self.prefixes.disown(seq)
             else:
                 self.prefixes.publish(seq)
+            error = self._problem(seq) if seq.finish_reason == "error" else None
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -357,7 +358,7 @@ class Scheduler:
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
                     num_forced=len(foreseen),
-                    error=self._problem(seq) if seq.finish_reason == "error" else None,
+                    error=error,
                 )
             )
         return deltas

@@ -31,6 +31,7 @@ from engine.models.mistral4 import Mistral4
 from engine.pages import PagePool
 from engine.penalties import Penalties
 from engine.step import Completion, Engine
+from engine.text.grammar import GrammarCompiler
 from tests.conftest import layer_weights, matrix, norm_weight, tiny_eagle3, tiny_llama
 
 PLAIN = Speculation(1, 0, 1)
@@ -151,6 +152,7 @@ def make_engine(
     planner: Planner | None = None,
     canary: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    grammar_compiler: GrammarCompiler | None = None,
 ) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object; planner: of a head."""
     config = EngineConfig(
@@ -188,7 +190,9 @@ def make_engine(
         proposer = NgramDraft() if draft == "ngram" else NoDraft()
     else:
         proposer = draft
-    return Engine(config, target, proposer, PagePool(num_pages, page_size), eos)
+    return Engine(
+        config, target, proposer, PagePool(num_pages, page_size), eos, grammar_compiler=grammar_compiler
+    )
 
 
 def prompts_of(lengths: Sequence[int], seed: int = 1, vocab_size: int = 97) -> list[list[int]]:
@@ -205,7 +209,8 @@ def assert_idle(engine: Engine) -> None:
     edits = engine.sampler._edits
     assert edits._asked == {}
     for edit in edits._edits:
-        assert (edit._counts if isinstance(edit, Penalties) else vars(edit)["_kept"]) == {}
+        kept = "_counts" if isinstance(edit, Penalties) else "_places" if edit is engine.grammars else "_kept"
+        assert getattr(edit, kept) == {}
     if isinstance(engine.draft, FeatureDraft):
         assert engine.draft._pending == {}
         assert engine.draft.lookup._states == {}

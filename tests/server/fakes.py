@@ -6,10 +6,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, cast
 
 import aiohttp
@@ -23,7 +22,7 @@ from engine.core import Delta, Request
 from engine.server.lifecycle import app_runner
 from engine.server.state import ServerOptions, ServerState
 from engine.text.conversation import AnyTokenizer
-from engine.text.grammar import GrammarCompiler
+from tests.text.hermes import compiler
 
 EOS = 256
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
@@ -158,19 +157,13 @@ class FakeEngine:
         return farewells + deltas
 
 
-@lru_cache(maxsize=8)
-def _compiler(tokenizer: Hashable) -> GrammarCompiler:
-    """One per vocabulary: a large one takes a second to read."""
-    return GrammarCompiler(cast(Any, tokenizer))
-
-
 def serve_fake(
     engine: FakeEngine, draft_name: str = "fake-head", tokenizer: AnyTokenizer | None = None
 ) -> Served:
     """The fake as a model called 'fake'."""
     tokenizer = tokenizer or BYTES
-    compiler = _compiler(cast(Any, tokenizer))
-    return Served(cast(Any, engine), tokenizer, "fake", "/models/fake", draft_name, compiler)
+    grammars = compiler(cast(Any, tokenizer))
+    return Served(cast(Any, engine), tokenizer, "fake", "/models/fake", draft_name, grammars)
 
 
 @dataclass

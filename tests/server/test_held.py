@@ -13,11 +13,10 @@ from engine.core import Grammar
 from engine.errors import RequestError
 from engine.server.prepare import Preparer
 from engine.server.protocol import decode_chat
-from engine.text.grammar import GrammarCompiler
 from engine.text.mistral import MistralTokenizer
 from engine.text.tokenizer import Tokenizer
 from tests.server.mistral import QUESTION, WEATHER, spell
-from tests.text.hermes import allows, hermes_tokenizer
+from tests.text.hermes import allows, compiler, hermes_tokenizer
 from tests.text.tekken import tekken_tokenizer
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -28,7 +27,7 @@ MISTRAL_CALL = ("[TOOL_CALLS]", "weather", "[ARGS]", '{"city": "Rome"}')
 
 @lru_cache(maxsize=2)
 def preparer(tokenizer: Tokenizer | MistralTokenizer) -> Preparer:
-    return Preparer(tokenizer, EngineConfig(max_model_len=65536), GrammarCompiler(tokenizer))
+    return Preparer(tokenizer, EngineConfig(max_model_len=65536), compiler(tokenizer))
 
 
 def grammar(tokenizer: Tokenizer | MistralTokenizer, **fields: Any) -> Grammar | None:

@@ -229,3 +229,28 @@ def test_a_pydantic_function_tool_is_parsed() -> None:
             assert [call.function.parsed_arguments.city for call in calls] == ["Rome", "Oslo"]
 
     asyncio.run(scenario())
+
+
+def test_an_answer_is_parsed_into_a_pydantic_model() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    city = pydantic.create_model("City", name=(str, ...), days=(int, ...))
+
+    async def scenario() -> None:
+        answer = FakeEngine(
+            script(b'{"name": "Rome", ', b'"days": 3}'), config=EngineConfig(max_model_len=64)
+        )
+        async with (
+            server(answer) as api,
+            openai.AsyncOpenAI(base_url=f"{api.url}/v1", api_key="any", max_retries=0) as client,
+        ):
+            asked = {"model": "fake", "messages": HI}
+            reply = await client.chat.completions.parse(**asked, response_format=city)
+            assert reply.choices[0].message.parsed == city(name="Rome", days=3)
+            [request] = api.engine.added
+            assert request.sampling.grammar.kind == "json_schema"
+            broken = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strng"}}}
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(**asked, response_format=broken)
+            assert caught.value.param == "response_format.json_schema.schema"
+
+    asyncio.run(scenario())

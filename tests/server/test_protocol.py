@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.core import SPECULATION_OFF, Speculation
+from engine.core import SPECULATION_OFF, Grammar, Speculation
 from engine.errors import RequestError
 from engine.server import protocol
 from engine.server.sampling_fields import choice_seed, sampling_params
@@ -95,8 +95,14 @@ def sampling(**fields: Any) -> Any:
         ({"logit_bias": [5]}, "logit_bias"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": "json_object"}, "response_format"),
         ({"tools": ["f"]}, "tools[0]"),
         ({"tools": [{}]}, "tools[0].function"),
         ({"tools": [TOOL] * 129}, "tools"),
@@ -116,7 +122,15 @@ def sampling(**fields: Any) -> Any:
         ({"bad_words": ["x"] * 129}, "bad_words"),
         ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output"),
         ({"echo": True}, "echo"),
-        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp"),
+        ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a"] * 1025}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs.grammar"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs.regex",
+        ),
     ],
 )
 def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
@@ -124,6 +138,46 @@ def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
         chat(**fields)
     assert caught.value.param == param
     assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "now"),
+    [
+        ("guided_json", {}, "json"),
+        ("guided_regex", "a", "regex"),
+        ("guided_choice", ["a"], "choice"),
+        ("guided_grammar", "a", "grammar"),
+        ("json_schema", "{}", "json"),
+        ("regex", "a", "regex"),
+        ("ebnf", "a", "grammar"),
+    ],
+)
+def test_older_names_of_structured_output_are_refused_with_todays(name: str, value: Any, now: str) -> None:
+    with pytest.raises(RequestError, match=f"structured_outputs with the field '{now}'") as caught:
+        chat(**{name: value})
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_object", "")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"x": 1}}}},
+            Grammar("json_schema", '{"x": 1}'),
+        ),
+        ({"structured_outputs": {}}, None),
+        ({"structured_outputs": {"json": {"x": 1}}}, Grammar("json_schema", '{"x": 1}')),
+        ({"structured_outputs": {"json": '{"x": 1}'}}, Grammar("json_schema", '{"x": 1}')),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Grammar("choice", '["a", "b"]')),
+        ({"structured_outputs": {"grammar": "start: x"}}, Grammar("lark", "start: x")),
+        ({"structured_outputs": {"json_object": True}}, Grammar("json_object", "")),
+    ],
+)
+def test_what_an_answer_must_match(fields: dict[str, Any], grammar: Grammar | None) -> None:
+    assert protocol.sampling_params(chat(**fields), 1, 10, 100).grammar == grammar
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable
 from functools import lru_cache
+from typing import cast
 
 import tokenizers
 from llguidance import LLMatcher
@@ -13,7 +15,6 @@ from engine.core import Grammar
 from engine.text.conversation import AnyTokenizer
 from engine.text.grammar import GrammarCompiler
 from engine.text.hermes import CLOSE, OPEN
-from engine.text.mistral import MistralTokenizer
 from engine.text.tokenizer import Tokenizer, byte_alphabet
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -50,15 +51,15 @@ def hermes_tokenizer(special_tags: bool = False) -> Tokenizer:
     return Tokenizer(backend, chat_template=TEMPLATE)
 
 
-@lru_cache(maxsize=4)
-def _compiler(tokenizer: Tokenizer | MistralTokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer)
+@lru_cache(maxsize=8)
+def compiler(tokenizer: Hashable) -> GrammarCompiler:
+    """One per vocabulary: a large one takes a second to read."""
+    return GrammarCompiler(cast(AnyTokenizer, tokenizer))
 
 
 def matcher(tokenizer: AnyTokenizer, grammar: str) -> LLMatcher:
     """Knows which answers a Lark grammar allows."""
-    assert isinstance(tokenizer, Tokenizer | MistralTokenizer)
-    return _compiler(tokenizer).matcher(Grammar("lark", grammar))
+    return compiler(cast(Hashable, tokenizer)).matcher(Grammar("lark", grammar))
 
 
 def allows(tokenizer: AnyTokenizer, grammar: str, answer: list[int]) -> bool:
