@@ -29,6 +29,7 @@ from draft.planner import Planner
 from draft.planning import Planning
 from draft.solo import Children, SoloRows, grow_one
 from draft.tree import IsWorth, Limits, Offers, graft, grow
+from engine.clock import Clock
 from engine.core import (
     Batch,
     Decision,
@@ -138,11 +139,17 @@ class FeatureDraft:
     ) -> None:
         self.model, self.name, self.shared_noise, self.max_len = model, name, shared_noise, max_len
         self.device = str(model.token_ids.device)
-        self.calibration = Calibration(self.device)
-        self.coverage = Coverage(model.token_ids)
-        self.lookup = PromptLookup()
         self._planning = None if planner is None else Planning(planner)
+        self._clock = Clock(self.device)
+        self.start_over()
         self._pending: dict[int, Pending] = {}
+
+    def start_over(self) -> None:
+        self.calibration = Calibration(self.device)
+        self.coverage = Coverage(self.model.token_ids)
+        self.lookup = PromptLookup()
+        if self._planning is not None:
+            self._planning.start_over()
 
     @property
     def rows(self) -> DraftRows:
@@ -282,9 +289,10 @@ class FeatureDraft:
         if self._planning is not None:
             pendings = [self._pending[batch.seqs[row].request.id] for row in active]
             self._planning.begin(active, max(pending.num_waiting for pending in pendings))
+        started = self._clock.mark()
         tree = self._grown(batch, active, roots, mask)
         if self._planning is not None:
-            self._planning.note(tree)
+            self._planning.note(tree, (started, self._clock.mark()))
         return tree if len(active) == len(batch.seqs) else _spread(tree, active, roots)
 
     def _grown(self, batch: Batch, active: list[int], roots: Tensor, mask: DraftMask | None) -> DraftTree:

@@ -288,6 +288,10 @@ class Planner:
     def __init__(self, costs: StepCosts | None = None, *, stops_early: bool = False) -> None:
         self.costs = StepCosts() if costs is None else costs
         self._stops_early = stops_early
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget what requests have shown; costs stay."""
         self._modes = (Belief(), Belief())  # greedy, sampled
         self._memories: dict[int, _Memory] = {}
         self._shape: Shape | None = None

@@ -390,13 +390,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step of decodes alone took: rows of the target in all, behind ``context`` tokens on average;
-    seconds of drafting, and of all else."""
+    """What a step of decodes alone took, drafting included: rows of the target in all, behind ``context``
+    tokens on average."""
 
     num_rows: int
     context: float
-    draft_s: float
-    verify_s: float
+    seconds: float
 
 
 class DraftMask(Protocol):
@@ -499,6 +498,10 @@ class Draft(Protocol):
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Learn what was accepted. features: [B, N, F] of the scored nodes."""
+        ...
+
+    def start_over(self) -> None:
+        """Forget what requests have shown so far, but not what steps cost. Asked while there are none."""
         ...
 
     def forget(self, seq: Sequence) -> None:

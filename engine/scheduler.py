@@ -13,8 +13,8 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
   long document to be read, and the document gets on.
 - If pages or places run out, the last in order gives its own back and starts over from its tokens (preemption
   by recompute, behind what the prefix cache still has of them), so the first in order always gets on. Nobody
-  makes room for another's tree, and within a priority nobody overtakes at admission. A lower priority waits
-  for as long as higher ones fill the engine.
+  makes room for another's tree, and within a priority nobody overtakes at admission, but for answers to a
+  prompt that another one reads already. A lower priority waits for as long as higher ones fill the engine.
 """
 
 from __future__ import annotations
@@ -177,8 +177,10 @@ class Scheduler:
         run but come later in the order make room, if they have enough of it; then that is all for this step,
         or they would come back for the room that they have made."""
         made_room = False
-        while self.waiting and not made_room:
-            seq = self.waiting[0]
+        while not made_room:
+            seq = self._next_waiting()
+            if seq is None:
+                return
             later = [other for other in self.running if other.order > seq.order]
             is_full = len(self.running) == self._num_places
             if is_full and not later:
@@ -193,7 +195,20 @@ class Scheduler:
             if is_full and not made_room:
                 self._preempt(later.pop())
                 made_room = True
-            insort(self.running, self.waiting.popleft(), key=_order)
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=_order)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Who may start next. Several answers to one prompt are requests that share it; while one of them
+        reads it, and until the draft too has its rows, a step later, the others let everybody else pass: then
+        they find it in the prefix cache."""
+        being_read = {
+            id(seq.request.prompt)
+            for seq in self.running
+            if seq.num_generated < 2 and self.config.prefix_caching
+            if len(seq.request.prompt) > self.pages.page_size
+        }
+        return next((seq for seq in self.waiting if id(seq.request.prompt) not in being_read), None)
 
     def _start(self, seq: Sequence) -> bool:
         """Let a waiting sequence begin behind the rows that the prefix cache has of it. False, and nothing

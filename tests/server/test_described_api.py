@@ -1,4 +1,4 @@
-"""Requests made from our own OpenAPI document: whatever is sent, the answer is one that the document knows."""
+"""Requests made from our own OpenAPI document: whatever is sent, the answer is one that it knows."""
 
 from __future__ import annotations
 

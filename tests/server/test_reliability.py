@@ -110,7 +110,7 @@ def test_more_prompts_than_are_ever_admitted() -> None:
             status, reply, headers = await api.post("/v1/completions", {"prompt": ["x"] * 16})
             error = reply["error"]
             assert (status, error["param"], error["code"]) == (400, "prompt", "invalid_value")
-            assert "found 16 prompts" in error["message"]
+            assert "found 16 answers" in error["message"]
             assert "at most 3 " in error["message"]
             assert "Retry-After" not in headers
             assert (await api.post("/v1/completions", {"prompt": ["x"] * 3}))[0] == 200
