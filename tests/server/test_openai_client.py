@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.errors import CapacityError
 from tests.server.fakes import FakeEngine, script, server
 from tests.server.mistral import THOUGHTFUL, TWO_CALLS, WEATHER
