@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig
 from engine.errors import CapacityError
 from tests.server.fakes import FakeEngine, script, server
 from tests.server.mistral import THOUGHTFUL, TWO_CALLS, WEATHER
@@ -83,7 +82,7 @@ def test_error_inside_a_stream_reaches_the_client() -> None:
             stream = await client.chat.completions.create(
                 model="fake", messages=[{"role": "user", "content": "Hi"}], stream=True
             )
-            with pytest.raises(openai.APIError, match="the engine failed"):
+            with pytest.raises(openai.APIError, match="the request failed"):
                 [chunk async for chunk in stream]
 
     asyncio.run(scenario())
