@@ -141,7 +141,9 @@ class Canary:
 
     def check(self, running: Items[Sequence], deltas: Items[Delta]) -> None:
         """Re-score some of the decodes that a step's deltas tell of. running: the sequences that go on."""
-        num_emitted = {delta.request_id: len(delta.token_ids) for delta in deltas if delta.is_decode}
+        num_emitted = {
+            delta.request_id: len(delta.token_ids) - delta.num_forced for delta in deltas if delta.is_decode
+        }
         seqs = [seq for seq in running if seq.request.id in num_emitted]
         drawn = draw(self._config.canary, [seq.request.id for seq in seqs], [len(seq.tokens) for seq in seqs])
         for seq, is_drawn in zip(seqs, drawn, strict=True):

@@ -104,12 +104,25 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer has to match from its first token to its last: see ``engine.text.grammar``.
+
+    ``text`` is a JSON schema, nothing (any JSON object), a regular expression, a JSON list of strings, or a
+    grammar in Lark's or GBNF's notation.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """What decides the tokens of one request. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are
     off.
 
     The penalties, ``logit_bias`` (token, what is added), ``bad_words`` (token sequences that never come) and
     ``min_tokens`` (before which nothing ends the answer) are edits of the logits: see ``engine.edits``.
+    ``grammar``: what the answer must match; where it can only end, it does, whatever ``ignore_eos`` says.
     ``logprobs``: how many alternatives to report beside every emitted token; None reports nothing.
     """
 
@@ -130,6 +143,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +384,7 @@ class Delta:
     is_decode: bool = True  # False for a chunk of a prompt
     num_cached: int = 0  # tokens of the prompt that the prefix cache spared the request
     decision: Decision | None = None  # of a decode: what was to be drafted
+    num_forced: int = 0  # of the new tokens, the last so many have yet to pass through the model
     error: str | None = None  # why the request ended, if the finish reason is "error"
 
 
@@ -381,6 +396,15 @@ class StepCost:
     num_rows: int
     context: float
     seconds: float
+
+
+class DraftMask(Protocol):
+    """What grammars let the tokens of a draft be."""
+
+    def __call__(self, seq: Sequence, path: tuple[int, ...]) -> Tensor:
+        """[V] bool, on the host: which tokens may follow ``path``, drafted tokens behind those of a sequence
+        that has a grammar. None at all where the path itself cannot be."""
+        ...
 
 
 class Target(Protocol):
@@ -463,7 +487,10 @@ class Draft(Protocol):
         """
         ...
 
-    def propose(self, batch: Batch) -> DraftTree: ...
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
+        """Trees for the decodes of a step. mask: asked for what a grammar lets follow, so that nothing is
+        drafted in vain; without one nobody has a grammar."""
+        ...
 
     def account(self, cost: StepCost) -> None:
         """Learn what a step of decodes alone took."""

@@ -47,6 +47,7 @@ from engine.core import (
     depths_of,
 )
 from engine.errors import ContextLengthError, RequestError
+from engine.grammar import Grammars
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.sampler import sampling_tensors
@@ -54,6 +55,7 @@ from engine.sampler import sampling_tensors
 # What prompts may claim of a step's nodes before trees get any.
 _PROMPT_SHARE = 4
 
+_MOST_FORESEEN = 64  # tokens that a grammar may add to a step's: others wait for it meanwhile
 _NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
 
 
@@ -62,7 +64,7 @@ class Scheduler:
 
     prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them; draft is
     asked how much it wants to draft and how many KV rows that may write, and told when a sequence ends or
-    starts over, as is ``forget_edits``.
+    starts over, as is ``forget_edits``; grammars say where answers end and what must follow them.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Scheduler:
         draft: Draft,
         vocab_size: int,
         forget_edits: Callable[[Sequence], None],
+        grammars: Grammars,
     ) -> None:
         self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
@@ -81,7 +84,7 @@ class Scheduler:
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._sampling = [SamplingParams()], sampling_tensors([SamplingParams()], config.device)
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
-        self._forget_edits = forget_edits
+        self._forget_edits, self._grammars = forget_edits, grammars
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
         self._aborted: list[Delta] = []
@@ -92,6 +95,7 @@ class Scheduler:
         """Queue a request. Raises ContextLengthError or RequestError for one that could never run."""
         assert all(request.id != seq.request.id for seq in (*self.waiting, *self.running)), "ids are unique"
         check_request(request, self._vocab_size)
+        self._grammars.check(request)
         prompt_len, limit = len(request.prompt), self.config.max_model_len
         if prompt_len >= limit:
             raise ContextLengthError(prompt_len, limit)
@@ -344,11 +348,13 @@ class Scheduler:
             seq.tokens.extend(new_tokens[:num_known])
             del seq.forced[:num_known]
             emitted = self._emit(seq, new_tokens[num_known:])
+            foreseen = self._foresee(seq)
             if bonuses[row] == NO_CHOICE and seq.finish_reason is None:
                 seq.finish_reason = "error"
                 self.prefixes.disown(seq)
             else:
                 self.prefixes.publish(seq)
+            error = self._problem(seq) if seq.finish_reason == "error" else None
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -357,7 +363,7 @@ class Scheduler:
             deltas.append(
                 Delta(
                     seq.request.id,
-                    emitted,
+                    emitted + foreseen,
                     seq.finish_reason,
                     logprobs=logprobs[row][: len(emitted)],
                     is_decode=batch.prompt is None,
@@ -366,24 +372,50 @@ class Scheduler:
                     draft_depth=max(depths),
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
-                    error=_NOTHING_LEFT if seq.finish_reason == "error" else None,
+                    num_forced=len(foreseen),
+                    error=error,
                 )
             )
         return deltas
 
     def _emit(self, seq: Sequence, new_tokens: list[int]) -> tuple[int, ...]:
         """Append chosen tokens up to the first that ends the sequence; sets its finish reason."""
-        sampling = seq.request.sampling
         for count, token in enumerate(new_tokens, start=1):
             seq.tokens.append(token)
-            if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
-                seq.finish_reason = "stop"
-            elif self._remaining(seq) < 1:
-                seq.finish_reason = "length"
-            else:
-                continue
-            return tuple(new_tokens[:count])
+            seq.finish_reason = self._ending(seq, token)
+            if seq.finish_reason is not None:
+                return tuple(new_tokens[:count])
         return tuple(new_tokens)
+
+    def _foresee(self, seq: Sequence) -> tuple[int, ...]:
+        """Tokens that need no step, for the grammar leaves no choice: they are emitted at once, and pass
+        through the model with what comes next, as a prompt does."""
+        run: list[int] = []
+        if seq.request.sampling.grammar is None or seq.forced:
+            return ()
+        while seq.finish_reason is None and len(run) < _MOST_FORESEEN:
+            token = self._grammars.after(seq).only
+            if token is None:
+                break
+            run.append(token)
+            seq.forced.append(token)
+            seq.finish_reason = self._ending(seq, token)
+        return tuple(run)
+
+    def _ending(self, seq: Sequence, token: int) -> FinishReason | None:
+        """Whether a sequence ends with the token that was added last, and why."""
+        sampling = seq.request.sampling
+        end = None if sampling.grammar is None else self._grammars.after(seq).end
+        if end is not None:
+            return end
+        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+            return "stop"
+        return "length" if self._remaining(seq) < 1 else None
+
+    def _problem(self, seq: Sequence) -> str:
+        """Why nothing could follow a sequence's tokens."""
+        grammar = seq.request.sampling.grammar
+        return (self._grammars.after(seq).problem if grammar is not None else "") or _NOTHING_LEFT
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         seq.finish_reason = reason

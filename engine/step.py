@@ -29,11 +29,13 @@ from engine.core import (
 )
 from engine.edits import sampling_edits
 from engine.errors import EngineError
+from engine.grammar import Grammars
 from engine.logprobs import emitted_logprobs
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
+from engine.text.grammar import GrammarCompiler
 from verify.accept import accept, accept_all
 from verify.stats import StepSink, StepTimes
 
@@ -74,15 +76,24 @@ class Engine:
         pages: PagePool,
         eos_token_ids: tuple[int, ...],
         step_log: StepSink | None = None,
+        grammar_compiler: GrammarCompiler | None = None,
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
+        self.grammars = Grammars(grammar_compiler, target.vocab_size)
         edits = sampling_edits(target.vocab_size, config.device, eos_token_ids)
-        self.sampler = Sampler(target.vocab_size, config.device, edits)
+        self.sampler = Sampler(target.vocab_size, config.device, [*edits, self.grammars])
         prefixes = PrefixCache(
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )
         self.scheduler = Scheduler(
-            config, pages, prefixes, eos_token_ids, draft, target.vocab_size, self.sampler.forget
+            config,
+            pages,
+            prefixes,
+            eos_token_ids,
+            draft,
+            target.vocab_size,
+            self.sampler.forget,
+            self.grammars,
         )
         self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
@@ -99,7 +110,10 @@ class Engine:
         batches = self.scheduler.next_batches()  # pages for every node are reserved here
         if not batches:
             return deltas
-        trees = [prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch) for batch in batches]
+        trees = [
+            prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch, self.grammars.allowed)
+            for batch in batches
+        ]
         drafted = self._clock.mark()
         scores = self.target.score(batches, trees)
         scored = self._clock.mark()
@@ -217,7 +231,7 @@ def _completion(request: Request, deltas: list[Delta]) -> Completion:
         tuple(token for delta in deltas for token in delta.token_ids),
         finish_reason,
         len(decodes),
-        sum(len(delta.token_ids) for delta in decodes),
+        sum(len(delta.token_ids) - delta.num_forced for delta in decodes),
         sum(delta.num_draft_tokens for delta in decodes),
         sum(delta.num_accepted for delta in decodes),
     )

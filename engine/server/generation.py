@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from aiohttp import web
 from msgspec import UNSET, UnsetType
@@ -24,9 +24,10 @@ from engine.server.logprobs import Logprobs, Speller
 from engine.server.metrics import Metrics, StampedDelta, summarise
 from engine.server.output import Output, output_for
 from engine.server.protocol import StreamOptions
-from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, Usage
-from engine.server.runner import EngineRunner, Ticket
+from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, TextChoice, Usage
+from engine.server.runner import EngineRunner
 from engine.server.sse import ClientGoneError, EventStream
+from engine.server.ticket import Ticket
 from engine.text.output_parser import Event
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,14 @@ class Generation:
         spellers: Sequence[Speller],
         num_choices: int,
         envelope: Envelope,
+        with_token_ids: bool = False,
     ) -> None:
         self._runner, self._ticket, self._envelope = runner, ticket, envelope
         self._outputs, self._spellers, self._num_choices = list(outputs), list(spellers), num_choices
         self._index = {output.request.id: index for index, output in enumerate(outputs)}
         self._begun: set[int] = set()  # answers of which something was sent
+        self._with_token_ids = with_token_ids
+        self._num_sent = [0] * len(outputs)  # tokens
 
     @classmethod
     async def start(
@@ -60,6 +64,7 @@ class Generation:
         form: Form,
         model: str,
         arrival: float,
+        with_token_ids: bool = False,
     ) -> Generation:
         """Number the requests, of which ``num_choices`` in a row have the same prompt, and submit them.
         Raises the EngineError with which the engine refuses one."""
@@ -67,11 +72,15 @@ class Generation:
         outputs = [output_for(served, request, arrival, form.reading) for request in numbered]
         spellers = [form.speller(served.tokenizer) for _ in outputs]
         ticket = await runner.submit(numbered)
-        return cls(runner, ticket, outputs, spellers, num_choices, Envelope(form, model))
+        return cls(runner, ticket, outputs, spellers, num_choices, Envelope(form, model), with_token_ids)
 
     def release(self) -> None:
-        """Abort whatever still runs."""
+        """Abort whatever still runs, and count how it ended. Call once."""
         self._runner.release(self._ticket)
+        unfinished = "abort" if self._ticket.error is None else "error"
+        for output in self._outputs:
+            reason = "stop" if output.finish_reason == "tool_calls" else output.finish_reason
+            self._runner.totals.add_request(output.stats, reason or unfinished)
 
     @property
     def is_complete(self) -> bool:
@@ -88,7 +97,8 @@ class Generation:
             )
             for index, output in enumerate(self._outputs)
         ]
-        return self._envelope.answer(choices, self._usage(), self._metrics())
+        reply = self._envelope.answer(choices, self._usage(), self._metrics())
+        return self._add_token_ids(reply, range(len(choices)))
 
     async def stream(
         self, request: web.Request, options: StreamOptions, keep_alive_interval: float, request_id: str
@@ -145,14 +155,28 @@ class Generation:
         replies = []
         for position, index in enumerate(grown):
             is_last = self.is_complete and position == len(grown) - 1
-            replies.append(
-                self._envelope.chunk(
-                    [self._piece(index, growth[index])],
-                    self._usage() if options.continuous_usage_stats else UNSET,
-                    self._metrics() if is_last and not options.include_usage else UNSET,
-                )
+            is_first = index not in self._begun
+            reply = self._envelope.chunk(
+                [self._piece(index, growth[index])],
+                self._usage() if options.continuous_usage_stats else UNSET,
+                self._metrics() if is_last and not options.include_usage else UNSET,
             )
+            replies.append(self._add_token_ids(reply, [index], with_prompt=is_first))
         return replies
+
+    def _add_token_ids(self, reply: Reply, indexes: Iterable[int], with_prompt: bool = True) -> Reply:
+        """Put the tokens behind each choice of a reply, if the client wants them, and those of the prompt.
+        indexes: which answers the choices are."""
+        if not self._with_token_ids:
+            return reply
+        for index, choice in zip(indexes, reply.choices, strict=True):
+            output = self._outputs[index]
+            choice.token_ids = output.token_ids[self._num_sent[index] :]
+            self._num_sent[index] = len(output.token_ids)
+            if with_prompt:
+                holder = choice if isinstance(choice, TextChoice) else reply
+                holder.prompt_token_ids = list(output.request.prompt)
+        return reply
 
     def _piece(self, index: int, events: list[Event]) -> Choice:
         is_first = index not in self._begun

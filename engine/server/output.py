@@ -16,8 +16,9 @@ from engine.build import Served
 from engine.core import SPECULATION_OFF, FinishReason, Request, Speculation
 from engine.server.logprobs import ScoredToken
 from engine.server.metrics import RequestStats, StampedDelta
+from engine.text.conversation import AnyTokenizer, answer_parser
 from engine.text.detokenizer import Detokenizer
-from engine.text.output_parser import Answer, Event, OutputParser, TextDelta, Vocabulary, assemble
+from engine.text.output_parser import Answer, Event, TextDelta, Vocabulary, assemble
 
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -35,7 +36,7 @@ class Reading(enum.Enum):
 
 
 class Reader(Protocol):
-    """Makes events of tokens; ``OutputParser`` is one."""
+    """Makes events of tokens; what ``answer_parser`` returns is one."""
 
     @property
     def stopped(self) -> str | None:
@@ -91,7 +92,7 @@ class Output:
 
     def __init__(
         self,
-        tokenizer: Vocabulary,
+        tokenizer: AnyTokenizer,
         request: Request,
         speculation: Speculation,
         arrival: float,
@@ -99,6 +100,7 @@ class Output:
     ) -> None:
         self.request = request
         self.finish_reason: EndReason | None = None
+        self.token_ids: list[int] = []  # what made the answer, the end-of-text token included
         self.stats = RequestStats(arrival, speculation.most_accepted)
         self._reader = _reader(tokenizer, request.sampling.stop, reading)
         self._events: list[Event] = []
@@ -140,6 +142,7 @@ class Output:
             if reason is not None:
                 events += self._reader.flush()
         self.stats.record(stamped, num_tokens)
+        self.token_ids += delta.token_ids[:num_tokens]
         if sampling.logprobs is not None:
             of_tokens = zip(delta.token_ids, delta.logprobs, strict=True)
             self._scored += [ScoredToken(*of_token) for of_token in of_tokens][:num_tokens]
@@ -160,10 +163,10 @@ class Output:
         return events, len(token_ids)
 
 
-def _reader(tokenizer: Vocabulary, stop: tuple[str, ...], reading: Reading) -> Reader:
+def _reader(tokenizer: AnyTokenizer, stop: tuple[str, ...], reading: Reading) -> Reader:
     if reading is Reading.TEXT:
         return TextReader(tokenizer, stop)
-    return OutputParser(tokenizer, uuid.uuid4().hex, stop, tools=reading is Reading.CHAT_WITH_TOOLS)
+    return answer_parser(tokenizer, uuid.uuid4().hex, stop, tools=reading is Reading.CHAT_WITH_TOOLS)
 
 
 def _text_event(text: str) -> list[Event]:

@@ -9,6 +9,7 @@ field by its path in the client's JSON.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -18,9 +19,20 @@ from engine.core import SPECULATION_OFF, Speculation
 from engine.errors import RequestError
 from engine.server import sampling_fields
 from engine.server.sampling_fields import NumLogprobs, SamplingFields
+from engine.server.structured import (
+    RENAMED,
+    ResponseFormat,
+    StructuredOutputs,
+    Wanted,
+    refuse_renamed,
+    wanted,
+)
+from engine.server.tool_fields import MAX_TOOLS, ToolChoice, ToolSpec
 
 MAX_PROMPTS = 16
-MAX_TOOLS = 128  # offered by a request, or called in one turn
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of one message
+MAX_NESTING = 64
 MAX_MESSAGE_LEN = 600  # characters of an error message: an answer must not amplify its question
 
 Neutral = dict[str, tuple[object, ...]]
@@ -28,27 +40,16 @@ Neutral = dict[str, tuple[object, ...]]
 # Fields whose effect we do not implement yet, with the values that, like null, ask for nothing.
 _NOT_HONOURED: Neutral = {
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "audio": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
     "use_beam_search": (False,),
-    "return_token_ids": (False,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template": (),
 }
-_NOT_HONOURED_IN_CHAT: Neutral = {"parallel_tool_calls": (True,)}
 _NOT_HONOURED_IN_COMPLETIONS: Neutral = {"tools": ([],), "top_logprobs": (0,)}
 
 
@@ -95,7 +96,7 @@ class Message(Struct, omit_defaults=True):
     """One turn of a conversation. ``reasoning`` is another name of ``reasoning_content``."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
@@ -110,16 +111,18 @@ class GenerationRequest(SamplingFields, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculation: Literal["off", "auto"] | SpeculationOptions | None = None
-    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
+    cache_salt: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._~+/=:-]{1,128}\Z")] | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    return_token_ids: bool | None = None
 
     prompt_logprobs: Any = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     functions: Any = None
     echo: Any = None
     best_of: Any = None
     suffix: Any = None
     audio: Any = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -128,7 +131,6 @@ class GenerationRequest(SamplingFields, kw_only=True):
     ebnf: Any = None
     json_schema: Any = None
     use_beam_search: Any = None
-    return_token_ids: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
     chat_template: Any = None
@@ -137,9 +139,9 @@ class GenerationRequest(SamplingFields, kw_only=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[list[ToolSpec], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     logprobs: bool | None = None
@@ -169,21 +171,19 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         return self.logprobs
 
 
+StructT = TypeVar("StructT", bound=Struct)
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Read a chat request. Raises RequestError naming the field."""
-    call = _decode(body, ChatRequest)
+    return checked_chat(_decode(body, ChatRequest))
+
+
+def checked_chat(call: ChatRequest) -> ChatRequest:
+    """The call itself. Raises RequestError for what its types cannot say about conversation and tools."""
     if call.top_logprobs and not call.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    _check_neutral(call, _NOT_HONOURED_IN_CHAT)
-    if call.tool_choice == "required" or isinstance(call.tool_choice, dict):
-        raise RequestError(
-            "the model cannot be forced to call a tool yet, tool_choice may be 'auto' or 'none'",
-            "tool_choice",
-            "unsupported_value",
-        )
     for turn, message in enumerate(call.messages):
         _check_message(message, f"messages[{turn}]")
     return call
@@ -232,6 +232,11 @@ def messages(call: ChatRequest) -> list[dict[str, Any]]:
     return found
 
 
+def grammar_of(call: GenerationRequest) -> Wanted | None:
+    """What the answer must match, and which field says so; None for anything. Raises RequestError."""
+    return wanted(call.response_format, call.structured_outputs)
+
+
 def speculation(call: GenerationRequest, default: Speculation) -> Speculation | None:
     """The tree a request asks for; None is the engine's default."""
     wanted = call.speculation
@@ -254,6 +259,13 @@ def shorten(message: str) -> str:
 
 
 def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
+    call = decode(body, kind)
+    _check(call)
+    return call
+
+
+def decode(body: bytes, kind: type[StructT]) -> StructT:
+    """Read a body of any kind, not nested too deeply. Raises RequestError naming the field."""
     try:
         call = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -262,13 +274,36 @@ def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
         raise RequestError(shorten(f"the body is not valid JSON: {error}"), code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    _check(call)
+    if body.count(b"[") + body.count(b"{") > MAX_NESTING:  # else there is no need to look
+        check_nesting(call)
     return call
+
+
+def check_nesting(call: Struct) -> None:
+    """Refuse lists and objects that lie deeper in one another than anybody means, in whatever field: what
+    comes after (templates, grammars) goes through them by recursion."""
+    level: list[Any] = [getattr(call, name) for name in call.__struct_fields__]
+    depth = 1
+    while level := [value for value in level if isinstance(value, list | dict | Struct)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise RequestError(
+                f"the body is nested more than {MAX_NESTING} levels deep", code="nested_too_deeply"
+            )
+        level = [inner for value in level for inner in _children(value)]
+
+
+def _children(value: list[Any] | dict[str, Any] | Struct) -> Iterable[Any]:
+    if isinstance(value, Struct):
+        return (getattr(value, name) for name in value.__struct_fields__)
+    return value.values() if isinstance(value, dict) else value
 
 
 def _check(call: GenerationRequest) -> None:
     """What types and ranges of single fields cannot say."""
     _check_neutral(call, _NOT_HONOURED)
+    refuse_renamed({name: getattr(call, name) for name in RENAMED})
+    grammar_of(call)
     sampling_fields.check(call)
     if call.stream_options is not None and not call.stream:
         raise RequestError("stream_options needs stream to be true", "stream_options")

@@ -81,6 +81,18 @@ class ModelList(Struct):
     object: str = "list"
 
 
+class StatusReply(Struct):
+    """``status`` is "ok" or "ready"; everything else is an error."""
+
+    status: str
+
+
+class VersionReply(Struct):
+    """Of the installed distribution."""
+
+    version: str
+
+
 class CalledFunction(Struct):
     """``arguments`` should be a JSON object, but are what the model wrote."""
 
@@ -141,6 +153,7 @@ class ChatChoice(Struct):
     message: ChatMessage
     finish_reason: str
     logprobs: Logprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
 
 
 class ChatChunkChoice(Struct):
@@ -150,6 +163,7 @@ class ChatChunkChoice(Struct):
     delta: ChatDelta
     finish_reason: str | None
     logprobs: Logprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
 
 
 class TextChoice(Struct):
@@ -159,6 +173,8 @@ class TextChoice(Struct):
     text: str
     finish_reason: str | None
     logprobs: Logprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 Choice = ChatChoice | ChatChunkChoice | TextChoice
@@ -171,9 +187,10 @@ class Reply(Struct, kw_only=True):
     object: str
     created: int
     model: str
-    choices: list[Choice]
+    choices: Sequence[Choice]
     usage: Usage | UnsetType = UNSET
     metrics: Metrics | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # of chat, if asked for
 
 
 class Form(Protocol):

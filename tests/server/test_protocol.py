@@ -7,13 +7,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.core import SPECULATION_OFF, Speculation
+from engine.core import SPECULATION_OFF, Grammar, Speculation
 from engine.errors import RequestError
 from engine.server import protocol
 from engine.server.sampling_fields import choice_seed, sampling_params
 from tests.server.fakes import ByteTokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -95,13 +96,24 @@ def sampling(**fields: Any) -> Any:
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": "json_object"}, "response_format"),
         ({"tools": ["f"]}, "tools[0]"),
-        ({"tools": [{}] * 129}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [{}]}, "tools[0].function"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [TOOL, {"function": {"name": "f g"}}]}, "tools[1].function.name"),
+        ({"tools": [TOOL, {"function": {"name": "f", "parameters": []}}]}, "tools[1].function.parameters"),
+        ({"tools": [{"function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
         ({"tool_choice": "any"}, "tool_choice"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tool_choice": {"type": "custom", "function": {"name": "f"}}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "function", "function": "f"}}, "tool_choice.function"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice.allowed_tools"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"reasoning_effort": 3}, "reasoning_effort"),
         ({"min_tokens": -1}, "min_tokens"),
@@ -110,7 +122,15 @@ def sampling(**fields: Any) -> Any:
         ({"bad_words": ["x"] * 129}, "bad_words"),
         ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output"),
         ({"echo": True}, "echo"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a"] * 1025}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs.grammar"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs.regex",
+        ),
     ],
 )
 def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
@@ -118,6 +138,47 @@ def test_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
         chat(**fields)
     assert caught.value.param == param
     assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "now"),
+    [
+        ("guided_json", {}, "json"),
+        ("guided_regex", "a", "regex"),
+        ("guided_choice", ["a"], "choice"),
+        ("guided_grammar", "a", "grammar"),
+        ("json_schema", "{}", "json"),
+        ("regex", "a", "regex"),
+        ("ebnf", "a", "grammar"),
+    ],
+)
+def test_older_names_of_structured_output_are_refused_with_todays(name: str, value: Any, now: str) -> None:
+    with pytest.raises(RequestError, match=f"structured_outputs with the field '{now}'") as caught:
+        chat(**{name: value})
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_object", "")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"x": 1}}}},
+            Grammar("json_schema", '{"x": 1}'),
+        ),
+        ({"structured_outputs": {}}, None),
+        ({"structured_outputs": {"json": {"x": 1}}}, Grammar("json_schema", '{"x": 1}')),
+        ({"structured_outputs": {"json": '{"x": 1}'}}, Grammar("json_schema", '{"x": 1}')),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Grammar("choice", '["a", "b"]')),
+        ({"structured_outputs": {"grammar": "start: x"}}, Grammar("lark", "start: x")),
+        ({"structured_outputs": {"json_object": True}}, Grammar("json_object", "")),
+    ],
+)
+def test_what_an_answer_must_match(fields: dict[str, Any], grammar: Grammar | None) -> None:
+    wanted = protocol.grammar_of(chat(**fields))
+    assert (None if wanted is None else wanted.grammar) == grammar
 
 
 @pytest.mark.parametrize(
@@ -215,7 +276,7 @@ def test_sampling_defaults_and_limits() -> None:
     assert sampling(max_tokens=7).max_tokens == 7
     assert sampling(max_tokens=7, max_completion_tokens=3).max_tokens == 3
     assert sampling(top_k=-1).top_k == 0
-    assert sampling(top_k=10**12).top_k == ByteTokenizer.vocab_size
+    assert sampling(top_k=10**9).top_k == ByteTokenizer.vocab_size
     assert sampling(temperature=1e-30).temperature == 0.0
     assert sampling(stop="a").stop == ("a",)
     assert sampling(stop=["a", "b"]).stop == ("a", "b")
@@ -276,9 +337,10 @@ def test_messages_keep_what_is_known_and_given() -> None:
     [
         ({}, False),
         ({"tools": []}, False),
-        ({"tools": [{}]}, True),
-        ({"tools": [{}], "tool_choice": "auto"}, True),
-        ({"tools": [{}], "tool_choice": "none"}, False),
+        ({"tools": [TOOL]}, True),
+        ({"tools": [TOOL], "tool_choice": "auto"}, True),
+        ({"tools": [TOOL], "tool_choice": "none"}, False),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, True),
     ],
 )
 def test_which_requests_offer_tools(fields: dict[str, Any], offers: bool) -> None:
