@@ -49,7 +49,7 @@ KINDS = {
     "object": Grammar("json_object", ""),
     "regex": Grammar("regex", "(ab|[0-9]{2}){3,9}name( 12)?"),
     "choice": Grammar("choice", '["true", "tr", "false and false", "</s>"]'),
-    "lark": Grammar("lark", 'start: item ("," item){2,6}\nitem: "name" <tool> /[a-c]{1,4}/'),
+    "lark": Grammar("lark", 'start: item ("," item){1,3}\nitem: "name" <tool> /[a-c]{1,4}/'),
 }
 
 
@@ -371,8 +371,8 @@ def test_cve_2026_105757_no_drafted_token_reaches_a_matcher_unchecked() -> None:
     engine = engine_for(prophet, speculation=TREE, grammar_compiler=BrokenCompiler(10**9))
     answers = engine.generate(prompts, asked)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in plain]
-    assert sum(answer.num_draft_tokens for answer in answers) > 100
-    assert len(SpyMatcher.fed) > 50
+    assert sum(answer.num_draft_tokens for answer in answers) > 40
+    assert len(SpyMatcher.fed) > 30
     assert all(is_allowed for _, is_allowed in SpyMatcher.fed)
 
 
@@ -391,7 +391,9 @@ def test_what_cannot_be_compiled_is_never_queued() -> None:
 
 def test_drafted_nodes_are_those_the_grammar_allows() -> None:
     """Those of heads and of lookups, in a batch and alone."""
-    for draft, num, least in (("eagle3", 1, 20), ("eagle3", 3, 60), ("eagle", 2, 40), ("ngram", 3, 1)):
+    repeating = Grammar("regex", "((ab){1,9}[,:]){9}[cd]")
+    for draft, num, least in (("eagle3", 1, 20), ("eagle3", 3, 60), ("eagle", 2, 40), ("ngram", 3, 9)):
+        grammar = repeating if draft == "ngram" else KINDS["object"]
         engine = engine_for(draft, speculation=BOTH)
         propose, num_nodes = engine.draft.propose, 0
 
@@ -409,7 +411,7 @@ def test_drafted_nodes_are_those_the_grammar_allows() -> None:
             return tree
 
         engine.draft.propose = checked  # type: ignore[method-assign]
-        engine.generate(prompts_of([5] * num), [params(KINDS["object"], seed=seed) for seed in range(num)])
+        engine.generate(prompts_of([5] * num), [params(grammar, seed=seed) for seed in range(num)])
         assert num_nodes >= least, draft
 
 
