@@ -1,0 +1,163 @@
+"""A few tokens times rows of a stored matrix: the inner loop that linear layers, router and experts share.
+
+Every program multiplies a tile of at most 64 tokens by some rows of a matrix, over part or all of its width.
+With so few tokens the time goes into reading the matrix, so it is read once, as stored, and widened in
+registers; activations come from the L2 cache again and again.
+
+Two layouts of the product are worth having. With tokens as M (``swap`` off) 16 of them fill the rows of an
+mma.sync, and any number of matrix rows its columns. With the matrix as M (``swap`` on) 64 of its rows feed a
+whole warp group's wgmma, tokens are its columns; only there e4m3 is multiplied as it is, without conversion.
+
+NVFP4 packs two columns into a byte, and a byte's nibbles go into two products, of the even and the odd
+columns, whose activations are read as pairs, a 32-bit word each. A nibble s e e m becomes a float by moving
+its bits to where bfloat16 (or float32) has the sign, the end of the exponent and the start of the mantissa;
+that is the number times 2^-126, subnormal 0.5 included. Times block scale * 2^118 it is the weight times
+2^-8, exact in bfloat16, and the 2^8 is paid once, at the end.
+
+Triton's interpreter computes wrongly with bfloat16, so ``operand`` is float32 there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activations(
+    x: tl.tensor,
+    norm: tl.tensor,
+    rows: tl.tensor,
+    live: tl.tensor,
+    start: tl.tensor,
+    step: tl.constexpr,
+    normed: tl.constexpr,
+    pairs: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """[tokens, step] from x, or its even and odd columns [tokens, step / 2]; and their sums of squares."""
+    if pairs:
+        at = start // 2 + tl.arange(0, step // 2)
+        words = tl.load(x + rows[:, None] + at[None, :], mask=live[:, None], other=0)
+        even, odd = _halves(words)
+        if normed:
+            low, high = _halves(tl.load(norm + at))
+            even, odd = even.to(tl.float32), odd.to(tl.float32)
+            squares = tl.sum(even * even + odd * odd, axis=1)
+            return even * low.to(tl.float32)[None, :], odd * high.to(tl.float32)[None, :], squares
+        return even, odd, live.to(tl.float32)
+    at = start + tl.arange(0, step)
+    value = tl.load(x + rows[:, None] + at[None, :], mask=live[:, None], other=0.0)
+    if normed:
+        value = value.to(tl.float32)
+        squares = tl.sum(value * value, axis=1)
+        value = value * tl.load(norm + at).to(tl.float32)[None, :]
+        return value, value, squares
+    return value, value, live.to(tl.float32)
+
+
+@triton.jit
+def _halves(words: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The two bfloat16 of each 32-bit word, the lower one first."""
+    low = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _nibble(codes: tl.tensor, operand: tl.constexpr) -> tl.tensor:
+    """e2m1 in the lowest four bits -> the number times 2^-126, in bfloat16 or float32."""
+    if operand == tl.bfloat16:
+        bits = ((codes & 7) << 6) | ((codes & 8) << 12)
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_product(
+    total: tl.tensor, x: tl.tensor, weight: tl.tensor, swap: tl.constexpr, exact: tl.constexpr
+) -> tl.tensor:
+    """total += x [tokens, k] times weight [rows, k]; total is [rows, tokens] where swapped."""
+    precision: tl.constexpr = "ieee" if exact else "tf32"
+    if swap:
+        if x.dtype == tl.float8e4nv:  # the matrix unit adds FP8 products with few bits: empty it often
+            often: tl.constexpr = min(x.shape[1], 128)
+            return tl.dot(weight, tl.trans(x), total, max_num_imprecise_acc=often)
+        return tl.dot(weight, tl.trans(x), total, input_precision=precision)
+    return tl.dot(x, tl.trans(weight), total, input_precision=precision)
+
+
+@triton.jit
+def multiply(
+    x: tl.tensor,
+    norm: tl.tensor,
+    weight: tl.tensor,
+    block_scales: tl.tensor,
+    x_rows: tl.tensor,
+    live: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    inverse_input_scale: tl.tensor,
+    num_tokens: tl.constexpr,
+    num_rows: tl.constexpr,
+    step: tl.constexpr,
+    normed: tl.constexpr,
+    nvfp4: tl.constexpr,
+    rounded: tl.constexpr,
+    swap: tl.constexpr,
+    operand: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Tokens times matrix rows over columns first .. last, [num_tokens, num_rows] float32, without scales;
+    and the sum of x squared over them, [num_tokens], where it is normed.
+
+    x_rows: [num_tokens], where a token begins in x (in 32-bit words for NVFP4); live: which exist; rows:
+    [num_rows] int64, rows of the matrix; step: columns at a time, a divisor of last - first. rounded: x is
+    multiplied by ``inverse_input_scale`` and rounded to e4m3, as the matrix is stored.
+    """
+    exact: tl.constexpr = operand == tl.float32
+    kind: tl.constexpr = tl.float8e4nv if rounded else operand
+    shape: tl.constexpr = [num_rows, num_tokens] if swap else [num_tokens, num_rows]
+    total = tl.zeros(shape, tl.float32)
+    squares = tl.zeros([num_tokens], tl.float32)
+    for start in range(first, last, step):
+        even, odd, of_step = _activations(x, norm, x_rows, live, start, step, normed, nvfp4)
+        squares += of_step
+        if nvfp4:
+            half: tl.constexpr = step // 2
+            blocks: tl.constexpr = step // 16
+            at = start // 2 + tl.arange(0, half)
+            codes = tl.load(weight + rows[:, None] * (width // 2) + at[None, :])
+            block = start // 16 + tl.arange(0, blocks)
+            scales = tl.load(block_scales + rows[:, None] * (width // 16) + block[None, :])
+            scales = (scales.to(tl.float32) * 3.3230699894622897e35).to(operand)  # 2^118
+            wide = tl.broadcast_to(scales[:, :, None], [num_rows, blocks, 8]).reshape(num_rows, half)
+            words = codes.to(tl.int32)
+            total = _add_product(total, even.to(kind), _nibble(words, operand) * wide, swap, exact)
+            total = _add_product(total, odd.to(kind), _nibble(words >> 4, operand) * wide, swap, exact)
+        else:
+            at = start + tl.arange(0, step)
+            matrix = tl.load(weight + rows[:, None] * width + at[None, :]).to(kind)
+            if rounded:
+                even = tl.clamp(even.to(tl.float32) * inverse_input_scale, -448.0, 448.0)
+            total = _add_product(total, even.to(kind), matrix, swap, exact)
+    if nvfp4:
+        total *= 256.0
+    if swap:
+        total = tl.trans(total)
+    return total, squares
+
+
+@triton.jit
+def arrived_last(counter: tl.tensor, expected: tl.tensor) -> tl.tensor:
+    """Count this program in; whether it is the last of those expected, and so sees what all have stored.
+
+    The counter, zero before, is zero again once all have arrived. Whoever reads what others stored must ask
+    the L2 cache for it (``.cg``).
+    """
+    tl.debug_barrier()  # all threads have stored what this program will be counted in for
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(counter, 0)
+    return last

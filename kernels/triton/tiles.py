@@ -1,0 +1,87 @@
+"""How the products of a few tokens are cut, by GPU, operation, kind of weight and number of tokens.
+
+The tables are where a search ends, not where it is made: ``python -m perf.kernels --search`` times the
+candidates on the GPU at hand and prints rows in this form. Rows that no GPU has confirmed are said to be so.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+
+Use = Literal["route", "gate_up", "down", "linear"]
+Kind = Literal["plain", "fp8", "nvfp4", "e4m3"]  # e4m3: FP8 whose activations are rounded too
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program multiplies.
+
+    rows: of the matrix; step: of its columns at a time; tokens: at most; swap: the matrix is M (see
+    ``kernels.triton.product``); splits: programs among which the columns are divided, at most.
+    """
+
+    rows: int
+    step: int
+    tokens: int = 16
+    swap: bool = False
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+
+    def fitted(self, num_rows: int, width: int) -> Tile:
+        """The same, no larger than divides the matrix, whose width is a multiple of 32."""
+        splits = self.splits
+        while width % (splits * 32):
+            splits //= 2
+        rows, step = _divisor(num_rows, self.rows), _divisor(width // splits, self.step)
+        # a whole warp group multiplies 64 rows of the matrix, or there is nothing to swap for
+        swap = self.swap and rows >= 64
+        return Tile(rows, step, self.tokens, swap, splits, self.warps, self.stages)
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest power of two that divides a number and is at most ``most``."""
+    return min(number & -number, most)
+
+
+Rows = tuple[tuple[int, Tile], ...]  # up to so many tokens, this tile; the last for any number
+
+# Not confirmed by a GPU: from configurations that others published for like shapes, and from what the
+# compiler makes of them (registers, shared memory, instructions).
+_HOPPER: Final[dict[tuple[Use, Kind], Rows]] = {
+    ("route", "plain"): ((16, Tile(16, 128, 16, splits=16)), (64, Tile(16, 64, 64, splits=8))),
+    ("gate_up", "plain"): ((2, Tile(32, 128)), (64, Tile(64, 128, swap=True))),
+    ("gate_up", "fp8"): ((2, Tile(32, 256)), (64, Tile(64, 128, swap=True))),
+    ("gate_up", "e4m3"): ((64, Tile(64, 256, swap=True)),),
+    ("gate_up", "nvfp4"): ((2, Tile(32, 256)), (64, Tile(64, 128, swap=True))),
+    ("down", "plain"): ((2, Tile(32, 128)), (64, Tile(64, 128, swap=True))),
+    ("down", "fp8"): ((2, Tile(32, 256)), (64, Tile(64, 128, swap=True))),
+    ("down", "e4m3"): ((64, Tile(64, 256, swap=True)),),
+    ("down", "nvfp4"): ((2, Tile(32, 256)), (64, Tile(64, 128, swap=True))),
+    ("linear", "plain"): ((16, Tile(32, 128, splits=4)), (64, Tile(64, 128, 64, swap=True, splits=4))),
+    ("linear", "fp8"): ((16, Tile(32, 256, splits=4)), (64, Tile(64, 128, 64, swap=True, splits=4))),
+    ("linear", "e4m3"): ((16, Tile(64, 256, swap=True, splits=4)), (64, Tile(64, 128, 64, True, 4))),
+    ("linear", "nvfp4"): ((16, Tile(32, 256, splits=4)), (64, Tile(64, 128, 64, swap=True, splits=4))),
+}
+
+# By compute capability. A GPU that is not listed takes Hopper's.
+_TABLES: Final = {(9, 0): _HOPPER}
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def tile_for(device: torch.device, use: Use, kind: Kind, num_tokens: int) -> Tile:
+    """The table's row for so many tokens."""
+    rows = _TABLES.get(_capability(device), _HOPPER)[use, kind]
+    return next((tile for most, tile in rows if num_tokens <= most), rows[-1][1])
