@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.stored import Stored, product
+from kernels.stored import Stored, normed, product
 
 TILE_TOKENS = 16
 
@@ -47,12 +47,6 @@ def most_tiles(num_tokens: int, num_experts: int, num_chosen: int, num_shared: i
     chosen = num_tokens * num_chosen
     routed = min(num_experts * per_expert, min(num_experts, chosen) + chosen // tile_tokens)
     return routed + num_shared * per_expert
-
-
-def normed(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-    """x [.., H] in float32, divided by its root mean square and times ``norm`` [H], if there is one."""
-    wide = x.float()
-    return wide if norm is None else torch.rms_norm(wide, (x.shape[-1],), norm.float(), eps)
 
 
 def route(

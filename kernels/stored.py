@@ -80,3 +80,25 @@ def product(x: Tensor, weight: Stored) -> Tensor:
         return y
     scale = weight.scale.repeat_interleave(matrix.shape[0] // weight.scale.shape[-1])
     return y * scale if weight.block_scales is None else y / scale
+
+
+def linear(
+    x: Tensor,
+    weight: Stored,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + (x, normed) @ weight.T -> [T, out] in x's dtype, rounded once.
+
+    x: [T, in]; weight: [out, in]; norm: [in], x is divided by its root mean square and multiplied by it;
+    residual: [T, out].
+    """
+    y = product(normed(x, norm, eps), weight)
+    return (y if residual is None else y + residual.float()).to(x.dtype)
+
+
+def normed(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    """x [.., in] in float32, divided by its root mean square and times ``norm`` [in], if there is one."""
+    wide = x.float()
+    return wide if norm is None else torch.rms_norm(wide, (x.shape[-1],), norm.float(), eps)

@@ -35,24 +35,27 @@ def _activations(
     pairs: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """[tokens, step] from x, or its even and odd columns [tokens, step / 2]; and their sums of squares."""
+    count: tl.constexpr = step // 2 if pairs else step
+    at = (start // 2 if pairs else start) + tl.arange(0, count)
+    read = tl.load(x + rows[:, None] + at[None, :], mask=live[:, None], other=0)
     if pairs:
-        at = start // 2 + tl.arange(0, step // 2)
-        words = tl.load(x + rows[:, None] + at[None, :], mask=live[:, None], other=0)
-        even, odd = _halves(words)
-        if normed:
-            low, high = _halves(tl.load(norm + at))
-            even, odd = even.to(tl.float32), odd.to(tl.float32)
-            squares = tl.sum(even * even + odd * odd, axis=1)
-            return even * low.to(tl.float32)[None, :], odd * high.to(tl.float32)[None, :], squares
-        return even, odd, live.to(tl.float32)
-    at = start + tl.arange(0, step)
-    value = tl.load(x + rows[:, None] + at[None, :], mask=live[:, None], other=0.0)
+        even, odd = _halves(read)
+    else:
+        even, odd = read, read
+    squares = tl.zeros([rows.shape[0]], tl.float32)
     if normed:
-        value = value.to(tl.float32)
-        squares = tl.sum(value * value, axis=1)
-        value = value * tl.load(norm + at).to(tl.float32)[None, :]
-        return value, value, squares
-    return value, value, live.to(tl.float32)
+        factor = tl.load(norm + at)
+        if pairs:
+            low, high = _halves(factor)
+            even, odd = even.to(tl.float32), odd.to(tl.float32)
+            squares += tl.sum(even * even + odd * odd, axis=1)
+            even, odd = even * low.to(tl.float32)[None, :], odd * high.to(tl.float32)[None, :]
+        else:
+            even = even.to(tl.float32)
+            squares += tl.sum(even * even, axis=1)
+            even = even * factor.to(tl.float32)[None, :]
+            odd = even
+    return even, odd, squares
 
 
 @triton.jit
@@ -67,10 +70,10 @@ def _halves(words: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 def _nibble(codes: tl.tensor, operand: tl.constexpr) -> tl.tensor:
     """e2m1 in the lowest four bits -> the number times 2^-126, in bfloat16 or float32."""
     if operand == tl.bfloat16:
-        bits = ((codes & 7) << 6) | ((codes & 8) << 12)
-        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    bits = ((codes & 7) << 22) | ((codes & 8) << 28)
-    return bits.to(tl.float32, bitcast=True)
+        bits = (((codes & 7) << 6) | ((codes & 8) << 12)).to(tl.int16)
+    else:
+        bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+    return bits.to(operand, bitcast=True)
 
 
 @triton.jit
@@ -79,12 +82,14 @@ def _add_product(
 ) -> tl.tensor:
     """total += x [tokens, k] times weight [rows, k]; total is [rows, tokens] where swapped."""
     precision: tl.constexpr = "ieee" if exact else "tf32"
+    # the matrix unit adds FP8 products with few bits: empty it often
+    often: tl.constexpr = min(x.shape[1], 128) if x.dtype == tl.float8e4nv else None
     if swap:
-        if x.dtype == tl.float8e4nv:  # the matrix unit adds FP8 products with few bits: empty it often
-            often: tl.constexpr = min(x.shape[1], 128)
-            return tl.dot(weight, tl.trans(x), total, max_num_imprecise_acc=often)
-        return tl.dot(weight, tl.trans(x), total, input_precision=precision)
-    return tl.dot(x, tl.trans(weight), total, input_precision=precision)
+        return tl.dot(
+            weight, tl.trans(x), total, input_precision=precision, max_num_imprecise_acc=often
+        )
+    else:  # noqa: RET505 - Triton would compile what follows a return as well
+        return tl.dot(x, tl.trans(weight), total, input_precision=precision, max_num_imprecise_acc=often)
 
 
 @triton.jit

@@ -57,7 +57,7 @@ Rows = tuple[tuple[int, Tile], ...]  # up to so many tokens, this tile; the last
 # Not confirmed by a GPU: from configurations that others published for like shapes, and from what the
 # compiler makes of them (registers, shared memory, instructions).
 _HOPPER: Final[dict[tuple[Use, Kind], Rows]] = {
-    ("route", "plain"): ((16, Tile(16, 128, 16, splits=16)), (64, Tile(16, 64, 64, splits=8))),
+    ("route", "plain"): ((16, Tile(16, 128, splits=16, warps=8)), (64, Tile(16, 64, splits=8, warps=8))),
     ("gate_up", "plain"): ((2, Tile(32, 128)), (64, Tile(64, 128, swap=True))),
     ("gate_up", "fp8"): ((2, Tile(32, 256)), (64, Tile(64, 128, swap=True))),
     ("gate_up", "e4m3"): ((64, Tile(64, 256, swap=True)),),
