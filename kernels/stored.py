@@ -83,11 +83,7 @@ def product(x: Tensor, weight: Stored) -> Tensor:
 
 
 def linear(
-    x: Tensor,
-    weight: Stored,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Stored, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None
 ) -> Tensor:
     """residual + (x, normed) @ weight.T -> [T, out] in x's dtype, rounded once.
 

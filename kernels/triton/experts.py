@@ -176,7 +176,7 @@ def gate_up(
     _gate_up[2 * inner // tile.rows, len(routing.tiles)](
         operands.seen(x),
         operands.seen(norm),
-        weight.codes,
+        operands.seen(weight.codes),
         weight.block_scales,
         weight.scale,
         weight.input_scale,
@@ -221,7 +221,7 @@ def down(
     parts = torch.empty(len(y), hidden, dtype=torch.float32, device=y.device)
     _down[num_blocks, len(routing.tiles)](
         operands.seen(y),
-        weight.codes,
+        operands.seen(weight.codes),
         weight.block_scales,
         weight.scale,
         weight.input_scale,

@@ -93,11 +93,7 @@ def _linear(
 
 
 def linear(
-    x: Tensor,
-    weight: Stored,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Stored, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None
 ) -> Tensor:
     """residual + (x, normed) @ weight.T for bfloat16 rows x [T, in]. See ``kernels.stored.linear``.
 
@@ -128,7 +124,7 @@ def linear(
     _linear[*blocks, tile.splits](
         operands.seen(x),
         operands.seen(norm),
-        weight.codes,
+        operands.seen(weight.codes),
         weight.block_scales,
         weight.scale,
         weight.input_scale,

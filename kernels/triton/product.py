@@ -8,11 +8,12 @@ Two layouts of the product are worth having. With tokens as M (``swap`` off) 16 
 mma.sync, and any number of matrix rows its columns. With the matrix as M (``swap`` on) 64 of its rows feed a
 whole warp group's wgmma, tokens are its columns; only there e4m3 is multiplied as it is, without conversion.
 
-NVFP4 packs two columns into a byte, and a byte's nibbles go into two products, of the even and the odd
-columns, whose activations are read as pairs, a 32-bit word each. A nibble s e e m becomes a float by moving
-its bits to where bfloat16 (or float32) has the sign, the end of the exponent and the start of the mantissa;
-that is the number times 2^-126, subnormal 0.5 included. Times block scale * 2^118 it is the weight times
-2^-8, exact in bfloat16, and the 2^8 is paid once, at the end.
+NVFP4 has eight columns in a 32-bit word, a nibble s e e m each. A nibble becomes a float by moving its bits to
+where bfloat16 has the sign, the end of the exponent and the start of the mantissa; that is the number times
+2^-126, subnormal 0.5 included. Times block scale * 2^118 it is the weight times 2^-8, exact in bfloat16, and
+the 2^8 is paid once, at the end. One shift brings nibbles c and c + 4 into the two halves of a register, so
+each of c = 0 .. 3 is a product of its own: of every eighth column from c and from c + 4. The order in which
+columns are added up is free, as long as activations come in the same one.
 
 Triton's interpreter computes wrongly with bfloat16, so ``operand`` is float32 there.
 """
@@ -67,13 +68,29 @@ def _halves(words: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _nibble(codes: tl.tensor, operand: tl.constexpr) -> tl.tensor:
-    """e2m1 in the lowest four bits -> the number times 2^-126, in bfloat16 or float32."""
-    if operand == tl.bfloat16:
-        bits = (((codes & 7) << 6) | ((codes & 8) << 12)).to(tl.int16)
+def _two_nibbles(words: tl.tensor, number: tl.constexpr, operand: tl.constexpr) -> tl.tensor:
+    """Nibbles ``number`` and ``number + 4`` of each 32-bit word, [.., 2]: their e2m1 times 2^-126."""
+    if operand == tl.bfloat16:  # both at once, each in its half of a register
+        bits = ((words >> (4 * number) << 6) & 0x01C001C0) | ((words >> (4 * number) << 12) & -2147450880)
+        low, high = _halves(bits)
     else:
-        bits = ((codes & 7) << 22) | ((codes & 8) << 28)
-    return bits.to(operand, bitcast=True)
+        low, high = _wide_nibble(words >> (4 * number)), _wide_nibble(words >> (4 * number + 16))
+    return tl.join(low, high)
+
+
+@triton.jit
+def _wide_nibble(words: tl.tensor) -> tl.tensor:
+    """The lowest four bits, e2m1, times 2^-126 in float32."""
+    return (((words & 7) << 22) | ((words & 8) << 28)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _every_fourth(columns: tl.tensor, shape: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Of eight columns c the even ones (or the odd ones), [tokens, n / 2] -> those that a word's nibbles
+    number 0 and 4 (1 and 5) multiply, and those that 2 and 6 (3 and 7) do; [tokens, n / 4] each."""
+    four = columns.reshape(shape[0], shape[1] // 2, 2, 2)
+    first, second = four.split()
+    return first.reshape(shape[0], shape[1]), second.reshape(shape[0], shape[1])
 
 
 @triton.jit
@@ -85,9 +102,7 @@ def _add_product(
     # the matrix unit adds FP8 products with few bits: empty it often
     often: tl.constexpr = min(x.shape[1], 128) if x.dtype == tl.float8e4nv else None
     if swap:
-        return tl.dot(
-            weight, tl.trans(x), total, input_precision=precision, max_num_imprecise_acc=often
-        )
+        return tl.dot(weight, tl.trans(x), total, input_precision=precision, max_num_imprecise_acc=often)
     else:  # noqa: RET505 - Triton would compile what follows a return as well
         return tl.dot(x, tl.trans(weight), total, input_precision=precision, max_num_imprecise_acc=often)
 
@@ -117,7 +132,7 @@ def multiply(
     """Tokens times matrix rows over columns first .. last, [num_tokens, num_rows] float32, without scales;
     and the sum of x squared over them, [num_tokens], where it is normed.
 
-    x_rows: [num_tokens], where a token begins in x (in 32-bit words for NVFP4); live: which exist; rows:
+    x_rows: [num_tokens], where a token begins in x (for NVFP4 x, norm and weight are read as 32-bit words); live: which exist; rows:
     [num_rows] int64, rows of the matrix; step: columns at a time, a divisor of last - first. rounded: x is
     multiplied by ``inverse_input_scale`` and rounded to e4m3, as the matrix is stored.
     """
@@ -130,20 +145,34 @@ def multiply(
         even, odd, of_step = _activations(x, norm, x_rows, live, start, step, normed, nvfp4)
         squares += of_step
         if nvfp4:
-            half: tl.constexpr = step // 2
             blocks: tl.constexpr = step // 16
-            at = start // 2 + tl.arange(0, half)
-            codes = tl.load(weight + rows[:, None] * (width // 2) + at[None, :])
+            at = start // 8 + tl.arange(0, step // 8)
+            words = tl.load(weight + rows[:, None] * (width // 8) + at[None, :])
             block = start // 16 + tl.arange(0, blocks)
             scales = tl.load(block_scales + rows[:, None] * (width // 16) + block[None, :])
             scales = (scales.to(tl.float32) * 3.3230699894622897e35).to(operand)  # 2^118
-            wide = tl.broadcast_to(scales[:, :, None], [num_rows, blocks, 8]).reshape(num_rows, half)
-            words = codes.to(tl.int32)
-            total = _add_product(total, even.to(kind), _nibble(words, operand) * wide, swap, exact)
-            total = _add_product(total, odd.to(kind), _nibble(words >> 4, operand) * wide, swap, exact)
+            scales = tl.broadcast_to(scales[:, :, None], [num_rows, blocks, 4]).reshape(
+                num_rows, step // 8, 2
+            )
+            quarter: tl.constexpr = [num_tokens, step // 4]
+            even, more_even = _every_fourth(even.to(kind), quarter)
+            odd, more_odd = _every_fourth(odd.to(kind), quarter)
+            for number in tl.static_range(4):
+                if number == 0:
+                    columns = even
+                elif number == 1:
+                    columns = odd
+                elif number == 2:
+                    columns = more_even
+                else:
+                    columns = more_odd
+                matrix = (_two_nibbles(words, number, operand) * scales).reshape(num_rows, step // 4)
+                total = _add_product(total, columns, matrix, swap, exact)
         else:
             at = start + tl.arange(0, step)
-            matrix = tl.load(weight + rows[:, None] * width + at[None, :]).to(kind)
+            matrix = tl.load(weight + rows[:, None] * width + at[None, :])
+            if matrix.dtype != kind:  # by way of float32: straight to bfloat16 takes slower instructions
+                matrix = matrix.to(tl.float32).to(kind)
             if rounded:
                 even = tl.clamp(even.to(tl.float32) * inverse_input_scale, -448.0, 448.0)
             total = _add_product(total, even.to(kind), matrix, swap, exact)

@@ -31,7 +31,7 @@ class Operands:
         return tl.float32 if INTERPRETED else tl.bfloat16
 
     def seen(self, x: Tensor | None) -> Tensor | None:
-        """Activations or a norm's weight as the product reads them: NVFP4's in pairs."""
+        """Activations, a norm's weight or codes as the product reads them: NVFP4's by 32-bit words."""
         return x.view(torch.int32) if x is not None and self.nvfp4 else x
 
     @property
