@@ -18,7 +18,8 @@ FP8 = torch.float8_e4m3fn
 
 
 def rows_of(x: Tensor, operation: str, name: str) -> Tensor:
-    """x [.., W] as rows [n, W] one stride apart, without a copy. Raises UnsupportedError if they do not lie so."""
+    """x [.., W] as rows [n, W] one stride apart, without a copy. Raises UnsupportedError where they do not
+    lie so."""
     require(x.dim() >= 2, operation, f"{name} has shape {list(x.shape)}, expected rows [.., width]")
     require(x.stride(-1) == 1, operation, f"{name} has rows of stride {x.stride(-1)}, expected 1")
     if x.dim() == 2:
