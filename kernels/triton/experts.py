@@ -83,7 +83,7 @@ def _gate_up(
     tl.store(out + place.to(tl.int64)[:, None] * inner + at[None, :], activated, mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_tokens"])
 def _down(
     y: tl.tensor,
     weight: tl.tensor,

@@ -23,7 +23,7 @@ from kernels.triton.stored import check_norm, check_rows, check_stored
 from kernels.triton.tiles import Tile, tile_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_tokens"])
 def _linear(
     x: tl.tensor,
     norm: tl.tensor,

@@ -31,7 +31,7 @@ _MOST_EXPERTS = 256  # shared ones included
 _AT_ONCE = tl.constexpr(16)  # tokens whose experts are chosen at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_tokens"])
 def _route(
     x: tl.tensor,
     norm: tl.tensor,
