@@ -1,4 +1,5 @@
-"""Tree attention as a GPU takes it, in plain torch: the specification of ``kernels.triton.attention``.
+"""Operations over paged KV rows as a GPU takes them, in plain torch: the specification of what
+``kernels.triton`` has beyond ``kernels.ref``.
 
 Nothing here has the size of queries times keys. What the nodes of a tree see is
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kernels.mla import mla_tree_attention as latent_attention
-from kernels.ref import tree_attention
+from kernels.mla import rope_pairs
+from kernels.ref import compact_rows, rms_norm, rope, tree_attention
 
 MOST_OWN = 64  # bits of a word
 
@@ -108,3 +110,93 @@ def _seen(rows: TreeRows, num_nodes: int) -> tuple[Tensor, Tensor]:
         seen = (own < 0) | ((own < rows.num_own) & (bit == 1))
     seen = seen & (row >= rows.start)
     return slots, torch.zeros(seen.shape, device=device).masked_fill_(~seen, float("-inf"))
+
+
+# --- rows that are written, rows that are moved
+
+
+def rope_write(
+    heads: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """As ``ref.rope_write``, for pools of FP8 too: these take keys and values divided by their scales.
+
+    heads: [.., H + 2 Hkv, D]; slots: [T] int64, one for every token. Returns [.., H, D].
+    """
+    num_kv_heads, head_dim = k_pool.shape[0], heads.shape[-1]
+    turned = rope(heads[..., : num_heads + num_kv_heads, :].float(), cos.float(), sin.float())
+    keys = turned[..., num_heads:, :].reshape(-1, num_kv_heads, head_dim)
+    values = heads[..., num_heads + num_kv_heads :, :].reshape(-1, num_kv_heads, head_dim).float()
+    for pool, rows, scale in ((k_pool, keys, k_scale), (v_pool, values, v_scale)):
+        _store(pool, slots, (rows / scale).transpose(0, 1))
+    return turned[..., :num_heads, :].to(heads.dtype)
+
+
+def rope_latent_write(
+    q: Tensor,
+    latents: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    query_scale: Tensor | None,
+    pool: Tensor,
+    slots: Tensor,
+    pool_scale: float = 1.0,
+) -> Tensor:
+    """What lies between MLA's projections and its attention: queries are rotated and scaled, latent rows are
+    normed and rotated and stored.
+
+    q: [T, H, K + P]; latents: [T, R + P], not yet normed, rows may lie apart; weight: [R] of the norm; cos,
+    sin: [T, 1, P / 2] float32; query_scale: [T, 1, 1] float32 or None; pool: [S, R + P] in q's dtype, or
+    float8_e4m3fn, which takes rows divided by ``pool_scale``; slots: [T] int64. Returns [T, H, K + P].
+    """
+    rank, turned_dim = len(weight), 2 * cos.shape[-1]
+    row = torch.cat(
+        (
+            rms_norm(latents[:, :rank].float(), weight.float(), eps),
+            rope_pairs(latents[:, None, rank:], cos, sin)[:, 0],
+        ),
+        dim=-1,
+    )
+    _store(pool[None], slots, row[None] / pool_scale)
+    turned = torch.cat((q[..., :-turned_dim].float(), rope_pairs(q[..., -turned_dim:], cos, sin)), dim=-1)
+    return (turned if query_scale is None else turned * query_scale).to(q.dtype)
+
+
+def _store(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Float32 rows [Hkv, T, D] in a pool [Hkv, S, D] of any dtype, saturated where that is FP8."""
+    if pool.dtype == torch.float8_e4m3fn:  # torch has no copies by index for this type
+        most = torch.finfo(pool.dtype).max
+        rows = rows.clamp(-most, most).to(pool.dtype).view(torch.uint8)
+        pool = pool.view(torch.uint8)
+    pool.index_copy_(1, slots, rows.to(pool.dtype))
+
+
+def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:
+    """Move the accepted rows of every sequence to the front of its own rows, in all layers.
+
+    pools: [layers, kinds, Hkv, S, D]; path: [B, N] int64, accepted nodes in order, -1 padded; slots: [B, N]
+    int64, of own rows 0 to N - 1. Node ``path[i]`` moves to row i, and never lies before it.
+    """
+    order = torch.arange(path.shape[1], device=path.device)
+    moves = path > order
+    compact_rows(pools, slots.gather(1, path.clamp(min=0))[moves], slots[moves])
+
+
+# --- columns of long rows
+
+
+def top_columns(logits: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``num`` largest logits of every row, best first, of equals the lowest column first: [.., V] ->
+    (values [.., num] float32, columns [.., num] int64, logsumexp of the whole row [..] float32)."""
+    scores = logits.float()
+    best = scores.sort(dim=-1, descending=True, stable=True)
+    return best.values[..., :num], best.indices[..., :num], scores.logsumexp(dim=-1)

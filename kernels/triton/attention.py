@@ -106,8 +106,6 @@ def _attend(
     q_content = tl.load(q_row + column[None, :], mask=is_row[:, None], other=0.0).to(compute)
     if rotated_dim > 0:
         q_turned = tl.load(q_row + value_dim + turned[None, :], mask=is_row[:, None], other=0.0).to(compute)
-    if not is_chain:
-        word = tl.load(words + seq * num_nodes + node)
     head_start = kv_head.to(tl.int64) * num_slots
     most = tl.full([block_rows], float("-inf"), tl.float32)
     total = tl.zeros([block_rows], tl.float32)
@@ -131,11 +129,12 @@ def _attend(
                 values + slot[:, None] * value_dim + column[None, :], mask=is_key[:, None], other=0.0
             ).to(compute)
         scores *= scale
-        if begin + block_keys > kv_len:
+        if begin + block_keys > kv_len:  # one loop and a branch: a loop of its own would spill registers
             own = key - kv_len
             if is_chain:
                 seen = own[None, :] <= node[:, None]
-            else:
+            else:  # loaded where it is needed: held all along, words cost registers that the products lack
+                word = tl.load(words + seq * num_nodes + node)
                 bit = (word[:, None] >> tl.minimum(tl.maximum(own, 0), 63)[None, :].to(tl.int64)) & 1
                 seen = ((own < 0)[None, :] | (bit != 0)) & is_key[None, :]
             scores = tl.where(seen, scores, float("-inf"))
@@ -204,7 +203,7 @@ def _tile(num_rows: int, key_dim: int, key_bytes: int) -> _Tile:
         return _Tile(16, 64, 4, 3, 4)
     if key_dim <= 128:
         return _Tile(64, 64, 4, 3, 2)
-    return _Tile(64, 64, 8, 2, 1 if key_bytes == 2 else 2)
+    return _Tile(64, 64, 8, 2, 1) if key_bytes == 2 else _Tile(64, 32, 8, 3, 1)
 
 
 def mha_tree_attention(

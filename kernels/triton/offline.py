@@ -24,7 +24,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _THREADS = 1024  # that a block may have
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have, on sm_90 and sm_100
 
-# A warp group's matrix products in machine code: wgmma of sm_90 (HGMMA, QGMMA for FP8), tcgen05.mma of sm_100.
+# Products of a whole warp group in machine code: wgmma of sm_90 (HGMMA, QGMMA for FP8), tcgen05 of sm_100.
 _WARP_GROUP = re.compile(r"\b(?:HGMMA|QGMMA|UTC[A-Z]*MMA)\b")
 
 
@@ -57,17 +57,17 @@ class _Driver:
     """As much of a driver as launching a kernel asks for."""
 
     def __init__(self, arch: int) -> None:
-        self._target = GPUTarget("cuda", arch, 32)
+        self._arch = arch
         self.utils = _Utilities()
 
     def get_current_device(self) -> int:
-        return 0
+        return self._arch  # whatever names a device: what was compiled is kept by it
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> Any:
-        return self._target
+        return GPUTarget("cuda", self._arch, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         return lambda *arguments: None
