@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from engine.cli.roofline import GPUS
 from engine.errors import ConfigError, EngineError
 from kernels.ops import OPERATIONS, Case, Operation, Source
 from perf.kernel_peers import TORCH
 from perf.kernel_timing import Ceilings, cache_bytes, launch_seconds, measured_ceilings, timed
 from perf.provenance import provenance
-from perf.roofline import gpu_named
 
 _MOST_SETS = 8  # of arguments that take turns
 # Dense matrix products, from the datasheets of GPUs with a native FP8 unit: bfloat16 and FP8 flops per second.
@@ -57,11 +57,10 @@ class Shapes(Source):
 
 def datasheet(name: str) -> Ceilings:
     """A GPU's ceilings by its maker. Raises ConfigError."""
-    gpu = gpu_named(name)
-    known = next((flops for short, flops in _DATASHEET_FLOPS.items() if gpu.name.startswith(short)), None)
-    if known is None:
+    if name not in _DATASHEET_FLOPS:
         raise ConfigError(f"--gpu is {name!r}, expected one of {', '.join(_DATASHEET_FLOPS)}")
-    return Ceilings(gpu.bandwidth, *known, f"datasheet: {gpu.source}")
+    gpu = next(gpu for gpu in GPUS if gpu.name.startswith(name))
+    return Ceilings(gpu.bandwidth, *_DATASHEET_FLOPS[name], f"datasheet: {gpu.source}")
 
 
 def chosen(names: Sequence[str]) -> list[Operation]:
