@@ -49,19 +49,19 @@ def _turn_halves(
         value = value * tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
         value += other * tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
     if head < num_heads:
-        place = queries + (token * num_heads + head) * head_dim
-        tl.store(place + column, value.to(queries.dtype.element_ty), mask=inside)
+        query = queries + (token * num_heads + head) * head_dim
+        tl.store(query + column, value.to(queries.dtype.element_ty), mask=inside)
     else:
         slot = tl.load(slots + token)
         kv_head = head - num_heads
         if kv_head < num_kv_heads:
-            value = _within(value * inverse_k_scale, largest)
-            place = k_pool + (kv_head.to(tl.int64) * num_slots + slot) * head_dim
-            tl.store(place + column, value.to(k_pool.dtype.element_ty), mask=inside)
+            key = _within(value * inverse_k_scale, largest)
+            key_row = k_pool + (kv_head.to(tl.int64) * num_slots + slot) * head_dim
+            tl.store(key_row + column, key.to(k_pool.dtype.element_ty), mask=inside)
         else:
-            value = _within(value * inverse_v_scale, largest)
-            place = v_pool + ((kv_head - num_kv_heads).to(tl.int64) * num_slots + slot) * head_dim
-            tl.store(place + column, value.to(v_pool.dtype.element_ty), mask=inside)
+            kept = _within(value * inverse_v_scale, largest)
+            value_row = v_pool + ((kv_head - num_kv_heads).to(tl.int64) * num_slots + slot) * head_dim
+            tl.store(value_row + column, kept.to(v_pool.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -108,27 +108,32 @@ def _turn_pairs(
         content = tl.load(q + start + column, mask=column < content_dim, other=0.0).to(tl.float32) * factor
         tl.store(out + start + column, content.to(out.dtype.element_ty), mask=column < content_dim)
         start += content_dim
-        even = tl.load(q + start + 2 * pair, mask=is_pair, other=0.0).to(tl.float32)
-        odd = tl.load(q + start + 2 * pair + 1, mask=is_pair, other=0.0).to(tl.float32)
-        first, second = (even * cosine - odd * sine) * factor, (odd * cosine + even * sine) * factor
-        tl.store(out + start + 2 * pair, first.to(out.dtype.element_ty), mask=is_pair)
-        tl.store(out + start + 2 * pair + 1, second.to(out.dtype.element_ty), mask=is_pair)
+        even, odd = _turned(q + start, pair, is_pair, cosine, sine)
+        tl.store(out + start + 2 * pair, (even * factor).to(out.dtype.element_ty), mask=is_pair)
+        tl.store(out + start + 2 * pair + 1, (odd * factor).to(out.dtype.element_ty), mask=is_pair)
     else:
         row = latents + token * latent_stride
         place = pool + tl.load(slots + token) * (rank + 2 * pairs)
-        column = tl.arange(0, rank_block)
-        is_rank = column < rank
-        latent = tl.load(row + column, mask=is_rank, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(latent * latent, axis=0) / rank + eps)
-        latent = latent * inverse * tl.load(weight + column, mask=is_rank, other=0.0).to(tl.float32)
-        latent = _within(latent * inverse_scale, largest)
-        tl.store(place + column, latent.to(pool.dtype.element_ty), mask=is_rank)
-        even = tl.load(row + rank + 2 * pair, mask=is_pair, other=0.0).to(tl.float32)
-        odd = tl.load(row + rank + 2 * pair + 1, mask=is_pair, other=0.0).to(tl.float32)
-        first = _within((even * cosine - odd * sine) * inverse_scale, largest)
-        second = _within((odd * cosine + even * sine) * inverse_scale, largest)
-        tl.store(place + rank + 2 * pair, first.to(pool.dtype.element_ty), mask=is_pair)
-        tl.store(place + rank + 2 * pair + 1, second.to(pool.dtype.element_ty), mask=is_pair)
+        number = tl.arange(0, rank_block)
+        is_rank = number < rank
+        latent = tl.load(row + number, mask=is_rank, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(latent * latent, axis=0) / rank + eps) * inverse_scale
+        latent = latent * inverse * tl.load(weight + number, mask=is_rank, other=0.0).to(tl.float32)
+        tl.store(place + number, _within(latent, largest).to(pool.dtype.element_ty), mask=is_rank)
+        one, other = _turned(row + rank, pair, is_pair, cosine, sine)
+        one, other = _within(one * inverse_scale, largest), _within(other * inverse_scale, largest)
+        tl.store(place + rank + 2 * pair, one.to(pool.dtype.element_ty), mask=is_pair)
+        tl.store(place + rank + 2 * pair + 1, other.to(pool.dtype.element_ty), mask=is_pair)
+
+
+@triton.jit
+def _turned(
+    row: tl.tensor, pair: tl.tensor, is_pair: tl.tensor, cosine: tl.tensor, sine: tl.tensor
+) -> tl.tensor:
+    """Components 2i and 2i + 1 of a row, turned by angle i."""
+    even = tl.load(row + 2 * pair, mask=is_pair, other=0.0).to(tl.float32)
+    odd = tl.load(row + 2 * pair + 1, mask=is_pair, other=0.0).to(tl.float32)
+    return even * cosine - odd * sine, odd * cosine + even * sine
 
 
 def rope_write(
