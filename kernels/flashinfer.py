@@ -1,9 +1,9 @@
-"""flashinfer's kernels behind our shapes: optional, for comparison and for prompts. Nothing imports it unasked.
+"""flashinfer's kernels behind our shapes: optional, for comparison and prompts, imported only if asked for.
 
 Plan on the host once a step, run in every layer: what a kernel cannot do is refused in ``plan``, with the
 reason. What flashinfer 0.7 can do of this engine's work, and what not:
 
-    attention of prompts     heads of 128 for keys and 128 for values, causal; the best supported shape there is
+    attention of prompts     heads of 128 for keys and 128 for values, causal; its best supported shape
     MLA of decoded tokens    latents of 256 + 64 in bfloat16, without a mask or causal: chains and plain
                              decoding. A tree has a mask of its own, which its launcher does not take; FP8
                              latents are compiled for 512 + 64 alone; planning copies lengths to the host
@@ -73,7 +73,7 @@ class PromptAttention:
         fits = len(query_lens) == len(key_lens) and all(
             0 < new <= all_of for new, all_of in zip(query_lens, key_lens, strict=False)
         )
-        found = f"{list(query_lens)} queries of {list(key_lens)} keys, expected 1 to as many, of each sequence"
+        found = f"{list(query_lens)} queries of {list(key_lens)} keys, expected 1 to as many of each"
         require(fits, operation, found)
         self._wrapper.plan(
             _starts(query_lens, self._device),

@@ -56,10 +56,8 @@ class Stored:
 
     def __getitem__(self, index: int) -> Stored:
         """One matrix of a stack, without a copy."""
-        return Stored(*(None if part is None else part[index] for part in self._parts()))
-
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.codes, self.scale, self.block_scales, self.input_scale
+        scales = self.scale, self.block_scales, self.input_scale
+        return Stored(self.codes[index], *(None if part is None else part[index] for part in scales))
 
 
 def product(x: Tensor, weight: Stored) -> Tensor:

@@ -1,8 +1,9 @@
 """What else computes the operations of the registry: torch's own best for each, and flashinfer where it can.
 
 A peer is prepared outside the timing from an operation's arguments, and may prepare more than a model could
-hold (bfloat16 copies of quantised matrices): it is what torch does best, not what it does from the same bytes.
-``None`` where a peer has nothing for these arguments. An operation without an entry has its reference as peer.
+hold (bfloat16 copies of quantised matrices): it is what torch does best, not what it does from the same
+bytes. ``None`` where a peer has nothing for these arguments. An operation without an entry has its reference
+as peer.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import ref
+from kernels import flashinfer, ref
 from kernels.moe import Routing, route
+from kernels.paged import TreeRows
 from kernels.quant import undivided
 from kernels.stored import Stored
 from perf.kernel_timing import Call
@@ -84,4 +86,23 @@ def _route(*arguments: Any) -> Call:
     return lambda: route(*arguments)
 
 
+def _latents(
+    q: Tensor, pool: Tensor, rows: TreeRows, scale: float, value_dim: int, pool_scale: float = 1.0
+) -> Call:
+    attention = flashinfer.LatentAttention(q.device)
+    latent = value_dim, q.shape[-1] - value_dim
+    attention.plan(rows, q.shape[1], q.shape[2], latent, scale, q.dtype, pool.dtype)
+    return lambda: attention.run(q, pool)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Call:
+    return lambda: flashinfer.rms_norm(x, weight, eps)
+
+
+def _add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Call:
+    return lambda: flashinfer.add_rms_norm(x, delta, weight, eps)
+
+
+# What it refuses it says when it is prepared, with the reason.
+FLASHINFER: dict[str, Peer] = {"mla_tree_attention": _latents, "rms_norm": _norm, "add_rms_norm": _add_norm}
 TORCH: dict[str, Peer] = {"linear": _linear, "gate_up": _gate_up, "down": _down, "route": _route}

@@ -77,11 +77,11 @@ def _on_host(run: Call) -> float:
 
 def _on_device(run: Call) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()  # type: ignore[no-untyped-call]
+    start.record()
     run()
-    end.record()  # type: ignore[no-untyped-call]
-    end.synchronize()  # type: ignore[no-untyped-call]
-    return float(start.elapsed_time(end)) / 1e3  # type: ignore[no-untyped-call]
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def measured_ceilings(device: str) -> Ceilings:

@@ -3,7 +3,8 @@
 For each registered operation and real shape: first that it agrees with its reference, then the median time,
 the bytes and flops that it must move and compute at least, and the share of this device's measured copy
 bandwidth and matrix ceiling that the time comes to. Beside it the time of torch's own best for the same
-result, and of flashinfer's with ``--flashinfer``. A kernel that is wrong is not timed, and the exit code is 1.
+result, and of flashinfer's with ``--flashinfer``. A kernel that is wrong is not timed, and the exit code
+is 1.
 
 ``--floor`` needs no GPU: it gives the least time by the datasheet of one (``--gpu``). ``--dry-run`` runs tiny
 shapes in Triton's interpreter by the clock of the host, to try the program where there is no GPU; its times
@@ -29,12 +30,12 @@ from torch import Tensor
 from engine.cli.roofline import GPUS
 from engine.errors import ConfigError, EngineError
 from kernels.ops import OPERATIONS, Case, Operation, Source
-from perf.kernel_peers import TORCH
+from perf.kernel_peers import FLASHINFER, TORCH, Peer
 from perf.kernel_timing import Ceilings, cache_bytes, launch_seconds, measured_ceilings, timed
 from perf.provenance import provenance
 
 _MOST_SETS = 8  # of arguments that take turns
-# Dense matrix products, from the datasheets of GPUs with a native FP8 unit: bfloat16 and FP8 flops per second.
+# Dense matrix products, from the datasheets of GPUs with an FP8 unit: bfloat16 and FP8 flops per second.
 _DATASHEET_FLOPS: Final = {"H100": (0.99e15, 1.98e15), "H200": (0.99e15, 1.98e15), "B200": (2.25e15, 4.5e15)}
 
 
@@ -101,8 +102,8 @@ def wrong(operation: Operation, case: Case, device: str) -> str:
         results.append(all_of + [arguments[index] for index in operation.changes])
     try:
         for found, expected in zip(results[1], results[0], strict=True):
-            close = {"atol": case.tolerance.atol, "rtol": case.tolerance.rtol}
-            torch.testing.assert_close(found.float(), expected.float(), **close)
+            limit = case.tolerance
+            torch.testing.assert_close(found.float(), expected.float(), atol=limit.atol, rtol=limit.rtol)
     except AssertionError as error:
         return " ".join(str(error).split())
     return ""
@@ -124,26 +125,26 @@ def measured(operation: Operation, case: Case, device: str, limits: Ceilings, ot
     row |= {"us": round(1e6 * ours.seconds, 3), "captured": ours.captured, "argument_sets": num_sets}
     row["bandwidth_share"] = round(row["bytes"] / ours.seconds / limits.bandwidth, 4)
     row["floor_share"] = round(row["floor_us"] / row["us"], 4)
-    row |= _torch_peer(operation, sets, device, repeats)
-    if others:
-        from perf import flashinfer_peers
-
-        row |= flashinfer_peers.time_of(operation.name, sets, device, repeats)
+    row |= _peer("torch", TORCH.get(operation.name, _reference(operation)), sets, device, repeats)
+    if others and operation.name in FLASHINFER:
+        row |= _peer("flashinfer", FLASHINFER[operation.name], sets, device, repeats)
     return row
 
 
-def _torch_peer(
-    operation: Operation, sets: list[tuple[Any, ...]], device: str, repeats: int
-) -> dict[str, Any]:
-    prepare = TORCH.get(operation.name, lambda *given: lambda: operation.reference(*given))
+def _reference(operation: Operation) -> Peer:
+    return lambda *given: lambda: operation.reference(*given)
+
+
+def _peer(name: str, prepare: Peer, sets: list[tuple[Any, ...]], device: str, repeats: int) -> dict[str, Any]:
+    """Somebody else's time for the same result, or why there is none."""
     try:
         calls = [call for given in sets if (call := prepare(*given)) is not None]
         peer = timed(calls, device, repeats) if calls else None
-    except (RuntimeError, NotImplementedError) as error:
-        return {"torch_error": str(error)[:300]}
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return {f"{name}_error": str(error)[:300]}
     if peer is None:
         return {}
-    return {"torch_us": round(1e6 * peer.seconds, 3), "torch_captured": peer.captured}
+    return {f"{name}_us": round(1e6 * peer.seconds, 3), f"{name}_captured": peer.captured}
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -156,7 +157,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", default="H200", metavar="NAME", help="whose datasheet, for --floor")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
     parser.add_argument("--flashinfer", action="store_true", help="time flashinfer's operations as well")
-    parser.add_argument("--seconds", type=float, default=0, metavar="S", help="stop measuring after this long")
+    parser.add_argument(
+        "--seconds", type=float, default=0, metavar="S", help="stop measuring after this long"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     return parser.parse_args(argv)
 
@@ -226,7 +229,17 @@ def _ceilings(limits: Ceilings) -> dict[str, Any]:
     }
 
 
-_COLUMNS = ("operation", "case", "floor_us", "us", "bandwidth_share", "floor_share", "torch_us", "error")
+_COLUMNS = (
+    "operation",
+    "case",
+    "floor_us",
+    "us",
+    "bandwidth_share",
+    "floor_share",
+    "torch_us",
+    "flashinfer_us",
+    "error",
+)
 
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:
@@ -234,7 +247,7 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(*columns)
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in columns))
-    Console(highlight=False, stderr=True).print(table)
+    Console(highlight=False, stderr=True, width=150).print(table)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def weight(source: Source, kind: str, *shape: int, groups: int) -> Stored:
 
 
 def _rows(source: Source, *shape: int, exact: bool) -> Tensor:
-    """Activations in bfloat16. exact: whole e4m3 steps of the input scale, which any rounding leaves alone."""
+    """Activations in bfloat16. exact: e4m3 numbers times the input scale, which any rounding leaves alone."""
     x = source.normal(*shape)
     if exact:
         x = (x / _INPUT_SCALE).to(torch.float8_e4m3fn).float() * _INPUT_SCALE
@@ -98,7 +98,7 @@ def _route_cost(x: Tensor, gate: Tensor, num_chosen: int, *rest: Any) -> Cost:
 
 def _expert_cost(matrices: Stored, routed: Routing, *moved: Tensor | None) -> Cost:
     """Each expert that is used is read once."""
-    num_used = len(routed.tiles[: int(routed.num_tiles), 0].unique())
+    num_used = len(set(routed.tiles[: int(routed.num_tiles), 0].tolist()))
     read = size_of(*matrices.tensors) * num_used // len(matrices.codes)
     return Cost(read + size_of(*moved), 2 * len(routed.entries) * matrices.shape[1] * matrices.shape[2])
 
@@ -187,8 +187,8 @@ OPERATIONS = (
         _expert_cases("_gate_up", _gate_up, False, False), _gate_up_cost,
     ),
     Operation(
-        "down", moe.down, "experts:down", _expert_cases("_down", _down, True), _expert_cases("_down", _down, False),
-        _down_cost,
+        "down", moe.down, "experts:down", _expert_cases("_down", _down, True),
+        _expert_cases("_down", _down, False), _down_cost,
     ),
     Operation("linear", stored.linear, "linear:linear", _linears(True), _linears(False), _linear_cost),
 )  # fmt: skip

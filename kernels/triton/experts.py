@@ -67,8 +67,8 @@ def _gate_up(
     if rounded:
         inverse = 1.0 / tl.load(input_scale + expert)
     both, squares = multiply(
-        x, norm, weight, block_scales, token * (width // word), live, expert * (2 * inner) + row, width, 0, width,
-        inverse, num_tokens, num_rows, step, normed, nvfp4, rounded, swap, operand,
+        x, norm, weight, block_scales, token * (width // word), live, expert * (2 * inner) + row, width, 0,
+        width, inverse, num_tokens, num_rows, step, normed, nvfp4, rounded, swap, operand,
     )  # fmt: skip
     if scaled:
         factor = tl.load(scale + expert * num_groups + row // (2 * inner // num_groups))
@@ -124,9 +124,10 @@ def _down(
     inverse = 1.0
     if rounded:
         inverse = 1.0 / tl.load(input_scale + expert)
+    y_rows = place.to(tl.int64) * (width // word)
     part, _ = multiply(
-        y, y, weight, block_scales, place.to(tl.int64) * (width // word), live, expert * hidden + row, width, 0,
-        width, inverse, num_tokens, num_rows, step, False, nvfp4, rounded, swap, operand,
+        y, y, weight, block_scales, y_rows, live, expert * hidden + row, width, 0, width, inverse, num_tokens,
+        num_rows, step, False, nvfp4, rounded, swap, operand,
     )  # fmt: skip
     if scaled:
         factor = tl.load(scale + expert * num_groups + row // (hidden // num_groups))

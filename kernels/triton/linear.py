@@ -155,7 +155,7 @@ def linear(
 
 
 def _split(tile: Tile, num_rows: int, width: int, device: torch.device) -> Tile:
-    """A tile that fits, its columns divided only as often as it takes to give every processor two programs."""
+    """A tile that fits; its columns are divided no more than gives every processor two programs."""
     fitted = tile.fitted(num_rows, width)
     wanted = 2 * num_processors(device) * fitted.rows // num_rows
     return replace(tile, splits=max(1, min(tile.splits, power_of_two(wanted)))).fitted(num_rows, width)

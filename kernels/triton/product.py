@@ -8,12 +8,12 @@ Two layouts of the product are worth having. With tokens as M (``swap`` off) 16 
 mma.sync, and any number of matrix rows its columns. With the matrix as M (``swap`` on) 64 of its rows feed a
 whole warp group's wgmma, tokens are its columns; only there e4m3 is multiplied as it is, without conversion.
 
-NVFP4 has eight columns in a 32-bit word, a nibble s e e m each. A nibble becomes a float by moving its bits to
-where bfloat16 has the sign, the end of the exponent and the start of the mantissa; that is the number times
-2^-126, subnormal 0.5 included. Times block scale * 2^118 it is the weight times 2^-8, exact in bfloat16, and
-the 2^8 is paid once, at the end. One shift brings nibbles c and c + 4 into the two halves of a register, so
-each of c = 0 .. 3 is a product of its own: of every eighth column from c and from c + 4. The order in which
-columns are added up is free, as long as activations come in the same one.
+NVFP4 has eight columns in a 32-bit word, a nibble s e e m each. A nibble becomes a float by moving its bits
+to where bfloat16 has the sign, the end of the exponent and the start of the mantissa; that is the number
+times 2^-126, subnormal 0.5 included. Times block scale * 2^118 it is the weight times 2^-8, exact in
+bfloat16, and the 2^8 is paid once, at the end. One shift brings nibbles c and c + 4 into the two halves of a
+register, so each of c = 0 .. 3 is a product of its own: of every eighth column from c and from c + 4. The
+order in which columns are added up is free, as long as activations come in the same one.
 
 Triton's interpreter computes wrongly with bfloat16, so ``operand`` is float32 there.
 """
@@ -132,9 +132,9 @@ def multiply(
     """Tokens times matrix rows over columns first .. last, [num_tokens, num_rows] float32, without scales;
     and the sum of x squared over them, [num_tokens], where it is normed.
 
-    x_rows: [num_tokens], where a token begins in x (for NVFP4 x, norm and weight are read as 32-bit words); live: which exist; rows:
-    [num_rows] int64, rows of the matrix; step: columns at a time, a divisor of last - first. rounded: x is
-    multiplied by ``inverse_input_scale`` and rounded to e4m3, as the matrix is stored.
+    For NVFP4, x, norm and weight are read as 32-bit words. x_rows: [num_tokens], where a token begins in x;
+    live: which exist; rows: [num_rows] int64, rows of the matrix; step: columns at a time, a divisor of last
+    - first. rounded: x is multiplied by ``inverse_input_scale`` and rounded to e4m3, as the matrix is stored.
     """
     exact: tl.constexpr = operand == tl.float32
     kind: tl.constexpr = tl.float8e4nv if rounded else operand

@@ -66,7 +66,8 @@ def check_stored(operation: str, weight: Stored, dims: int) -> Operands:
     else:
         check_dtype(operation, "scale", scale.dtype, (torch.float32,))
         groups = scale.shape[-1] if scale.dim() else 0
-        found = f"scale has shape {list(scale.shape)}, expected {list(weight.shape[:-2])} and groups of {num_rows} rows"
+        stack = list(weight.shape[:-2])
+        found = f"scale has shape {list(scale.shape)}, expected {stack} and groups of {num_rows} rows"
         fits = scale.shape[:-1] == weight.shape[:-2] and groups > 0 and num_rows % groups == 0
         require(fits, operation, found)
     if inputs is not None:

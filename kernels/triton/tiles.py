@@ -1,7 +1,7 @@
 """How the products of a few tokens are cut, by GPU, operation, kind of weight and number of tokens.
 
-The tables are where a search ends, not where it is made: ``python -m perf.kernels --search`` times the
-candidates on the GPU at hand and prints rows in this form. Rows that no GPU has confirmed are said to be so.
+The tables are where a search on a GPU ends: its result is written here, so that no start of a server begins
+with one. Rows that no GPU has confirmed are said to be so.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def _divisor(number: int, most: int) -> int:
 
 Rows = tuple[tuple[int, Tile], ...]  # up to so many tokens, this tile; the last for any number
 
-# Not confirmed by a GPU: chosen by what the compiler makes of them (registers, shared memory, instructions for
-# each weight), which is why all take the layout that needs fewest. The parts of a matrix that are read at a
-# time are 128 bytes wide, NVFP4's and plain ones of 256 and 64 columns.
+# Not confirmed by a GPU: chosen by what the compiler makes of them (registers, shared memory, instructions
+# for each weight), which is why all take the layout that needs fewest.
 _FEW, _MANY = Tile(64, 256, swap=True, splits=4), Tile(64, 128, 64, swap=True, splits=4, stages=3)
 _HOPPER: Final[dict[tuple[Use, Kind], Rows]] = {
     ("route", "plain"): ((16, Tile(16, 128, splits=16, warps=8)), (64, Tile(16, 64, splits=8, warps=8))),
