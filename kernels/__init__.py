@@ -10,15 +10,23 @@ from kernels.cpu import kernels_for
 from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
 from kernels.dispatch import (
     add_rms_norm,
+    ancestor_words,
     choose,
+    compact_path,
     half_linear,
     layer_rows,
+    mha_tree_attention,
+    mla_tree_attention,
     pack_half,
     rms_norm,
+    rope_latent_write,
     rope_write,
     silu_mul,
+    top_columns,
     tree_attention,
 )
+from kernels.errors import UnsupportedError
+from kernels.paged import MOST_OWN, TreeRows
 from kernels.quant import (
     dequantise_fp8,
     dequantise_nvfp4,
@@ -39,6 +47,15 @@ from kernels.ref import (
 )
 
 __all__ = [
+    "MOST_OWN",
+    "TreeRows",
+    "UnsupportedError",
+    "top_columns",
+    "rope_latent_write",
+    "mla_tree_attention",
+    "mha_tree_attention",
+    "compact_path",
+    "ancestor_words",
     "FusedLayer",
     "LayerRows",
     "LayerSizes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def tree_rows(
     return TreeRows(pages, page_size, source.tensor(contexts), words, num_nodes)
 
 
+def head_rows(
+    source: Source, contexts: tuple[int, ...], num_nodes: int, num_own: int, page_size: int
+) -> TreeRows:
+    """As a head grows a level of its tree: no row 0, and more own rows than nodes. Every node sees own row
+    0."""
+    rows = tree_rows(source, contexts, num_own, page_size, chain=True)
+    words = source.integers(0, 1 << num_own, len(contexts), num_nodes) | 1
+    return replace(rows, words=words, start=1)
+
+
 def _num_slots(rows: TreeRows) -> int:
     return (rows.page_table.numel() + 1) * rows.page_size
 
@@ -46,8 +57,12 @@ def _mla(
     pool_dtype: torch.dtype | None = None,
     chain: bool = False,
     page_size: int = _PAGE_SIZE,
+    num_own: int | None = None,
 ) -> Arguments:
-    rows = tree_rows(source, contexts, num_nodes, page_size, chain)
+    if num_own is None:
+        rows = tree_rows(source, contexts, num_nodes, page_size, chain)
+    else:
+        rows = head_rows(source, contexts, num_nodes, num_own, page_size)
     width = sum(sizes)
     q = source.normal(len(contexts), num_nodes, heads, width, dtype=dtype)
     pool = source.normal(_num_slots(rows), width, dtype=pool_dtype or dtype)
@@ -64,8 +79,12 @@ def _mha(
     pool_dtype: torch.dtype | None = None,
     chain: bool = False,
     page_size: int = _PAGE_SIZE,
+    num_own: int | None = None,
 ) -> Arguments:
-    rows = tree_rows(source, contexts, num_nodes, page_size, chain)
+    if num_own is None:
+        rows = tree_rows(source, contexts, num_nodes, page_size, chain)
+    else:
+        rows = head_rows(source, contexts, num_nodes, num_own, page_size)
     q = source.normal(len(contexts), num_nodes, heads[0], head_dim, dtype=dtype)
     shape = heads[1], _num_slots(rows), head_dim
     pools = [source.normal(*shape, dtype=pool_dtype or dtype) for _ in range(2)]
@@ -118,6 +137,7 @@ _MLA_TINY = (
     _tiny(_mla, "ragged", (300, 0, 33), 9, 3, (32, 16)),
     _tiny(_mla, "all bits", (20,), 64, 2, (16, 16)),
     _tiny(_mla, "chain", (40, 3), 70, 1, (16, 16), chain=True),
+    _tiny(_mla, "head", (290, 1), 4, 2, (16, 16), num_own=12),
     _tiny(_mla, "fp8", (300,), 5, 4, (32, 16), pool_dtype=torch.float8_e4m3fn),
 )
 _MLA_REAL = (
@@ -135,6 +155,7 @@ _MHA_TINY = (
     _tiny(_mha, "ragged", (300, 0, 33), 9, (6, 2), 16),
     _tiny(_mha, "all bits", (20,), 64, (2, 1), 16),
     _tiny(_mha, "chain", (40, 3), 70, (1, 1), 16, chain=True),
+    _tiny(_mha, "head", (290, 1), 4, (4, 2), 16, num_own=12),
     _tiny(_mha, "fp8", (300,), 5, (4, 2), 16, pool_dtype=torch.float8_e4m3fn),
 )
 _MHA_REAL = (

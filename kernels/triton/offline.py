@@ -50,7 +50,7 @@ class _Utilities:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         self.loaded.append((name, binary, shared))
-        return None, None, 0, 0, _THREADS
+        return None, None, 0, 0, _THREADS  # without a module, a kernel is loaded again at its next launch
 
 
 class _Driver:
@@ -75,8 +75,8 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling_for(arch: int) -> Iterator[list[tuple[str, bytes, int]]]:
-    """Kernels called meanwhile are compiled for sm_``arch`` (90, 100) and not run. Yields the list of what
-    was compiled: name, binary, bytes of shared memory. Each is compiled once per process."""
+    """Kernels called meanwhile are compiled for sm_``arch`` (90, 100) and not run. Yields the list of their
+    launches: name, binary, bytes of shared memory."""
     stand_in = _Driver(arch)
     driver.set_active(stand_in)
     try:
