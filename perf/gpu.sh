@@ -25,7 +25,7 @@ if "$python" -c 'import flashinfer' 2>/dev/null; then timings+=(--flashinfer); f
 began=$SECONDS
 # What pytest would warn of on another version of torch or of a plugin is no failure here.
 timeout 210 "$python" -m pytest -q -o filterwarnings=default -p no:cacheprovider "${tests[@]}" \
-  --junitxml "$out/kernel-tests.xml" tests/kernels/test_ops.py > "$out/kernel-tests.log" 2>&1
+  --junitxml "$out/kernel-tests.xml" tests/kernels/test_ops.py tests/kernels/test_products.py > "$out/kernel-tests.log" 2>&1
 tested=$? tests_s=$((SECONDS - began))
 tail -n 15 "$out/kernel-tests.log" >&2
 

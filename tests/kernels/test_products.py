@@ -25,12 +25,23 @@ from kernels.stored import Stored
 BF16 = torch.bfloat16
 
 
-def test_in_the_interpreter() -> None:
+def test_promises_in_the_interpreter() -> None:
+    keep_promises("1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_promises_on_a_gpu() -> None:
+    keep_promises("0")
+
+
+def keep_promises(interpret: str) -> None:
+    """Triton reads the switch when a kernel is decorated, so each setting has a process of its own."""
     done = subprocess.run(
-        # Triton's interpreter warns of itself
-        [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=", "tests/kernels/in_interpreter.py"],
+        # Triton's interpreter makes numpy warn
+        [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=", "tests/kernels/promises.py"],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
