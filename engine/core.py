@@ -220,9 +220,10 @@ class DraftTree:
         """[B, N] int64: edges from the root; 0 for padding.
 
         Pointer jumping: after round r every node knows its distance to the ancestor 2^r levels up, so a tree
-        of N
-        nodes takes log2(N) rounds, whatever its shape.
+        of N nodes takes log2(N) rounds, whatever its shape. On a CPU a walk through a list is faster.
         """
+        if self.parents.device.type == "cpu":
+            return torch.tensor([depths_of(parents) for parents in self.parents.tolist()])
         depths, up = (self.parents >= 0).long(), self.parents.clamp(min=0)
         for _ in range((self.parents.shape[1] - 1).bit_length()):
             depths = depths + depths.gather(1, up)
@@ -244,6 +245,14 @@ class DraftTree:
         for _ in range(max(num_nodes - 2, 0).bit_length()):
             reach = torch.bmm(reach, reach).clamp_(max=1.0)
         return reach > 0
+
+
+def depths_of(parents: list[int]) -> list[int]:
+    """``DraftTree.depths`` of one tree on the host: edges from the root, 0 for padding."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return depths
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,13 +333,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step of decodes alone took: rows of the target in all, behind ``context`` tokens on average;
-    seconds of drafting, and of all else."""
+    """What a step of decodes alone took, drafting included: rows of the target in all, behind ``context``
+    tokens on average."""
 
     num_rows: int
     context: float
-    draft_s: float
-    verify_s: float
+    seconds: float
 
 
 class Target(Protocol):
@@ -421,6 +429,10 @@ class Draft(Protocol):
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Learn what was accepted. features: [B, N, F] of the scored nodes."""
+        ...
+
+    def start_over(self) -> None:
+        """Forget what requests have shown so far, but not what steps cost. Asked while there are none."""
         ...
 
     def forget(self, seq: Sequence) -> None:

@@ -35,9 +35,12 @@ from engine.core import (
     FinishReason,
     PromptChunk,
     Request,
+    SamplingParams,
+    SamplingTensors,
     Sequence,
     Speculation,
     Verdict,
+    depths_of,
 )
 from engine.errors import ContextLengthError, RequestError
 from engine.pages import PagePool
@@ -69,6 +72,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
+        self._sampling = [SamplingParams()], sampling_tensors([SamplingParams()], config.device)
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
@@ -271,11 +275,18 @@ class Scheduler:
             kv_lens=torch.tensor([seq.kv_len for seq in seqs], dtype=torch.int64).to(device),
             page_table=table.to(device),
             page_size=self.pages.page_size,
-            sampling=sampling_tensors([seq.request.sampling for seq in seqs], device),
+            sampling=self._sampling_tensors(seqs),
             speculation=tuple(speculation),
             decisions=tuple(decisions),
             prompt=chunk,
         )
+
+    def _sampling_tensors(self, seqs: list[Sequence]) -> SamplingTensors:
+        """Where the sequences are those of the step before, as nearly always, the same tensors."""
+        params = [seq.request.sampling for seq in seqs]
+        if params != self._sampling[0]:
+            self._sampling = params, sampling_tensors(params, self.config.device)
+        return self._sampling[1]
 
     # --- committing
 
@@ -284,8 +295,7 @@ class Scheduler:
         host."""
         paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
         tree_tokens = tree.tokens.tolist()
-        counts = tree.real().sum(1).tolist()
-        depths = tree.depths().amax(1).tolist() if batch.prompt is None else [0] * len(counts)
+        parents = tree.parents.tolist() if batch.prompt is None else [[-1]] * len(paths)
         deltas = []
         for row, seq in enumerate(batch.seqs):
             new_tokens = [*(tree_tokens[row][node] for node in paths[row][1 : lengths[row]]), bonuses[row]]
@@ -298,16 +308,16 @@ class Scheduler:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
                 self._end(seq, seq.finish_reason)
-            drafted = batch.prompt is None
+            depths = depths_of(parents[row])
             deltas.append(
                 Delta(
                     seq.request.id,
                     emitted,
                     seq.finish_reason,
-                    is_decode=drafted,
-                    num_draft_tokens=counts[row] - 1 if drafted else 0,
-                    num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0,
-                    draft_depth=depths[row],
+                    is_decode=batch.prompt is None,
+                    num_draft_tokens=sum(depth > 0 for depth in depths),
+                    num_accepted=min(lengths[row] - 1, len(emitted)) if batch.prompt is None else 0,
+                    draft_depth=max(depths),
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
                 )

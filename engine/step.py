@@ -193,7 +193,7 @@ def _cost(batch: Batch, deltas: Items[Delta], times: StepTimes) -> StepCost:
     scored: steps that have both would say that trees are cheap."""
     rows = sum(1 + delta.num_draft_tokens for delta in deltas if delta.is_decode)
     context = sum(seq.kv_len for seq in batch.seqs) / len(batch.seqs)
-    return StepCost(rows, context, times.draft_s, times.verify_s + times.other_s)
+    return StepCost(rows, context, times.total_s)
 
 
 def _completion(request: Request, deltas: list[Delta]) -> Completion:

@@ -28,7 +28,9 @@ from torch import Tensor
 log = logging.getLogger("haast")
 
 SOURCE = Path(__file__).with_name("cpu.c")
-INCLUDED = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in ("ops", "choose", "half", "layer"))
+INCLUDED = tuple(
+    Path(__file__).with_name(f"cpu_{name}.h") for name in ("ops", "choose", "best", "crew", "half", "layer")
+)
 FLAGS = (
     *("-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-fno-math-errno"),
     *("-shared", "-fPIC"),

@@ -10,15 +10,11 @@
  * that both use one runtime, so that no second pool of threads waits beside the first.
  */
 
-#include <omp.h>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #define PANEL (2 * WIDTH)
 #define MOST_ROWS 6     /* of a tile: 12 sums, 2 weights and an input fit 16 registers */
 #define ROWS_AT_ONCE 96 /* of a long product, whose inputs then stay in the second-level cache */
 #define AHEAD 4096      /* elements by which a panel is fetched ahead */
+#define FEW_PANELS 2    /* the fewest that a thread claims at once */
 
 typedef uint16_t half; /* the bits */
 
@@ -75,7 +71,7 @@ static void few_rows(const float *x, const half *w, float *out, int64_t out_stri
     switch (rows) {
     case 1: TILES(1, 4) TILES(1, 1) break;
     case 2: TILES(2, 3) TILES(2, 1) break;
-    case 3: TILES(3, 2) TILES(3, 1) break;
+    case 3: TILES(3, 1) break;
     case 4: TILES(4, 1) break;
     case 5: TILES(5, 1) break;
     case 6: TILES(6, 1) break;
@@ -111,15 +107,17 @@ static void all_rows(const float *x, const half *w, float *out, int64_t out_stri
 void haast_half_linear(const float *x, const half *w, float *out, float *space, int64_t rows, int64_t inputs,
                        int64_t outputs, int64_t threads) {
     int64_t whole = outputs / PANEL, rest = outputs % PANEL, panels = whole + (rest > 0);
+    crew crew = {0};
 #pragma omp parallel num_threads((int)threads)
     {
-        int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        int64_t first = panels * thread / count, last = panels * (thread + 1) / count;
-        all_rows(x, w, out, outputs, inputs, rows, first, last < whole ? last : whole);
-        if (rest && last > whole && first < last) {
-            all_rows(x, w + whole * inputs * PANEL, space, PANEL, inputs, rows, 0, 1);
-            for (int64_t row = 0; row < rows; row++)
-                memcpy(out + row * outputs + whole * PANEL, space + row * PANEL, sizeof(float) * (size_t)rest);
+        worker self = {&crew, 0, 0};
+        for (int64_t at, end; claim(&self, panels, FEW_PANELS, &at, &end);) {
+            all_rows(x, w, out, outputs, inputs, rows, at, end < whole ? end : whole);
+            if (end == whole + 1) {
+                all_rows(x, w + whole * inputs * PANEL, space, PANEL, inputs, rows, 0, 1);
+                for (int64_t row = 0; row < rows; row++)
+                    memcpy(out + row * outputs + whole * PANEL, space + row * PANEL, sizeof(float) * (size_t)rest);
+            }
         }
     }
 }

@@ -215,10 +215,13 @@ def ancestor_words(parents: Tensor) -> Tensor:
     return words
 
 
-def top_columns(logits: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest logits of every row, their columns, and the logarithm of what all columns sum to."""
-    values, columns, mass = (_registered("top_columns") if logits.is_cuda else paged.top_columns)(logits, num)
-    return values, columns, mass
+def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of logits [.., V], and the logarithm of their mass; see the reference."""
+    if _on_gpu(logits):
+        values, columns, mass = _registered("best")(logits, count)
+        return values, columns, mass
+    kernel = cpu_choose.best_kernel() if _is_plain(logits, torch.float32) else None
+    return ref.best(logits, count) if kernel is None else cpu_choose.best(kernel, logits, count)
 
 
 def layer_rows(

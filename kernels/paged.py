@@ -189,14 +189,3 @@ def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:
     order = torch.arange(path.shape[1], device=path.device)
     moves = path > order
     compact_rows(pools, slots.gather(1, path.clamp(min=0))[moves], slots[moves])
-
-
-# --- columns of long rows
-
-
-def top_columns(logits: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``num`` largest logits of every row, best first, of equals the lowest column first: [.., V] ->
-    (values [.., num] float32, columns [.., num] int64, logsumexp of the whole row [..] float32)."""
-    scores = logits.float()
-    best = scores.sort(dim=-1, descending=True, stable=True)
-    return best.values[..., :num], best.indices[..., :num], scores.logsumexp(dim=-1)

@@ -328,3 +328,10 @@ def choose(
     token_ids = torch.arange(logits.shape[-1], device=logits.device)
     choice[rows] = (scaled + gumbel_noise(seeds[rows], positions[rows], token_ids)).argmax(dim=-1)
     return choice
+
+
+def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` largest of logits [.., V] float32, best first: values and columns, [.., count], and the
+    logarithm of the sum of all e^logit, [..]."""
+    found = logits.topk(count, dim=-1)
+    return found.values, found.indices, logits.logsumexp(dim=-1)

@@ -24,6 +24,7 @@ FLOORS = {
     "engine.scheduler": 3,
     "engine.build": 3,
     "engine.canary": 3,
+    "engine.warmup": 3,
     "engine.memory": 3,  # of build: sizes target and head together, so it knows the heads of draft
     "draft": 2,
     "verify": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ _HIDDEN = 4096  # of Mistral Small 4
 _EPS = 1e-6
 
 
+def _case(name: str, tolerance: Tolerance, make: Callable[..., Arguments], *arguments: Any) -> Case:
+    return Case(name, lambda source: make(source, *arguments), tolerance)
+
+
 def _norm(source: Source, num_rows: int, width: int, dtype: torch.dtype, adds: bool) -> Arguments:
     x = source.normal(num_rows, width, dtype=dtype)
     weight = source.normal(width, dtype=dtype)
@@ -34,9 +39,7 @@ def _norm(source: Source, num_rows: int, width: int, dtype: torch.dtype, adds: b
 def _norm_cases(adds: bool) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     def case(num_rows: int, width: int, dtype: torch.dtype) -> Case:
         tolerance = FLOAT32 if dtype == torch.float32 else BFLOAT16
-        return Case(
-            f"{num_rows}x{width}", lambda source: _norm(source, num_rows, width, dtype, adds), tolerance
-        )
+        return _case(f"{num_rows}x{width}", tolerance, _norm, num_rows, width, dtype, adds)
 
     tiny = case(3, 40, torch.float32), case(1, 64, torch.float32)
     return tiny, tuple(case(rows, _HIDDEN, torch.bfloat16) for rows in (1, 4, 8, 64))
@@ -140,6 +143,10 @@ def _logits(source: Source, num_seqs: int, num_rows: int, width: int, filters: b
     )
 
 
+def _scores(source: Source, shape: tuple[int, ...], count: int) -> Arguments:
+    return source.normal(*shape, scale=3.0), count
+
+
 def _first_cost(*arguments: Any) -> Cost:
     return Cost(size_of(arguments[0]))
 
@@ -149,35 +156,47 @@ _CODES = Tolerance(0.0, 0.15)  # of FP8: the next code where both round from nea
 _TURNED = Tolerance(1e-5, 1e-4)
 
 _ROPE_TINY = (
-    Case("3 tokens", lambda source: _rope(source, 3, (4, 2), 16, _F32, _F32), _TURNED),
-    Case("wide of 24", lambda source: _rope(source, 2, (3, 1), 24, _F32, _F32), _TURNED),
+    _case("3 tokens", _TURNED, _rope, 3, (4, 2), 16, _F32, _F32),
+    _case("wide of 24", _TURNED, _rope, 2, (3, 1), 24, _F32, _F32),
 )
 _ROPE_REAL = (
-    *(
-        Case(
-            f"{rows} tokens",
-            lambda source, rows=rows: _rope(source, rows, (32, 8), 128, _BF16, _BF16),
-            BFLOAT16,
-        )
-        for rows in (1, 8, 512)
-    ),
-    Case("fp8, 8 tokens", lambda source: _rope(source, 8, (32, 8), 128, _BF16, _FP8), _CODES),
-)
-_LATENT_TINY = (
-    Case("3 tokens", lambda source: _latent(source, 3, 2, (8, 32, 8), _F32, _F32), _TURNED),
-    Case("odd sizes", lambda source: _latent(source, 2, 3, (6, 20, 4), _F32, _F32, False), _TURNED),
+    *(_case(f"{rows} tokens", BFLOAT16, _rope, rows, (32, 8), 128, _BF16, _BF16) for rows in (1, 8, 512)),
+    _case("fp8, 8 tokens", _CODES, _rope, 8, (32, 8), 128, _BF16, _FP8),
 )
 _SIZES = 64, 256, 64  # of Mistral Small 4
+_LATENT_TINY = (
+    _case("3 tokens", _TURNED, _latent, 3, 2, (8, 32, 8), _F32, _F32),
+    _case("odd sizes", _TURNED, _latent, 2, 3, (6, 20, 4), _F32, _F32, False),
+)
 _LATENT_REAL = (
-    *(
-        Case(
-            f"{rows} tokens",
-            lambda source, rows=rows: _latent(source, rows, 32, _SIZES, _BF16, _BF16),
-            BFLOAT16,
-        )
-        for rows in (1, 8, 512)
-    ),
-    Case("fp8, 8 tokens", lambda source: _latent(source, 8, 32, _SIZES, _BF16, _FP8), _CODES),
+    *(_case(f"{rows} tokens", BFLOAT16, _latent, rows, 32, _SIZES, _BF16, _BF16) for rows in (1, 8, 512)),
+    _case("fp8, 8 tokens", _CODES, _latent, 8, 32, _SIZES, _BF16, _FP8),
+)
+_PATH_TINY = (
+    _case("overlapping", EXACT, _paths, 3, 5, 3, (2, 1, 1, 20)),
+    _case("wide rows", EXACT, _paths, 2, 9, 4, (1, 2, 2, 130)),
+)
+_PATH_REAL = (
+    _case("latents", EXACT, _paths, 1, 8, 3, (36, 1, 1, 320)),
+    _case("K and V", EXACT, _paths, 8, 64, 5, (32, 2, 8, 128)),
+)
+_CHOOSE_TINY = (
+    _case("no filters", EXACT, _logits, 4, 3, 5000, False),
+    _case("filters", EXACT, _logits, 5, 2, 700, True),
+)
+_CHOOSE_REAL = (
+    _case("1x4", EXACT, _logits, 1, 4, 131072, False),
+    _case("8x8", EXACT, _logits, 8, 8, 131072, False),
+    _case("8x8, filters", EXACT, _logits, 8, 8, 131072, True),
+)
+_BEST_TINY = (
+    _case("3 of 5000", FLOAT32, _scores, (2, 2, 5000), 3),
+    _case("all of 8", FLOAT32, _scores, (3, 8), 8),
+)
+_BEST_REAL = (
+    _case("4 of 32k", FLOAT32, _scores, (1, 1, 32768), 4),
+    _case("8 of 32k", FLOAT32, _scores, (8, 8, 32768), 8),
+    _case("64 of 131k", FLOAT32, _scores, (4, 131072), 64),
 )
 
 OPERATIONS = (
@@ -193,48 +212,15 @@ OPERATIONS = (
         changes=(7,),
     ),
     Operation(
-        *("compact_path", paged.compact_path, "tree:compact_path"),
-        (
-            Case("overlapping", lambda source: _paths(source, 3, 5, 3, (2, 1, 1, 20)), EXACT),
-            Case("wide rows", lambda source: _paths(source, 2, 9, 4, (1, 2, 2, 130)), EXACT),
-        ),
-        (
-            Case("latents", lambda source: _paths(source, 1, 8, 3, (36, 1, 1, 320)), EXACT),
-            Case("K and V", lambda source: _paths(source, 8, 64, 5, (32, 2, 8, 128)), EXACT),
-        ),
-        _path_cost,
+        *("compact_path", paged.compact_path, "tree:compact_path", _PATH_TINY, _PATH_REAL, _path_cost),
         changes=(0,),
     ),
     Operation(
         *("ancestor_words", paged.ancestor_words, "tree:ancestor_words"),
-        tuple(Case(f"{n} nodes", lambda source, n=n: _parents(source, 3, n), EXACT) for n in (2, 9, 64)),
-        tuple(Case(f"{n} nodes", lambda source, n=n: _parents(source, 8, n), EXACT) for n in (8, 64)),
+        tuple(_case(f"{num} nodes", EXACT, _parents, 3, num) for num in (2, 9, 64)),
+        tuple(_case(f"{num} nodes", EXACT, _parents, 8, num) for num in (8, 64)),
         _first_cost,
     ),
-    Operation(
-        *("choose", ref.choose, "choose:choose"),
-        (
-            Case("no filters", lambda source: _logits(source, 4, 3, 5000, False), EXACT),
-            Case("filters", lambda source: _logits(source, 5, 2, 700, True), EXACT),
-        ),
-        (
-            Case("1x4", lambda source: _logits(source, 1, 4, 131072, False), EXACT),
-            Case("8x8", lambda source: _logits(source, 8, 8, 131072, False), EXACT),
-            Case("8x8, filters", lambda source: _logits(source, 8, 8, 131072, True), EXACT),
-        ),
-        _first_cost,
-    ),
-    Operation(
-        *("top_columns", paged.top_columns, "choose:top_columns"),
-        (
-            Case("3 of 5000", lambda source: (source.normal(2, 2, 5000).mul_(4).round_(), 3), FLOAT32),
-            Case("all of 8", lambda source: (source.normal(3, 8), 8), FLOAT32),
-        ),
-        (
-            Case("4 of 32k", lambda source: (source.normal(1, 1, 32768), 4), FLOAT32),
-            Case("8 of 32k", lambda source: (source.normal(8, 8, 32768), 8), FLOAT32),
-            Case("64 of 131k", lambda source: (source.normal(4, 131072), 64), FLOAT32),
-        ),
-        _first_cost,
-    ),
+    Operation("choose", ref.choose, "choose:choose", _CHOOSE_TINY, _CHOOSE_REAL, _first_cost),
+    Operation("best", ref.best, "choose:best", _BEST_TINY, _BEST_REAL, _first_cost),
 )

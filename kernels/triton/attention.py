@@ -101,11 +101,11 @@ def _attend(
             return
 
     column = tl.arange(0, value_dim)
-    turned = tl.arange(0, rotated_dim) if rotated_dim > 0 else 0
     q_row = q + place[:, None] * key_dim
     q_content = tl.load(q_row + column[None, :], mask=is_row[:, None], other=0.0).to(compute)
     if rotated_dim > 0:
-        q_turned = tl.load(q_row + value_dim + turned[None, :], mask=is_row[:, None], other=0.0).to(compute)
+        turned = value_dim + tl.arange(0, rotated_dim)
+        q_turned = tl.load(q_row + turned[None, :], mask=is_row[:, None], other=0.0).to(compute)
     head_start = kv_head.to(tl.int64) * num_slots
     most = tl.full([block_rows], float("-inf"), tl.float32)
     total = tl.zeros([block_rows], tl.float32)
@@ -119,9 +119,7 @@ def _attend(
         content = tl.load(key_row + column[None, :], mask=is_key[:, None], other=0.0).to(compute)
         scores = tl.dot(q_content, tl.trans(content), input_precision="ieee")
         if rotated_dim > 0:
-            beside = tl.load(key_row + value_dim + turned[None, :], mask=is_key[:, None], other=0.0).to(
-                compute
-            )
+            beside = tl.load(key_row + turned[None, :], mask=is_key[:, None], other=0.0).to(compute)
             scores = tl.dot(q_turned, tl.trans(beside), scores, input_precision="ieee")
             value = content
         else:

@@ -227,31 +227,31 @@ def choose(
     return choice
 
 
-def top_columns(logits: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best columns of every row, and what their scores are relative to: see ``kernels.paged``."""
-    operation = "top_columns"
+def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best columns of every row, and what their scores are relative to: see ``kernels.ref``."""
+    operation = "best"
     require(logits.dim() >= 1, operation, "logits without columns")
     width, shape = logits.shape[-1], logits.shape[:-1]
-    check_dtype(operation, "logits", logits.dtype, (torch.float32, torch.bfloat16))
+    check_dtype(operation, "logits", logits.dtype, (torch.float32,))
     check_contiguous(operation, logits=logits)
-    require(0 < num <= min(width, _MOST), operation, f"{num} columns of {width}, expected 1 to {_MOST}")
+    require(0 < count <= min(width, _MOST), operation, f"{count} columns of {width}, expected 1 to {_MOST}")
     num_rows, num_blocks = shape.numel(), triton.cdiv(width, _BLOCK)
-    merged = f"the best {num} of {width} columns, expected fewer of both: they are merged in one block"
-    require(num_blocks * num <= _BLOCK, operation, merged)
+    merged = f"the best {count} of {width} columns, expected fewer of both: they are merged in one block"
+    require(num_blocks * count <= _BLOCK, operation, merged)
     empty = logits.new_empty
-    best = empty(num_rows, num_blocks, num, dtype=torch.int64)
+    found = empty(num_rows, num_blocks, count, dtype=torch.int64)
     highest, mass = (empty(num_rows, num_blocks, dtype=torch.float32) for _ in range(2))
-    values, logsumexp = empty(*shape, num, dtype=torch.float32), empty(shape, dtype=torch.float32)
-    columns = empty(*shape, num, dtype=torch.int64)
+    values, logsumexp = empty(*shape, count, dtype=torch.float32), empty(shape, dtype=torch.float32)
+    columns = empty(*shape, count, dtype=torch.int64)
     if num_rows:
         _best_few[(num_rows, num_blocks)](
-            logits, best, highest, mass, width, num=num, block=_BLOCK, num_warps=8
+            logits, found, highest, mass, width, num=count, block=_BLOCK, num_warps=8
         )
         _few_of_blocks[(num_rows,)](
-            *(best, highest, mass, values, columns, logsumexp, num_blocks),
-            num=num,
+            *(found, highest, mass, values, columns, logsumexp, num_blocks),
+            num=count,
             blocks=power_of_two(num_blocks),
-            block=power_of_two(num_blocks * num),
+            block=power_of_two(num_blocks * count),
             num_warps=4,
         )
     return values, columns, logsumexp

@@ -158,6 +158,7 @@ def make_engine(
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         speculation=speculation,
+        planned=planner is not None,
         half_weights=half_weights,
         prefix_caching=prefix_caching,
         canary=canary,

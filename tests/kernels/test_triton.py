@@ -55,7 +55,7 @@ def strided(x: Tensor) -> Tensor:
         ("compact_path", 2, lambda slots: slots[:, 1:], "path .* and slots .*, expected the same"),
         ("choose", 0, lambda logits: logits.bfloat16(), "logits is bfloat16, expected float32"),
         ("choose", 0, strided, "logits has strides"),
-        ("top_columns", 1, lambda num: 65, "65 columns of 32768, expected 1 to 64"),
+        ("best", 1, lambda num: 65, "65 columns of 32768, expected 1 to 64"),
     ],
 )
 def test_refusals(name: str, index: int, change: Any, message: str) -> None:
