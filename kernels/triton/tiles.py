@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
+from triton.runtime.driver import driver
 
 Use = Literal["route", "gate_up", "down", "linear"]
 Kind = Literal["plain", "fp8", "nvfp4", "e4m3"]  # e4m3: FP8 whose activations are rounded too
@@ -73,16 +74,30 @@ _HOPPER: Final[dict[tuple[Use, Kind], Rows]] = {
     ("linear", "nvfp4"): ((16, _FEW), (64, _MANY)),
 }
 
-# By compute capability. A GPU that is not listed takes Hopper's.
-_TABLES: Final = {(9, 0): _HOPPER}
+# There an epilogue as long as down's leaves fewer registers for the loop.
+_BLACKWELL: Final[dict[tuple[Use, Kind], Rows]] = _HOPPER | {
+    ("down", "fp8"): ((64, Tile(64, 128, swap=True)),),
+    ("down", "nvfp4"): ((64, Tile(64, 128, swap=True)),),
+}
+
+# By compute capability, times ten. A GPU that is not listed takes Hopper's.
+_TABLES: Final = {90: _HOPPER, 100: _BLACKWELL}
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def _arch_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _arch(device: torch.device) -> int:
+    """Of the GPU, or of the one that is compiled for; the interpreter is taken for Hopper."""
+    if device.type == "cuda":
+        return _arch_of(device)
+    return int(driver.active.get_current_target().arch) if device.type == "meta" else 90
 
 
 def tile_for(device: torch.device, use: Use, kind: Kind, num_tokens: int) -> Tile:
     """The table's row for so many tokens."""
-    rows = _TABLES.get(_capability(device), _HOPPER)[use, kind]
+    rows = _TABLES.get(_arch(device), _HOPPER)[use, kind]
     return next((tile for most, tile in rows if num_tokens <= most), rows[-1][1])

@@ -78,7 +78,7 @@ def test_tiles_hold_their_tokens() -> None:
     assert routed.tiles[:, 0].tolist().count(16) == 3, "40 tokens of the shared expert in tiles of 16"
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _all_nibbles(words: tl.tensor, out: tl.tensor, size: tl.constexpr) -> None:
     at = tl.arange(0, size)
     for number in tl.static_range(4):

@@ -51,7 +51,8 @@ def keep_promises(interpret: str) -> None:
 
 
 def stack(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+    drawn: Tensor = torch.randn(shape, generator=generator)
+    return drawn * float(shape[-1]) ** -0.5
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.ops import OPERATIONS, Source
+from kernels.ops import OPERATIONS, Case, Source
 from kernels.ops.products import weight
 from kernels.stored import product
 from perf import kernels as program
@@ -37,7 +37,7 @@ def test_many_tokens_are_bound_by_their_arithmetic() -> None:
     assert limits.seconds(1, int(2e15), fp8=True) == pytest.approx(2e15 / 1.98e15)
 
 
-def real(name: str, case: str) -> list[program.Case]:
+def real(name: str, case: str) -> list[Case]:
     operation = program.chosen([name])[0]
     return [one for one in operation.real if one.name == case]
 
