@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from draft.calibration import Calibration
-from draft.ngram import PromptLookup
+from draft.masking import FrontierMask, num_allowed
+from draft.ngram import Lookup, PromptLookup
 from draft.none import Unplanned, root_tokens
 from draft.pending import Pending
 from draft.planner import Planner
@@ -32,6 +33,7 @@ from engine.clock import Clock
 from engine.core import (
     Batch,
     Decision,
+    DraftMask,
     DraftRows,
     DraftScores,
     DraftTree,
@@ -254,11 +256,11 @@ class FeatureDraft:
         """Whether the head can draft for a sequence as much as is asked for."""
         return speculation.has_tree and self._has_waiting(seq) and not self._has_outgrown(seq, speculation)
 
-    def propose(self, batch: Batch) -> DraftTree:
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         """Trees for the sequences that speculate, the root alone for the others."""
         both = list(zip(batch.seqs, batch.speculation, strict=True))
-        lookups = [self.lookup.propose(seq, spec.lookup) for seq, spec in both]
-        tree = self._trees(batch, [row for row, of in enumerate(both) if self._can_grow(*of)])
+        lookups = [self._look_up(seq, spec.lookup, mask) for seq, spec in both]
+        tree = self._trees(batch, [row for row, of in enumerate(both) if self._can_grow(*of)], mask)
         if any(lookups):
             chains = [([], []) if lookup is None else (lookup.tokens, lookup.chances) for lookup in lookups]
             longest = max(len(tokens) for tokens, _ in chains)
@@ -271,7 +273,13 @@ class FeatureDraft:
             )
         return tree if self._planning is None else self._planning.cut(tree)
 
-    def _trees(self, batch: Batch, active: list[int]) -> DraftTree:
+    def _look_up(self, seq: Sequence, most: int, mask: DraftMask | None) -> Lookup | None:
+        """A lookup's chain, as far as the sequence's grammar allows it."""
+        found = self.lookup.propose(seq, most)
+        num = 0 if found is None else num_allowed(found.tokens, seq, mask)
+        return Lookup(found.tokens[:num], found.chances[:num]) if found is not None and num else None
+
+    def _trees(self, batch: Batch, active: list[int], mask: DraftMask | None) -> DraftTree:
         """The head's trees for some rows of a batch, the root alone for the others."""
         roots = root_tokens(batch)
         if not active:
@@ -282,17 +290,18 @@ class FeatureDraft:
             pendings = [self._pending[batch.seqs[row].request.id] for row in active]
             self._planning.begin(active, max(pending.num_waiting for pending in pendings))
         started = self._clock.mark()
-        tree = self._grown(batch, active, roots)
+        tree = self._grown(batch, active, roots, mask)
         if self._planning is not None:
             self._planning.note(tree, (started, self._clock.mark()))
         return tree if len(active) == len(batch.seqs) else _spread(tree, active, roots)
 
-    def _grown(self, batch: Batch, active: list[int], roots: Tensor) -> DraftTree:
+    def _grown(self, batch: Batch, active: list[int], roots: Tensor, mask: DraftMask | None) -> DraftTree:
         """The head's trees for some rows of a batch, [len(active), N]."""
+        masked = FrontierMask([batch.seqs[row] for row in active], mask, self.model.token_ids)
         if len(batch.seqs) == 1 and self.device == "cpu":
             start = first_slot(batch.seqs[0].pages, batch.page_size)
             if start is not None:
-                return self._grow_alone(batch, start)
+                return self._grow_alone(batch, start, masked)
         rows = self._rows(batch, active)
         most = len(self.model.token_ids)  # a node cannot have more children than the head has tokens
         wanted = [batch.speculation[row] for row in active]
@@ -303,6 +312,7 @@ class FeatureDraft:
             self._extend_all(batch, active),
             limits,
             [batch.seqs[row].kv_len for row in active],
+            masked,
         )
 
     @property
@@ -363,9 +373,16 @@ class FeatureDraft:
         return plan_chains(table, batch.page_size, torch.tensor(firsts).to(self.device), counts, start=1)
 
     def _grow(
-        self, rows: _Rows, root: Tensor, feature: Tensor, limits: Limits, host_lens: list[int]
+        self,
+        rows: _Rows,
+        root: Tensor,
+        feature: Tensor,
+        limits: Limits,
+        host_lens: list[int],
+        masked: FrontierMask,
     ) -> DraftTree:
-        """Grow trees from the roots' features [b, 1, H]; host_lens: kv_lens on the host.
+        """Grow trees from the roots' features [b, 1, H]; host_lens: kv_lens on the host; masked: at the
+        roots.
 
         Scratch row s of a sequence with k children a level holds node s % k of level s // k.
         """
@@ -403,9 +420,10 @@ class FeatureDraft:
             positions = torch.where(kept, (kv_lens + depth - 1)[:, None], 0)
             out = self.model.forward(tokens.flatten(), given.flatten(0, 1), positions.flatten(), plan)
             frontier = out.view(*tokens.shape, -1)
-            return self._offers(frontier, rows, depth, limits.max_top_k)
+            masked.descend(tokens, parents)
+            return self._offers(frontier, rows, depth, limits.max_top_k, masked)
 
-        first = self._offers(frontier, rows, 0, limits.max_top_k)
+        first = self._offers(frontier, rows, 0, limits.max_top_k, masked)
         return grow(
             root,
             first,
@@ -415,7 +433,7 @@ class FeatureDraft:
             self._is_worth,
         )
 
-    def _grow_alone(self, batch: Batch, start: int) -> DraftTree:
+    def _grow_alone(self, batch: Batch, start: int, masked: FrontierMask) -> DraftTree:
         """The tree of a batch of one on a CPU, whose row 0 lies at slot ``start``."""
         seq, spec = batch.seqs[0], batch.speculation[0]
         spec = replace(spec, top_k=min(spec.top_k, len(self.model.token_ids)))
@@ -425,7 +443,7 @@ class FeatureDraft:
         sampled = seq.request.sampling.temperature > 0
 
         def children(depth: int) -> list[Children]:
-            offers = self._offers(frontier, rows, depth, spec.top_k)
+            offers = self._offers(frontier, rows, depth, spec.top_k, masked)
             both = zip(offers.tokens[0].tolist(), offers.raw[0].tolist(), strict=True)
             return [list(zip(tokens, raw, strict=True)) for tokens, raw in both]
 
@@ -437,6 +455,7 @@ class FeatureDraft:
                 torch.full((len(tokens),), seq.kv_len + depth - 1),
                 places.expand(parents),
             )[None]
+            masked.descend(torch.tensor([tokens]), torch.tensor([parents]))
             return children(depth)
 
         return grow_one(
@@ -448,9 +467,9 @@ class FeatureDraft:
             self._is_worth,
         )
 
-    def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int) -> Offers:
+    def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int, masked: FrontierMask) -> Offers:
         """The best children of nodes at one depth: feature [b, F, H] -> offers [b, F, k]."""
-        logits = self.model.logits(feature)
+        logits = masked(self.model.logits(feature))
         sampling = rows.sampling
         if sampling.all_greedy or not self.shared_noise:
             values, columns, mass = best(logits, top_k)

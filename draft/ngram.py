@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from draft.masking import num_allowed
 from draft.none import Unplanned, root_tokens
-from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
+from engine.core import Batch, DraftMask, DraftTree, Sequence, Speculation, Verdict
 
 _SIZES = (4, 3, 2)  # lengths of the n-gram to look for, longest first
 
@@ -73,7 +74,7 @@ class NgramDraft(Unplanned):
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0 if speculation.is_off else max(speculation.nodes - 1, speculation.lookup)
 
-    def propose(self, batch: Batch) -> DraftTree:
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         chains = [
             []
             if spec.is_off
@@ -81,6 +82,9 @@ class NgramDraft(Unplanned):
                 seq.tokens, spec.most_accepted
             )
             for seq, spec in zip(batch.seqs, batch.speculation, strict=True)
+        ]
+        chains = [
+            chain[: num_allowed(chain, seq, mask)] for seq, chain in zip(batch.seqs, chains, strict=True)
         ]
         longest = max(map(len, chains))
         tokens = torch.zeros(len(chains), 1 + longest, dtype=torch.int64)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
-from engine.core import Batch, Decision, DraftTree, Sequence, Speculation, StepCost, Verdict
+from engine.core import Batch, Decision, DraftMask, DraftTree, Sequence, Speculation, StepCost, Verdict
 
 
 def root_tokens(batch: Batch) -> Tensor:
@@ -42,7 +42,7 @@ class NoDraft(Unplanned):
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0
 
-    def propose(self, batch: Batch) -> DraftTree:
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         tokens = root_tokens(batch)
         return DraftTree(tokens, torch.full_like(tokens, -1))
 

@@ -32,6 +32,7 @@ from engine.nn.weight import tensors_only
 from engine.pages import PagePool
 from engine.step import Engine
 from engine.text.conversation import AnyTokenizer
+from engine.text.grammar import GrammarCompiler
 from kernels import kernels_for
 from verify.stats import StepLog
 
@@ -51,6 +52,7 @@ class Served:
     name: str  # what clients call it
     root: str  # where the weights came from
     draft_name: str  # "none", "ngram" or the head
+    grammar_compiler: GrammarCompiler  # the engine's
 
 
 def default_model_path() -> Path:
@@ -83,9 +85,13 @@ def build(
         head = str(DEFAULT_HEAD) if model is None else "none"
     draft = head if head in ("none", "ngram") else open_head(head, config.dummy_weights)
     tokenizer = checkpoint.tokenizer()
-    engine = build_engine(checkpoint, tokenizer.eos_token_ids, draft, config, progress)
+    compiler = GrammarCompiler(tokenizer)
+    engine = build_engine(
+        checkpoint, tokenizer.eos_token_ids, draft, config, progress, grammar_compiler=compiler
+    )
     name = DEFAULT_MODEL if model is None else checkpoint.name
-    return Served(engine, tokenizer, name, str(checkpoint.path), getattr(engine.draft, "name", head))
+    draft_name = getattr(engine.draft, "name", head)
+    return Served(engine, tokenizer, name, str(checkpoint.path), draft_name, compiler)
 
 
 def open_head(path: str, dummy: bool = False) -> HeadCheckpoint | MistralHead:
@@ -106,8 +112,9 @@ def build_engine(
     config: EngineConfig,
     progress: Progress | None = None,
     feature_layers: tuple[int, ...] = (),
+    grammar_compiler: GrammarCompiler | None = None,
 ) -> Engine:
-    """An engine for an open checkpoint.
+    """An engine for an open checkpoint; without a ``grammar_compiler`` it refuses grammars.
 
     draft: a head's checkpoint, "none", "ngram", or any ready-made core.Draft, which may ask for
     feature_layers.
@@ -145,7 +152,7 @@ def build_engine(
     else:
         proposer = draft
     log = StepLog(config.spec_log) if config.spec_log is not None else None
-    return Engine(config, target, proposer, pages, eos_token_ids, log)
+    return Engine(config, target, proposer, pages, eos_token_ids, log, grammar_compiler)
 
 
 def _planner(config: EngineConfig) -> Planner | None:

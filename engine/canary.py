@@ -141,7 +141,9 @@ class Canary:
 
     def check(self, running: Items[Sequence], deltas: Items[Delta]) -> None:
         """Re-score some of the decodes that a step's deltas tell of. running: the sequences that go on."""
-        num_emitted = {delta.request_id: len(delta.token_ids) for delta in deltas if delta.is_decode}
+        num_emitted = {
+            delta.request_id: len(delta.token_ids) - delta.num_forced for delta in deltas if delta.is_decode
+        }
         seqs = [seq for seq in running if seq.request.id in num_emitted]
         drawn = draw(self._config.canary, [seq.request.id for seq in seqs], [len(seq.tokens) for seq in seqs])
         for seq, is_drawn in zip(seqs, drawn, strict=True):
@@ -176,8 +178,10 @@ class Canary:
         first = max(root - _REWRITTEN, 0) // page_size * page_size
         if self._pages.pages_for(seq.kv_len - first) > self._pages.num_free:
             return None
+        # Under a name of its own, for what edits keep of the sequence is ahead of it.
+        request = dataclasses.replace(seq.request, id=-1 - seq.request.id)
         shadow = Sequence(
-            seq.request, seq.tokens[: first + 1], seq.tokens[first + 1 :], seq.pages[: first // page_size]
+            request, seq.tokens[: first + 1], seq.tokens[first + 1 :], seq.pages[: first // page_size]
         )
         self._pages.extend(shadow.pages, seq.kv_len)
         while shadow.kv_len < root:
@@ -187,6 +191,7 @@ class Canary:
             divergences += self._decode(shadow)
             _advance(shadow, 1)
         self._pages.shrink(shadow.pages, first)
+        self._sampler.forget(shadow)
         return divergences
 
     def _rewrite(self, seq: Sequence, num_nodes: int) -> None:
@@ -200,17 +205,18 @@ class Canary:
     def _decode(self, seq: Sequence) -> list[Divergence]:
         """Score the root alone; what is chosen after it is compared with the known next token."""
         batch = self._batch(seq, None)
-        scores = self._score(batch, self._tensor([seq.tokens[-1:]]))
-        choice, emitted = int(self._sampler(scores, batch)), seq.forced[0]
+        raw, tree = self._score(batch, self._tensor([seq.tokens[-1:]]))
+        scores = self._sampler.edited(raw, batch, tree)
+        choice, emitted = int(self._sampler.choose(scores, batch)), seq.forced[0]
         if choice == emitted:
             return []
         return [compare(scores, batch.sampling, emitted, choice, self._config.dtype)]
 
-    def _score(self, batch: Batch, tokens: Tensor) -> Scores:
-        """tokens: [1, n], a chain."""
-        parents = torch.arange(tokens.shape[1], device=tokens.device)[None] - 1
-        (scores,) = self._target.score([batch], [DraftTree(tokens, parents)])
-        return scores
+    def _score(self, batch: Batch, tokens: Tensor) -> tuple[Scores, DraftTree]:
+        """Score a chain. tokens: [1, n]."""
+        tree = DraftTree(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None] - 1)
+        (scores,) = self._target.score([batch], [tree])
+        return scores, tree
 
     def _batch(self, seq: Sequence, chunk: PromptChunk | None) -> Batch:
         return Batch(

@@ -35,7 +35,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+NO_CHOICE = -1  # in place of a token where there is none to choose: see ``Sampler``
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,27 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer has to match from its first token to its last: see ``engine.text.grammar``.
+
+    ``text`` is a JSON schema, nothing (any JSON object), a regular expression, a JSON list of strings, or a
+    grammar in Lark's or GBNF's notation.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """What decides the tokens of one request. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are
-    off."""
+    off.
+
+    The penalties, ``logit_bias`` (token, what is added), ``bad_words`` (token sequences that never come) and
+    ``min_tokens`` (before which nothing ends the answer) are edits of the logits: see ``engine.edits``.
+    ``grammar``: what the answer must match; where it can only end, it does, whatever ``ignore_eos`` says.
+    ``logprobs``: how many alternatives to report beside every emitted token; None reports nothing.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -113,8 +133,17 @@ class SamplingParams:
     seed: int = 0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +312,22 @@ class Batch:
     def is_prefill(self) -> bool:
         return self.prompt is not None
 
+    def chooses(self, row: int) -> bool:
+        """Whether a sequence gets a token of the target's choice, not one that is known."""
+        return self.prompt is None or self.prompt.lengths[row] > len(self.seqs[row].forced)
+
+    def num_known(self, row: int) -> int:
+        """Tokens of a sequence's text up to the first node that is scored: the root, or the last node of a
+        chunk of a prompt."""
+        return len(self.seqs[row].tokens) + (0 if self.prompt is None else self.prompt.lengths[row] - 1)
+
+    def known_tokens(self, row: int, first: int = 0) -> list[int]:
+        """The tokens that ``num_known`` counts, but for the ``first`` ones."""
+        seq = self.seqs[row]
+        if self.prompt is None:
+            return seq.tokens[first:]
+        return (seq.tokens + seq.forced[: self.prompt.lengths[row] - 1])[first:]
+
     def slots(self, rows: Tensor) -> Tensor:
         """Slots of KV rows ([B, n] int64 row numbers -> [B, n] int64). Rows past the table lie on the dummy
         page."""
@@ -313,7 +358,16 @@ class Verdict:
 
     path: Tensor  # [B, N] int64 accepted nodes, root first, -1 padded
     length: Tensor  # [B] int64 accepted nodes, root included
-    bonus: Tensor  # [B] int64; the next root
+    bonus: Tensor  # [B] int64; the next root, or NO_CHOICE
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the target thought of an emitted token, before any parameter of the request had its say, and of
+    those it found likeliest there: (token, its log-probability), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,12 +377,15 @@ class Delta:
     request_id: int
     token_ids: tuple[int, ...]  # new tokens, possibly none (prefill goes on, or aborted)
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of each of the new tokens, if the request asks for them
     num_draft_tokens: int = 0  # drafted nodes without the root; 0 for prompts and in plain steps
     num_accepted: int = 0  # of them accepted by the target
     draft_depth: int = 0  # levels of the drafted tree
     is_decode: bool = True  # False for a chunk of a prompt
     num_cached: int = 0  # tokens of the prompt that the prefix cache spared the request
     decision: Decision | None = None  # of a decode: what was to be drafted
+    num_forced: int = 0  # of the new tokens, the last so many have yet to pass through the model
+    error: str | None = None  # why the request ended, if the finish reason is "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +396,15 @@ class StepCost:
     num_rows: int
     context: float
     seconds: float
+
+
+class DraftMask(Protocol):
+    """What grammars let the tokens of a draft be."""
+
+    def __call__(self, seq: Sequence, path: tuple[int, ...]) -> Tensor:
+        """[V] bool, on the host: which tokens may follow ``path``, drafted tokens behind those of a sequence
+        that has a grammar. None at all where the path itself cannot be."""
+        ...
 
 
 class Target(Protocol):
@@ -421,7 +487,10 @@ class Draft(Protocol):
         """
         ...
 
-    def propose(self, batch: Batch) -> DraftTree: ...
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
+        """Trees for the decodes of a step. mask: asked for what a grammar lets follow, so that nothing is
+        drafted in vain; without one nobody has a grammar."""
+        ...
 
     def account(self, cost: StepCost) -> None:
         """Learn what a step of decodes alone took."""

@@ -168,6 +168,11 @@ class PagePool:
         self._page_of[key] = page
         self._entries[page] = _Entry(key, has_draft_rows)
 
+    def unpublish(self, page: int) -> None:
+        """Let a page be found no longer, if it could be."""
+        if page in self._entries:
+            self._forget(page)
+
     def _forget(self, page: int) -> None:
         """Let a page be found no longer; it is free if nobody holds it."""
         del self._page_of[self._entries.pop(page).key]

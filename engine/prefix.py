@@ -149,6 +149,11 @@ class PrefixCache:
         else:
             self._publish(seq, min(seq.kv_len, num_rows), has_draft_rows=True)
 
+    def disown(self, seq: Sequence) -> None:
+        """A sequence's rows are not what they should be: nobody else may begin with them."""
+        for page in seq.pages:
+            self._pages.unpublish(page)
+
     def leave(self, seq: Sequence) -> None:
         """A sequence ends or starts over; what it has published stays."""
         self._trails.pop(seq.request.id, None)

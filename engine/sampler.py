@@ -1,19 +1,22 @@
 """From logits to tokens: the processors of a request and the choice keyed by position.
 
-Order of the processors: temperature, min_p, top_k, top_p (as in vLLM). Then Gumbel noise that depends on
-(seed, position, token id) alone is added and the largest entry wins. The draft ranks its candidates by the
-same processed, perturbed scores, so target and draft look at the same dice (Daliri et al. 2024, "Coupling
-without communication and drafter-invariant speculative decoding").
+Order of the processors: the edits of ``engine.edits``, then temperature, min_p, top_k, top_p (as in vLLM).
+Then Gumbel noise that depends on (seed, position, token id) alone is added and the largest entry wins. The
+draft ranks its candidates by the same processed, perturbed scores, but for the edits, so target and draft
+look at the same dice (Daliri et al. 2024, "Coupling without communication and drafter-invariant speculative
+decoding").
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.core import Batch, SamplingParams, SamplingTensors, Scores
+from engine.core import NO_CHOICE, Batch, DraftTree, SamplingParams, SamplingTensors, Scores, Sequence
+from engine.edits import Edit, EditList
 from kernels import choose, gumbel_noise, nucleus
 
 NEVER = float("-inf")
@@ -126,14 +129,33 @@ def _floors(logits: Tensor, sampling: SamplingTensors) -> Tensor:
 
 
 class Sampler:
-    """The target's choice after every scored node."""
+    """The target's choice after every scored node. edits: what requests may ask for, in order."""
 
-    def __init__(self, vocab_size: int, device: str) -> None:
+    def __init__(self, vocab_size: int, device: str, edits: Items[Edit] = ()) -> None:
         self._token_ids = torch.arange(vocab_size, device=device)
+        self._edits = EditList(edits)
 
-    def __call__(self, scores: Scores, batch: Batch) -> Tensor:
-        """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by
-        that."""
+    def __call__(self, scores: Scores, batch: Batch, tree: DraftTree) -> Tensor:
+        """Returns [B, R] int64, as ``choose``."""
+        return self.choose(self.edited(scores, batch, tree), batch)
+
+    def edited(self, scores: Scores, batch: Batch, tree: DraftTree) -> Scores:
+        """The scores as the requests edit them: what is to be chosen from. The raw ones stay as they are."""
+        logits = self._edits.edited(scores.logits, batch, tree)
+        return scores if logits is scores.logits else replace(scores, logits=logits)
+
+    def choose(self, scores: Scores, batch: Batch) -> Tensor:
+        """The choice from edited scores, [B, R] int64. The token after a node at position p stands at p + 1,
+        and is keyed by that.
+
+        NO_CHOICE where the largest logit is no finite number: a row with NaN or infinity in it says nothing,
+        and in one that is -inf throughout no token is allowed. No draft agrees with that, so the path of a
+        tree ends there, and with it the request (``Scheduler.commit``): it alone.
+        """
+        best = scores.logits.amax(dim=-1)  # which NaN and infinity always are
+        return torch.where(best.isfinite(), self._choose(scores, batch), NO_CHOICE)
+
+    def _choose(self, scores: Scores, batch: Batch) -> Tensor:
         sampling, logits, positions = batch.sampling, scores.logits, scores.positions + 1
         if logits.device.type == "cpu":
             floors = _floors(logits, sampling) if sampling.any_filter else None
@@ -141,3 +163,7 @@ class Sampler:
         if sampling.all_greedy:
             return logits.argmax(dim=-1)
         return perturb(logits, positions, self._token_ids, sampling).argmax(dim=-1)
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop everything kept for a sequence that ended or was preempted."""
+        self._edits.forget(seq)

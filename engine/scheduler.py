@@ -13,20 +13,23 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
   long document to be read, and the document gets on.
 - If pages or places run out, the last in order gives its own back and starts over from its tokens (preemption
   by recompute, behind what the prefix cache still has of them), so the first in order always gets on. Nobody
-  makes room for another's tree, and within a priority nobody overtakes at admission. A lower priority waits
-  for as long as higher ones fill the engine.
+  makes room for another's tree, and within a priority nobody overtakes at admission, but for answers to a
+  prompt that another one reads already. A lower priority waits for as long as higher ones fill the engine.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
 
+from engine.checks import check_request
 from engine.config import EngineConfig
 from engine.core import (
+    NO_CHOICE,
     Batch,
     Decision,
     Delta,
@@ -39,10 +42,12 @@ from engine.core import (
     SamplingTensors,
     Sequence,
     Speculation,
+    TokenLogprob,
     Verdict,
     depths_of,
 )
 from engine.errors import ContextLengthError, RequestError
+from engine.grammar import Grammars
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.sampler import sampling_tensors
@@ -50,13 +55,16 @@ from engine.sampler import sampling_tensors
 # What prompts may claim of a step's nodes before trees get any.
 _PROMPT_SHARE = 4
 
+_MOST_FORESEEN = 64  # tokens that a grammar may add to a step's: others wait for it meanwhile
+_NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
+
 
 class Scheduler:
     """Owns every Sequence and every page.
 
     prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them; draft is
     asked how much it wants to draft and how many KV rows that may write, and told when a sequence ends or
-    starts over.
+    starts over, as is ``forget_edits``; grammars say where answers end and what must follow them.
     """
 
     def __init__(
@@ -67,6 +75,8 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         draft: Draft,
         vocab_size: int,
+        forget_edits: Callable[[Sequence], None],
+        grammars: Grammars,
     ) -> None:
         self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
@@ -74,6 +84,7 @@ class Scheduler:
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._sampling = [SamplingParams()], sampling_tensors([SamplingParams()], config.device)
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
+        self._forget_edits, self._grammars = forget_edits, grammars
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
         self._aborted: list[Delta] = []
@@ -84,6 +95,7 @@ class Scheduler:
         """Queue a request. Raises ContextLengthError or RequestError for one that could never run."""
         assert all(request.id != seq.request.id for seq in (*self.waiting, *self.running)), "ids are unique"
         check_request(request, self._vocab_size)
+        self._grammars.check(request)
         prompt_len, limit = len(request.prompt), self.config.max_model_len
         if prompt_len >= limit:
             raise ContextLengthError(prompt_len, limit)
@@ -107,6 +119,20 @@ class Scheduler:
                 self._end(seq, "abort")
                 self._aborted.append(Delta(request_id, (), "abort", num_cached=seq.num_cached or 0))
                 return
+
+    def fail_running(self, why: str) -> list[Delta]:
+        """End what runs, because a step broke while it worked on it; what waits is untouched.
+
+        Returns the final deltas. A step writes to no Sequence before its commit, so all is as if it had never
+        begun, but for rows, which nobody may begin with any more.
+        """
+        deltas = []
+        for seq in self.running.copy():
+            self.prefixes.disown(seq)
+            self._end(seq, "error")
+            deltas.append(Delta(seq.request.id, (), "error", num_cached=seq.num_cached or 0, error=why))
+        assert self.pages.num_held == 0, f"{self.pages.num_held} pages are held, but nothing runs"
+        return deltas
 
     def take_aborted(self) -> list[Delta]:
         """Final deltas of requests aborted since the last call."""
@@ -151,8 +177,10 @@ class Scheduler:
         run but come later in the order make room, if they have enough of it; then that is all for this step,
         or they would come back for the room that they have made."""
         made_room = False
-        while self.waiting and not made_room:
-            seq = self.waiting[0]
+        while not made_room:
+            seq = self._next_waiting()
+            if seq is None:
+                return
             later = [other for other in self.running if other.order > seq.order]
             is_full = len(self.running) == self._num_places
             if is_full and not later:
@@ -167,7 +195,20 @@ class Scheduler:
             if is_full and not made_room:
                 self._preempt(later.pop())
                 made_room = True
-            insort(self.running, self.waiting.popleft(), key=_order)
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=_order)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Who may start next. Several answers to one prompt are requests that share it; while one of them
+        reads it, and until the draft too has its rows, a step later, the others let everybody else pass: then
+        they find it in the prefix cache."""
+        being_read = {
+            id(seq.request.prompt)
+            for seq in self.running
+            if seq.num_generated < 2 and self.config.prefix_caching
+            if len(seq.request.prompt) > self.pages.page_size
+        }
+        return next((seq for seq in self.waiting if id(seq.request.prompt) not in being_read), None)
 
     def _start(self, seq: Sequence) -> bool:
         """Let a waiting sequence begin behind the rows that the prefix cache has of it. False, and nothing
@@ -290,20 +331,30 @@ class Scheduler:
 
     # --- committing
 
-    def commit(self, batch: Batch, tree: DraftTree, verdict: Verdict) -> list[Delta]:
+    def commit(
+        self, batch: Batch, tree: DraftTree, verdict: Verdict, logprobs: Items[tuple[TokenLogprob, ...]]
+    ) -> list[Delta]:
         """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the
-        host."""
+        host, but for logprobs (of the chosen tokens of each sequence, see ``engine.logprobs``)."""
         paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
         tree_tokens = tree.tokens.tolist()
         parents = tree.parents.tolist() if batch.prompt is None else [[-1]] * len(paths)
         deltas = []
         for row, seq in enumerate(batch.seqs):
-            new_tokens = [*(tree_tokens[row][node] for node in paths[row][1 : lengths[row]]), bonuses[row]]
+            new_tokens = [tree_tokens[row][node] for node in paths[row][1 : lengths[row]]]
+            if bonuses[row] != NO_CHOICE:
+                new_tokens.append(bonuses[row])
             num_known = min(len(new_tokens), len(seq.forced))
             seq.tokens.extend(new_tokens[:num_known])
             del seq.forced[:num_known]
             emitted = self._emit(seq, new_tokens[num_known:])
-            self.prefixes.publish(seq)
+            foreseen = self._foresee(seq)
+            if bonuses[row] == NO_CHOICE and seq.finish_reason is None:
+                seq.finish_reason = "error"
+                self.prefixes.disown(seq)
+            else:
+                self.prefixes.publish(seq)
+            error = self._problem(seq) if seq.finish_reason == "error" else None
             if seq.finish_reason is None:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
@@ -312,31 +363,59 @@ class Scheduler:
             deltas.append(
                 Delta(
                     seq.request.id,
-                    emitted,
+                    emitted + foreseen,
                     seq.finish_reason,
+                    logprobs=logprobs[row][: len(emitted)],
                     is_decode=batch.prompt is None,
                     num_draft_tokens=sum(depth > 0 for depth in depths),
                     num_accepted=min(lengths[row] - 1, len(emitted)) if batch.prompt is None else 0,
                     draft_depth=max(depths),
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
+                    num_forced=len(foreseen),
+                    error=error,
                 )
             )
         return deltas
 
     def _emit(self, seq: Sequence, new_tokens: list[int]) -> tuple[int, ...]:
         """Append chosen tokens up to the first that ends the sequence; sets its finish reason."""
-        sampling = seq.request.sampling
         for count, token in enumerate(new_tokens, start=1):
             seq.tokens.append(token)
-            if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
-                seq.finish_reason = "stop"
-            elif self._remaining(seq) < 1:
-                seq.finish_reason = "length"
-            else:
-                continue
-            return tuple(new_tokens[:count])
+            seq.finish_reason = self._ending(seq, token)
+            if seq.finish_reason is not None:
+                return tuple(new_tokens[:count])
         return tuple(new_tokens)
+
+    def _foresee(self, seq: Sequence) -> tuple[int, ...]:
+        """Tokens that need no step, for the grammar leaves no choice: they are emitted at once, and pass
+        through the model with what comes next, as a prompt does."""
+        run: list[int] = []
+        if seq.request.sampling.grammar is None or seq.forced:
+            return ()
+        while seq.finish_reason is None and len(run) < _MOST_FORESEEN:
+            token = self._grammars.after(seq).only
+            if token is None:
+                break
+            run.append(token)
+            seq.forced.append(token)
+            seq.finish_reason = self._ending(seq, token)
+        return tuple(run)
+
+    def _ending(self, seq: Sequence, token: int) -> FinishReason | None:
+        """Whether a sequence ends with the token that was added last, and why."""
+        sampling = seq.request.sampling
+        end = None if sampling.grammar is None else self._grammars.after(seq).end
+        if end is not None:
+            return end
+        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+            return "stop"
+        return "length" if self._remaining(seq) < 1 else None
+
+    def _problem(self, seq: Sequence) -> str:
+        """Why nothing could follow a sequence's tokens."""
+        grammar = seq.request.sampling.grammar
+        return (self._grammars.after(seq).problem if grammar is not None else "") or _NOTHING_LEFT
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         seq.finish_reason = reason
@@ -351,6 +430,7 @@ class Scheduler:
         self.prefixes.leave(seq)
         self.pages.shrink(seq.pages, 0)
         self._forget(seq)
+        self._forget_edits(seq)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
@@ -377,34 +457,3 @@ def chunk_sizes(needs: list[int], priorities: list[int], budget: int) -> list[in
         sizes[place] = need
         budget -= need
     return sizes
-
-
-def check_request(request: Request, vocab_size: int) -> None:
-    """Refuse what no step could run, whoever asks (RequestError names the field, found and expected)."""
-
-    def refuse(param: str, found: object, expected: str) -> None:
-        raise RequestError(f"{param} is {found}, expected {expected}", param)
-
-    if not request.prompt:
-        raise RequestError("the prompt is empty; at least one token is needed", "prompt")
-    wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
-    if wrong:
-        refuse("prompt", f"a list with token {wrong[0]}", f"tokens of 0 to {vocab_size - 1}")
-    sampling = request.sampling
-    if not (sampling.temperature == 0 or 1e-5 <= sampling.temperature <= 100):
-        refuse("temperature", sampling.temperature, "0 (greedy) or 1e-5 to 100")
-    if not 0 < sampling.top_p <= 1:
-        refuse("top_p", sampling.top_p, "more than 0 and at most 1")
-    if not 0 <= sampling.min_p <= 1:
-        refuse("min_p", sampling.min_p, "0 to 1")
-    if not 0 <= sampling.top_k < 2**31:
-        refuse("top_k", sampling.top_k, "0 (off) or more")
-    if not -(2**63) <= sampling.seed < 2**63:
-        refuse("seed", sampling.seed, "an integer of 64 bits")
-    if sampling.max_tokens < 1:
-        refuse("max_tokens", sampling.max_tokens, "at least 1")
-    spec = request.speculation
-    if spec is not None and not (
-        1 <= spec.nodes <= 64 and 0 <= spec.depth <= 16 and 1 <= spec.top_k <= 16 and 0 <= spec.lookup <= 16
-    ):
-        refuse("speculation", spec, "nodes of 1 to 64, depth and lookup of 0 to 16, top_k of 1 to 16")

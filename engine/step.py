@@ -27,11 +27,15 @@ from engine.core import (
     StepCost,
     Target,
 )
+from engine.edits import sampling_edits
 from engine.errors import EngineError
+from engine.grammar import Grammars
+from engine.logprobs import emitted_logprobs
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
+from engine.text.grammar import GrammarCompiler
 from verify.accept import accept, accept_all
 from verify.stats import StepSink, StepTimes
 
@@ -72,38 +76,55 @@ class Engine:
         pages: PagePool,
         eos_token_ids: tuple[int, ...],
         step_log: StepSink | None = None,
+        grammar_compiler: GrammarCompiler | None = None,
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
-        self.sampler = Sampler(target.vocab_size, config.device)
+        self.grammars = Grammars(grammar_compiler, target.vocab_size)
+        edits = sampling_edits(target.vocab_size, config.device, eos_token_ids)
+        self.sampler = Sampler(target.vocab_size, config.device, [*edits, self.grammars])
         prefixes = PrefixCache(
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )
-        self.scheduler = Scheduler(config, pages, prefixes, eos_token_ids, draft, target.vocab_size)
+        self.scheduler = Scheduler(
+            config,
+            pages,
+            prefixes,
+            eos_token_ids,
+            draft,
+            target.vocab_size,
+            self.sampler.forget,
+            self.grammars,
+        )
         self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
         self.last_times = StepTimes()
         self._clock = Clock(config.device)
+        self._deltas: list[Delta] = []  # of the current step, as far as it has come
         self._next_id = 0
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
         """Run one iteration: draft trees, score them all at once, accept a path of each, commit it."""
-        deltas = self.scheduler.take_aborted()
+        deltas = self._deltas = self.scheduler.take_aborted()
         started = self._clock.mark()
         batches = self.scheduler.next_batches()  # pages for every node are reserved here
         if not batches:
             return deltas
-        trees = [prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch) for batch in batches]
+        trees = [
+            prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch, self.grammars.allowed)
+            for batch in batches
+        ]
         drafted = self._clock.mark()
         scores = self.target.score(batches, trees)
         scored = self._clock.mark()
         verdicts = []
         for batch, tree, found in zip(batches, trees, scores, strict=True):
-            choice = self.sampler(found, batch)  # the target's own token after every scored node
+            choice = self.sampler(found, batch, tree)  # the target's own token after every scored node
             verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
             self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
             self.draft.observe(batch, tree, verdict, found.features)
-            deltas += self.scheduler.commit(batch, tree, verdict)
+            logprobs = emitted_logprobs(found, choice, verdict, batch)
+            deltas += self.scheduler.commit(batch, tree, verdict, logprobs)
             verdicts.append(verdict)
         self.last_times = StepTimes.between(started, drafted, scored, self._clock.mark())
         if not batches[0].is_prefill:  # decodes come first
@@ -124,6 +145,11 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """End a request in any state; its last Delta comes with the next step."""
         self.scheduler.abort(request_id)
+
+    def fail_running(self, why: str) -> list[Delta]:
+        """After a ``step`` that raised: end the requests that run, with ``why`` as their error. Those that
+        wait go on. Returns the final deltas, and whatever the step had done before."""
+        return self._deltas + self.scheduler.fail_running(why)
 
     @property
     def has_work(self) -> bool:
@@ -205,7 +231,7 @@ def _completion(request: Request, deltas: list[Delta]) -> Completion:
         tuple(token for delta in deltas for token in delta.token_ids),
         finish_reason,
         len(decodes),
-        sum(len(delta.token_ids) for delta in decodes),
+        sum(len(delta.token_ids) - delta.num_forced for delta in decodes),
         sum(delta.num_draft_tokens for delta in decodes),
         sum(delta.num_accepted for delta in decodes),
     )

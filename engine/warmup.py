@@ -44,7 +44,7 @@ def warm_up(engine: Engine) -> None:
     be learned."""
     if not engine.config.planned or engine.draft.rows is None:
         return
-    assert not engine.has_work, "others wait"
+    assert engine.num_running == engine.num_waiting == 0, "others wait"
     log, engine.step_log = engine.step_log, None
     ids = itertools.count(-1, -1)
     for num_seqs, shape in list(sizes(engine.config)) * _ROUNDS:

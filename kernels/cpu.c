@@ -2,9 +2,10 @@
  *
  * kernels/cpu.py compiles this file once per machine and calls it; kernels/ref.py says what each function
  * computes. Tensors are float32 or bfloat16 (cpu_ops.h is compiled for either), arithmetic is always float32,
- * rounded once at the end. cpu_choose.h chooses tokens; cpu_half.h and cpu_layer.h add products with float16 matrices, and
- * whole layers made of all these. A row's result does not depend on how many rows a call has: sums run over the same lanes in the same
- * order, and keys that a row may not see add exact zeros. So a token scored alone and in a tree gets the same bits.
+ * rounded once at the end. cpu_choose.h chooses tokens, cpu_best.h a draft's candidates; cpu_product.h and
+ * cpu_layer.h add products with float16 and byte matrices, and whole layers made of all these. A row's result does
+ * not depend on how many rows a call has: sums run over the same lanes in the same order, and keys that a row may
+ * not see add exact zeros. So a token scored alone and in a tree gets the same bits.
  *
  * Vectors are GCC's and Clang's generic ones, eight floats wide, whatever the machine's registers are. Fused
  * multiply-adds are left to the compiler (-ffp-contract=fast); nothing else may be reordered.
@@ -135,8 +136,8 @@ static void scores(const float *query, const float *keys, const int64_t *slots, 
 
 /* mixed: [d][WIDTH] sums of weights times values. So many values at a time that they stay in the first-level cache
  * while each WIDTH of their columns is summed in registers. */
-static void mix_values(const float *weights, const float *values, const int64_t *slots, int64_t first_slot, float *mixed,
-                int64_t len, int64_t d) {
+static void mix_values(const float *weights, const float *values, const int64_t *slots, int64_t first_slot,
+                       float *mixed, int64_t len, int64_t d) {
     memset(mixed, 0, sizeof(float) * (size_t)(d * WIDTH));
     for (int64_t block = 0; block < len; block += VALUES) {
         const int64_t count = len - block < VALUES ? len - block : VALUES;
@@ -191,6 +192,6 @@ static void attend(const float *query, const float *keys, const float *values, c
 
 #if defined(_OPENMP) && (defined(__F16C__) || defined(__aarch64__))
 #include "cpu_crew.h"
-#include "cpu_half.h"
+#include "cpu_product.h"
 #include "cpu_layer.h"
 #endif

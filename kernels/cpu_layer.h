@@ -1,16 +1,16 @@
 /* A decoder layer of a Llama-style model in one call, for the few rows of a decode step: included by cpu.c.
  *
- * x + attention(norm x), then that + mlp(norm of that), with float16 matrices and float32 everything else. The phases
- * are the functions of cpu_ops.h and cpu_half.h, so a layer has the same bits as its operations one by one; what is
- * saved is the way to each of them through the interpreter, and all cores work in every phase. A phase is cut into
- * items that do not depend on each other; between phases the threads wait for one another.
+ * x + attention(norm x), then that + mlp(norm of that), with matrices of float16 or bytes and float32 everything
+ * else. The phases are the functions of cpu_ops.h and cpu_product.h, so a layer has the same bits as its operations
+ * one by one; what is saved is the way to each of them through the interpreter, and all cores work in every phase: a
+ * phase is a number of items for cpu_crew.h.
  */
 
 #define FEW_ROWS 4 /* the fewest that a thread claims at once where a row is a microsecond */
 
 typedef struct {
     const float *input_norm, *post_norm;       /* [hidden]; input_norm may be NULL if its result is always given */
-    const half *qkv, *out, *gate_up, *down;    /* in panels: see cpu_half.h */
+    matrix qkv, out, gate_up, down;            /* see cpu_product.h */
     int64_t hidden, num_heads, num_kv_heads, head_dim, inner;
     int64_t qkv_inputs;                        /* hidden, unless what attention reads is given */
     float eps, scale;
@@ -66,7 +66,7 @@ void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const
             haast_rms_norm_float32(x + at * hidden, layer->input_norm, normed + at * hidden, end - at, hidden,
                                    layer->eps);
         while (claim(&self, all_heads * d / PANEL, FEW_PANELS, &at, &end))
-            all_rows(given ? given : normed, layer->qkv, heads, all_heads * d, layer->qkv_inputs, n, at, end);
+            product(given ? given : normed, &layer->qkv, heads, all_heads * d, layer->qkv_inputs, n, at, end);
         while (claim(&self, n, FEW_ROWS, &at, &end))
             haast_rope_write_float32(heads + at * all_heads * d, rows->cos + at * d, rows->sin + at * d, k_pool,
                                      v_pool, slots ? slots + at : 0, rows->first_slot + at, end - at,
@@ -82,16 +82,16 @@ void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const
                                            layer->num_heads, group, head, block * WIDTH, own->len, d, layer->scale);
             }
         while (claim(&self, panels, FEW_PANELS, &at, &end))
-            all_rows(attended, layer->out, delta, hidden, width, n, at, end);
+            product(attended, &layer->out, delta, hidden, width, n, at, end);
         while (claim(&self, n, FEW_ROWS, &at, &end))
             haast_add_rms_norm_float32(x + at * hidden, delta + at * hidden, layer->post_norm, total + at * hidden,
                                        normed + at * hidden, end - at, hidden, layer->eps);
         while (claim(&self, 2 * inner / PANEL, FEW_PANELS, &at, &end))
-            all_rows(normed, layer->gate_up, gate_up, 2 * inner, hidden, n, at, end);
+            product(normed, &layer->gate_up, gate_up, 2 * inner, hidden, n, at, end);
         while (claim(&self, n, 1, &at, &end))
             haast_silu_mul_float32(gate_up + at * 2 * inner, gated + at * inner, end - at, inner);
         while (claim(&self, panels, FEW_PANELS, &at, &end))
-            all_rows(gated, layer->down, delta, hidden, inner, n, at, end);
+            product(gated, &layer->down, delta, hidden, inner, n, at, end);
         while (claim(&self, n, FEW_ROWS, &at, &end))
             for (int64_t i = at * hidden; i < end * hidden; i++) out[i] = total[i] + delta[i];
     }

@@ -1,4 +1,4 @@
-"""Whole decoder layers in one call each: ``cpu_layer.h``, for Llama-style layers with float16 matrices.
+"""Whole decoder layers in one call each: ``cpu_layer.h``, for Llama-style layers with matrices in panels.
 
 A layer of a small model is ten operations of ten to a hundred microseconds, and a third of its time is the
 way to them: through the interpreter, and through threads that fall asleep and wake up. A ``FusedLayer`` holds
@@ -24,7 +24,8 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("input_norm", "post_norm", "qkv", "out", "gate_up", "down")),
+        *((name, _POINTER) for name in ("input_norm", "post_norm")),
+        *((name, cpu.Matrix) for name in ("qkv", "out", "gate_up", "down")),
         *(
             (name, _LONG)
             for name in ("hidden", "num_heads", "num_kv_heads", "head_dim", "inner", "qkv_inputs")
@@ -152,23 +153,23 @@ class FusedLayer:
         self,
         functions: tuple[Callable[..., None], Callable[..., None]],
         norms: tuple[Tensor | None, Tensor],
-        matrices: tuple[cpu.HalfMatrix, ...],
+        matrices: tuple[cpu.PanelMatrix, ...],
         sizes: LayerSizes,
         eps: float,
         scale: float,
     ) -> None:
         self.sizes, self._has_norm = sizes, norms[0] is not None
         self._short, self._long = functions
-        self._qkv_inputs = matrices[0].panels.shape[1]
+        self._qkv_inputs = matrices[0].num_inputs
         heads, inner = sizes.num_heads * sizes.head_dim, sizes.inner
         outputs = heads + 2 * sizes.num_kv_heads * sizes.head_dim, sizes.hidden, 2 * inner, sizes.hidden
         assert tuple(matrix.num_outputs for matrix in matrices) == outputs
-        assert [matrix.panels.shape[1] for matrix in matrices[1:]] == [heads, sizes.hidden, inner]
+        assert [matrix.num_inputs for matrix in matrices[1:]] == [heads, sizes.hidden, inner]
         assert all(norm is None or len(norm) == sizes.hidden for norm in norms)
         self._held = norms, matrices  # what the addresses below lead to
         self._struct = _Layer(
             *(None if norm is None else norm.data_ptr() for norm in norms),
-            *(matrix.panels.data_ptr() for matrix in matrices),
+            *(matrix.struct for matrix in matrices),
             sizes.hidden,
             sizes.num_heads,
             sizes.num_kv_heads,
@@ -218,10 +219,10 @@ def fused_layer(
 
     norms: before attention (None if what it reads is always given) and before the feed-forward block,
     [hidden] float32; matrices: query, key and value together, output, gate and up together, down, each as
-    packed by ``dispatch.pack_half``; scale: of the scores.
+    packed by ``dispatch.pack_half`` or ``dispatch.pack_bytes``; scale: of the scores.
     """
     functions = cpu.threaded("decoder_layer", _SIGNATURE)
-    packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.HalfMatrix))
+    packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.PanelMatrix))
     widths = sizes.hidden, sizes.inner, (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
     fits = all(width % cpu.PANEL == 0 for width in widths) and sizes.head_dim % cpu.WIDTH == 0
     plain = all(norm is None or (norm.dtype is torch.float32 and norm.is_contiguous()) for norm in norms)

@@ -122,7 +122,7 @@ def pack_half(weight: Tensor) -> Any | None:
 
     None where nothing here multiplies it, or the weight's range does not allow it.
     """
-    kernels = cpu.half_kernels()
+    kernels = cpu.panel_kernels()
     if kernels is None or not ref.fits_half(weight):
         return ref.pack_half(weight)
     return cpu.pack_half(kernels, weight)
@@ -130,13 +130,23 @@ def pack_half(weight: Tensor) -> Any | None:
 
 def half_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_half`` -> [.., out] float32."""
-    if isinstance(packed, cpu.HalfMatrix):
-        assert x.is_cpu
-        assert x.dtype is torch.float32
-        assert x.shape[-1] == packed.panels.shape[1]
-        assert not (x.requires_grad and torch.is_grad_enabled()), "the product has no gradient"
-        return cpu.half_linear(x.contiguous(), packed)
-    return ref.half_linear(x, packed)
+    return panel_linear(x, packed) if isinstance(packed, cpu.PanelMatrix) else ref.half_linear(x, packed)
+
+
+def pack_bytes(weight: Tensor) -> Any | None:
+    """Round every row of a [out, in] float32 CPU weight to 255 values and pack it for ``panel_linear``; None
+    where nothing here multiplies it."""
+    kernels = cpu.panel_kernels()
+    return None if kernels is None or not ref.fits_half(weight) else cpu.pack_bytes(kernels, weight)
+
+
+def panel_linear(x: Tensor, packed: cpu.PanelMatrix) -> Tensor:
+    """x [.., in] float32 times a weight from ``pack_bytes`` -> [.., out] float32."""
+    assert x.is_cpu
+    assert x.dtype is torch.float32
+    assert x.shape[-1] == packed.num_inputs
+    assert not (x.requires_grad and torch.is_grad_enabled()), "the product has no gradient"
+    return cpu.panel_linear(x.contiguous(), packed)
 
 
 def choose(

@@ -230,6 +230,14 @@ def pack_half(weight: Tensor) -> Any | None:
         return None
 
 
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] -> codes [out, in] int8 of -127 to 127 and scales [out] float32, weight ~ codes x scale:
+    every output's largest weight is 127."""
+    scales = weight.abs().amax(dim=1) / 127
+    codes = (weight / torch.where(scales == 0, 1.0, scales)[:, None]).round()
+    return codes.to(torch.int8), scales
+
+
 def half_linear(x: Tensor, packed: Any) -> Tensor:
     """x [.., in] float32 times a weight from ``pack_half`` -> [.., out] float32."""
     out: Tensor = _direct("quantized", "linear_dynamic_fp16")(x, packed)

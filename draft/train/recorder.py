@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from draft.none import Unplanned, root_tokens
-from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
+from engine.core import Batch, DraftMask, DraftTree, Sequence, Speculation, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class FeatureRecorder(Unplanned):
         """No row past the root's is ever written."""
         return 0
 
-    def propose(self, batch: Batch) -> DraftTree:
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         """The last committed token of every sequence."""
         roots = root_tokens(batch)
         return DraftTree(roots, torch.full_like(roots, -1))

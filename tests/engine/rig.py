@@ -24,12 +24,14 @@ from draft.ngram import NgramDraft
 from draft.none import NoDraft, Unplanned
 from draft.planner import Planner
 from engine.config import POST_NORM, EngineConfig, LlamaConfig
-from engine.core import Batch, Draft, DraftTree, Request, SamplingParams, Speculation, Verdict
+from engine.core import Batch, Draft, DraftMask, DraftTree, Request, SamplingParams, Speculation, Verdict
 from engine.core import Sequence as Seq
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
 from engine.pages import PagePool
+from engine.penalties import Penalties
 from engine.step import Completion, Engine
+from engine.text.grammar import GrammarCompiler
 from tests.conftest import layer_weights, matrix, norm_weight, tiny_eagle3, tiny_llama
 
 PLAIN = Speculation(1, 0, 1)
@@ -150,6 +152,7 @@ def make_engine(
     planner: Planner | None = None,
     canary: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    grammar_compiler: GrammarCompiler | None = None,
 ) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object; planner: of a head."""
     config = EngineConfig(
@@ -188,7 +191,9 @@ def make_engine(
         proposer = NgramDraft() if draft == "ngram" else NoDraft()
     else:
         proposer = draft
-    return Engine(config, target, proposer, PagePool(num_pages, page_size), eos)
+    return Engine(
+        config, target, proposer, PagePool(num_pages, page_size), eos, grammar_compiler=grammar_compiler
+    )
 
 
 def prompts_of(lengths: Sequence[int], seed: int = 1, vocab_size: int = 97) -> list[list[int]]:
@@ -197,11 +202,16 @@ def prompts_of(lengths: Sequence[int], seed: int = 1, vocab_size: int = 97) -> l
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing runs, every page is free or cached, and the draft has forgotten everyone."""
+    """Nothing runs, every page is free or cached, and draft and sampler have forgotten everyone."""
     assert not engine.has_work
     pages = engine.scheduler.pages
     assert pages.num_free + pages.num_cached == pages.num_usable
     assert engine.scheduler.prefixes._trails == {}
+    edits = engine.sampler._edits
+    assert edits._asked == {}
+    for edit in edits._edits:
+        kept = "_counts" if isinstance(edit, Penalties) else "_places" if edit is engine.grammars else "_kept"
+        assert getattr(edit, kept) == {}
     if isinstance(engine.draft, FeatureDraft):
         assert engine.draft._pending == {}
         assert engine.draft.lookup._states == {}
@@ -241,7 +251,7 @@ class Prophet(Unplanned):
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0 if speculation.is_off else speculation.nodes - 1
 
-    def propose(self, batch: Batch) -> DraftTree:
+    def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         trees = [self._tree(seq, spec) for seq, spec in zip(batch.seqs, batch.speculation, strict=True)]
         width = max(len(tokens) for tokens, _ in trees)
         return DraftTree(

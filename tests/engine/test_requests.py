@@ -27,14 +27,41 @@ from tests.engine.rig import assert_idle, make_engine, random_model
         ({"top_k": -2}, "top_k"),
         ({"seed": 2**63}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"logit_bias": ((97, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((5, float("nan")),)}, "logit_bias"),
+        ({"logit_bias": ((5, float("inf")),)}, "logit_bias"),
+        ({"logit_bias": tuple((5, 1.0) for _ in range(301))}, "logit_bias"),
+        ({"bad_words": ((),)}, "bad_words"),
+        ({"bad_words": ((3, 97),)}, "bad_words"),
+        ({"bad_words": ((3,) * 65,)}, "bad_words"),
+        ({"bad_words": ((3,),) * 257}, "bad_words"),
+        ({"stop_token_ids": (97,)}, "stop_token_ids"),
+        ({"stop_token_ids": (1,) * 129}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
         ({"speculation": Speculation(8, 4, 0)}, "speculation"),
         ({"speculation": Speculation(1000, 4, 4)}, "speculation"),
+        ({"priority": 2**31}, "priority"),
+        ({"cache_salt": "x" * 129}, "cache_salt"),
+        ({"cache_salt": "a b"}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "cache_salt"),
     ],
 )
 def test_a_bad_field_is_named(change: dict[str, Any], param: str) -> None:
     engine = make_engine(random_model(), "eagle3")
     request = Request(0, (1, 2, 3), SamplingParams(max_tokens=4))
-    ours = {key: value for key, value in change.items() if key in ("prompt", "speculation")}
+    ours = {
+        key: value
+        for key, value in change.items()
+        if key in ("prompt", "speculation", "priority", "cache_salt")
+    }
     sampling = dataclasses.replace(request.sampling, **{k: v for k, v in change.items() if k not in ours})
     with pytest.raises(RequestError) as caught:
         engine.add(dataclasses.replace(request, sampling=sampling, **ours))
