@@ -2,8 +2,8 @@
 
 Questions are answered under JSON schemas in four modes, in turns: plainly without a grammar, for comparison;
 plainly with it; with a draft that does not know of the grammar; and with one that does. All three with the
-grammar must give the same answers, and these must match their schemas. An acceptance length is the tokens that
-a step which drafted has emitted, forced ones behind them not counted; tokens per step are those of all steps.
+grammar must give the same answers, and these must match their schemas. The acceptance length is that of steps
+which drafted, forced tokens not counted; tokens per step are those of all steps, after the first token's.
 
 Exit code 1 if an answer differs or does not match. The last line of stdout is one JSON object.
 """
@@ -209,6 +209,7 @@ def measure(served: Served, max_tokens: int, num_rounds: int) -> dict[str, Any]:
 
 
 def add(total: Figures, more: Figures) -> None:
+    """Count the answers of ``more`` with those of ``total``."""
     for name in Figures.__slots__:
         setattr(total, name, getattr(total, name) + getattr(more, name))
 
