@@ -28,7 +28,7 @@ _LEAST_TRUST, _MOST_TRUST = 0.25, 1.5
 class Belief:
     """The typical tree of a request, or of a mode. ``start``: what to believe at first."""
 
-    __slots__ = ("_accepted", "_before", "_expected", "_values")
+    __slots__ = ("_accepted", "_before", "_expected", "_typical", "_values")
 
     def __init__(self, start: Belief | None = None) -> None:
         # Running means, of the same trees each: nodes' values, and the best value of the level before.
@@ -37,6 +37,7 @@ class Belief:
         if start is not None:
             self._values, self._before = [level[:] for level in start._values], start._before[:]
         self._expected, self._accepted = _TRUST_TOKENS, _TRUST_TOKENS
+        self._typical: dict[int, list[list[float]]] = {}  # what ``typical`` found since it last changed
 
     @property
     def trust(self) -> float:
@@ -57,6 +58,12 @@ class Belief:
             best = found[-1][0]
         return found
 
+    def typical(self, num_levels: int) -> list[list[float]]:
+        """``levels``, trusted. Asked in every step, and the same until something is learned."""
+        if num_levels not in self._typical:
+            self._typical[num_levels] = [self.trusted(level) for level in self.levels(num_levels)]
+        return self._typical[num_levels]
+
     def chance(self, level: int) -> float:
         """That the best node of a level (from 2) is accepted if its parent was."""
         if level > MAX_LEVELS:
@@ -69,6 +76,7 @@ class Belief:
         drafted: calibrated path values by level, best first; steps_since: steps without a tree before it;
         slowness: divides its weight. Nodes that were not drafted keep their proportion to the last that was.
         """
+        self._typical.clear()
         gain = min(1.0 - (1.0 - _GAIN) * _FORGET**steps_since, _MOST_GAIN) / slowness
         before = 1.0
         for level, values in enumerate(drafted[:MAX_LEVELS]):
@@ -86,5 +94,6 @@ class Belief:
 
     def judge(self, expected: float, accepted: int) -> None:
         """Learn from a verdict: tokens that the scored nodes promised, and how many of them were accepted."""
+        self._typical.clear()
         self._expected = _TRUST_TOKENS + _TRUST_FADE * (self._expected - _TRUST_TOKENS) + expected
         self._accepted = _TRUST_TOKENS + _TRUST_FADE * (self._accepted - _TRUST_TOKENS) + accepted

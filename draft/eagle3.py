@@ -44,7 +44,7 @@ class Eagle3Model:
         half: bool = False,
     ) -> None:
         def linear(*names: str) -> Linear:
-            return fuse(*(take(name) for name in names), half=half)
+            return fuse(*(take(name) for name in names), half=half, coarse=True)
 
         def take(name: str) -> Tensor:
             return weights.pop(f"{name}.weight")
@@ -54,7 +54,7 @@ class Eagle3Model:
         dtype, device = embedding.dtype, str(embedding.device)
         d2t = weights.pop("d2t")
         self.token_ids = torch.arange(len(d2t), device=d2t.device) + d2t
-        self.fc = Linear(take("fc"), half=half)
+        self.fc = linear("fc")
         self.input_norm, self.hidden_norm = take("midlayer.input_layernorm"), take("midlayer.hidden_norm")
         self.layer = DecoderLayer(
             None,

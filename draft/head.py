@@ -29,6 +29,7 @@ from draft.planner import Planner
 from draft.planning import Planning
 from draft.solo import Children, SoloRows, grow_one
 from draft.tree import IsWorth, Limits, Offers, graft, grow
+from engine.clock import Clock
 from engine.core import (
     Batch,
     Decision,
@@ -46,10 +47,10 @@ from engine.core import (
 from engine.kvcache import KVPool, LatentPool
 from engine.rows import RowPlan, chain_bias, first_slot, make_plan, plan_spans, span
 from engine.sampler import candidates
-from kernels import compact_rows, gumbel_noise
+from kernels import best, compact_rows, gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
-_MOST_PENDING = 64  # pairs that wait while nothing is drafted; then they run, so that memory stays small
+_MOST_PENDING = 256  # pairs that wait while nothing is drafted; most answers end before that many
 
 
 class HeadModel(Protocol):
@@ -138,11 +139,17 @@ class FeatureDraft:
     ) -> None:
         self.model, self.name, self.shared_noise, self.max_len = model, name, shared_noise, max_len
         self.device = str(model.token_ids.device)
-        self.calibration = Calibration(self.device)
-        self.coverage = Coverage(model.token_ids)
-        self.lookup = PromptLookup()
         self._planning = None if planner is None else Planning(planner)
+        self._clock = Clock(self.device)
+        self.start_over()
         self._pending: dict[int, Pending] = {}
+
+    def start_over(self) -> None:
+        self.calibration = Calibration(self.device)
+        self.coverage = Coverage(self.model.token_ids)
+        self.lookup = PromptLookup()
+        if self._planning is not None:
+            self._planning.start_over()
 
     @property
     def rows(self) -> DraftRows:
@@ -282,9 +289,10 @@ class FeatureDraft:
         if self._planning is not None:
             pendings = [self._pending[batch.seqs[row].request.id] for row in active]
             self._planning.begin(active, max(pending.num_waiting for pending in pendings))
+        started = self._clock.mark()
         tree = self._grown(batch, active, roots, mask)
         if self._planning is not None:
-            self._planning.note(tree)
+            self._planning.note(tree, (started, self._clock.mark()))
         return tree if len(active) == len(batch.seqs) else _spread(tree, active, roots)
 
     def _grown(self, batch: Batch, active: list[int], roots: Tensor, mask: DraftMask | None) -> DraftTree:
@@ -455,21 +463,20 @@ class FeatureDraft:
         logits = masked(self.model.logits(feature))
         sampling = rows.sampling
         if sampling.all_greedy or not self.shared_noise:
-            best = logits.topk(top_k, dim=-1)
-            raw = torch.exp(best.values - logits.logsumexp(dim=-1, keepdim=True))
-            return Offers(self.model.token_ids[best.indices], raw.nan_to_num(0.0))
+            values, columns, mass = best(logits, top_k)
+            return Offers(self.model.token_ids[columns], torch.exp(values - mass[..., None]).nan_to_num(0.0))
         few = candidates(logits, sampling, max(_NUM_CANDIDATES, top_k))
         tokens = self.model.token_ids[few.columns]
         positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])
         greedy = (sampling.temperature == 0)[:, None, None]
         noise = gumbel_noise(sampling.seed, positions, tokens).masked_fill(greedy, 0.0)
         scores = few.scaled + noise
-        best = scores.topk(top_k, dim=-1)
+        chosen = scores.topk(top_k, dim=-1)
         # Greedy scores are shares of the whole vocabulary, sampled ones of the candidates: noise drowns the
         # rest.
         mass = torch.where(greedy[..., 0], logits.logsumexp(dim=-1), scores.logsumexp(dim=-1))
-        raw = torch.exp(best.values - mass[..., None])
-        return Offers(tokens.gather(-1, best.indices), raw.nan_to_num(0.0))
+        raw = torch.exp(chosen.values - mass[..., None])
+        return Offers(tokens.gather(-1, chosen.indices), raw.nan_to_num(0.0))
 
 
 def _spread(tree: DraftTree, rows: list[int], roots: Tensor) -> DraftTree:

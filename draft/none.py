@@ -26,6 +26,9 @@ class Unplanned:
     def account(self, cost: StepCost) -> None:
         pass
 
+    def start_over(self) -> None:
+        pass
+
 
 class NoDraft(Unplanned):
     """A draft (core.Draft) that proposes nothing."""

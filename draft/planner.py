@@ -47,7 +47,9 @@ _MARGIN = 0.03  # a new shape must save this share of the time per token
 _PROBE_SHARE = 0.005  # of all time that may go into probes
 _LEAST_PROBE_STEPS = 16
 _MODE_SLOWNESS = 8.0  # a mode's belief follows its requests' trees so much slower than each request's own
-_LOOK_EVERY = 8  # plans between searches for a better shape; newcomers are not kept waiting
+# Plans between searches for a better shape: the fewest, and the most where search after search finds that
+# nobody should draft. Newcomers are not kept waiting.
+_LOOK_EVERY, _LOOK_SELDOM = 8, 64
 _PLAIN_EVERY = 512  # steps with drafts after which one has none, so that its cost stays known
 
 
@@ -286,10 +288,15 @@ class Planner:
     def __init__(self, costs: StepCosts | None = None, *, stops_early: bool = False) -> None:
         self.costs = StepCosts() if costs is None else costs
         self._stops_early = stops_early
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget what requests have shown; costs stay."""
         self._modes = (Belief(), Belief())  # greedy, sampled
         self._memories: dict[int, _Memory] = {}
         self._shape: Shape | None = None
-        self._since_probe = self._since_plain = self._num_plans = 0
+        self._since_probe = self._since_plain = 0
+        self._next_look, self._look_every = 0, _LOOK_EVERY  # in plans
         self._asks: Sequence[Ask] = ()
         self._whole: list[bool] = []  # of which asks every drafted node is kept
         self._load = Load(0.0)
@@ -302,7 +309,8 @@ class Planner:
             memory.idle_steps += 1
         self._since_probe += 1
         self._since_plain += 1
-        self._num_plans += 1
+        self._next_look -= 1
+        looks_around = self._next_look < 0
         found = plan(
             self.costs,
             [_seat(ask, memory) for ask, memory in zip(asks, memories, strict=True)],
@@ -311,8 +319,12 @@ class Planner:
             steps_since_probe=self._since_probe,
             steps_since_plain=self._since_plain,
             stops_early=self._stops_early,
-            looks_around=self._num_plans % _LOOK_EVERY == 1,
+            looks_around=looks_around,
         )
+        if looks_around:
+            drafts = found.shape.levels > 0
+            self._look_every = _LOOK_EVERY if drafts else min(2 * self._look_every, _LOOK_SELDOM)
+            self._next_look = self._look_every - 1
         self._shape = found.shape
         # A probe is also to show what its row costs and whether it is accepted.
         self._whole = [
@@ -387,5 +399,11 @@ class Planner:
 
 def _seat(ask: Ask, memory: _Memory) -> Seat:
     belief = memory.belief
-    levels = [belief.trusted(level) for level in belief.levels(ask.limits.depth)]
-    return Seat(ask.asked, ask.limits, levels, belief.trusted(ask.lookup), memory.drafted, memory.idle_steps)
+    return Seat(
+        ask.asked,
+        ask.limits,
+        belief.typical(ask.limits.depth),
+        belief.trusted(ask.lookup),
+        memory.drafted,
+        memory.idle_steps,
+    )

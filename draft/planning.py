@@ -20,7 +20,8 @@ import torch
 from draft.planner import Ask, Drafted, Planner
 from draft.search import Asked, Load
 from draft.tree import prune
-from engine.core import Decision, DraftTree, Sequence, Speculation, StepCost
+from engine.clock import Mark, seconds_between
+from engine.core import Decision, DraftTree, Sequence, Speculation, StepCost, depths_of
 
 _USUAL_PENDING = 16  # pairs; a draft that has more to catch up with says nothing of the usual one's cost
 
@@ -34,6 +35,7 @@ class _Step:
     active: list[int] = field(default_factory=list)  # places that the head drafts for
     is_usual: bool = True  # whether the draft's time may be learned from
     level_rows: list[int] = field(default_factory=list)  # of the levels expanded so far
+    marks: tuple[Mark, Mark] = (0.0, 0.0)  # of the head's beginning and end
     levels: list[list[list[float]]] = field(default_factory=list)  # path values of each active one's tree
 
 
@@ -86,9 +88,10 @@ class Planning:
             step.level_rows.append(sum(map(len, frontier)))
         return is_worth
 
-    def note(self, tree: DraftTree) -> None:
-        """The head's own trees, of the active places in order."""
+    def note(self, tree: DraftTree, marks: tuple[Mark, Mark]) -> None:
+        """The head's own trees, of the active places in order, and when it began and ended."""
         assert tree.scores is not None
+        self._step.marks = marks
         self._step.levels = [
             _by_level(parents, values)
             for parents, values in zip(tree.parents.tolist(), tree.scores.value.tolist(), strict=True)
@@ -119,12 +122,16 @@ class Planning:
 
     def account(self, cost: StepCost) -> None:
         """Learn what the step took."""
-        if cost.verify_s <= 0:
-            return  # a clock of a device that has not got there
         costs, step = self.planner.costs, self._step
-        costs.observe_verify(cost.num_rows, cost.context, cost.verify_s)
-        if step.active and step.is_usual and cost.draft_s > 0:
-            costs.observe_draft(len(step.active), step.level_rows, cost.draft_s)
+        draft_s = seconds_between(*step.marks)
+        if cost.seconds > draft_s:
+            costs.observe_verify(cost.num_rows, cost.context, cost.seconds - draft_s)
+        if step.active and step.is_usual and draft_s > 0:
+            costs.observe_draft(len(step.active), step.level_rows, draft_s)
+
+    def start_over(self) -> None:
+        """As ``Draft.start_over``."""
+        self.planner.start_over()
 
     def forget(self, request_id: int) -> None:
         """Drop what is kept of a request that ended."""
@@ -157,12 +164,9 @@ def _values(tree: DraftTree) -> list[list[float]]:
 
 def _by_level(parents: list[int], values: list[float]) -> list[list[float]]:
     """Values of a tree's nodes by level, best first."""
-    depths = [0]
-    levels: list[list[float]] = []
-    for parent, value in zip(parents[1:], values[1:], strict=True):
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        if parent >= 0:
-            if depths[-1] > len(levels):
-                levels.append([])
-            levels[depths[-1] - 1].append(value)
+    depths = depths_of(parents)
+    levels: list[list[float]] = [[] for _ in range(max(depths))]
+    for depth, value in zip(depths, values, strict=True):
+        if depth > 0:
+            levels[depth - 1].append(value)
     return [sorted(level, reverse=True) for level in levels]

@@ -52,7 +52,7 @@ class Served:
     name: str  # what clients call it
     root: str  # where the weights came from
     draft_name: str  # "none", "ngram" or the head
-    grammar_compiler: GrammarCompiler | None = None  # the engine's
+    grammar_compiler: GrammarCompiler  # the engine's
 
 
 def default_model_path() -> Path:

@@ -133,6 +133,7 @@ class SamplingParams:
     seed: int = 0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     presence_penalty: float = 0.0
@@ -248,9 +249,10 @@ class DraftTree:
         """[B, N] int64: edges from the root; 0 for padding.
 
         Pointer jumping: after round r every node knows its distance to the ancestor 2^r levels up, so a tree
-        of N
-        nodes takes log2(N) rounds, whatever its shape.
+        of N nodes takes log2(N) rounds, whatever its shape. On a CPU a walk through a list is faster.
         """
+        if self.parents.device.type == "cpu":
+            return torch.tensor([depths_of(parents) for parents in self.parents.tolist()])
         depths, up = (self.parents >= 0).long(), self.parents.clamp(min=0)
         for _ in range((self.parents.shape[1] - 1).bit_length()):
             depths = depths + depths.gather(1, up)
@@ -272,6 +274,14 @@ class DraftTree:
         for _ in range(max(num_nodes - 2, 0).bit_length()):
             reach = torch.bmm(reach, reach).clamp_(max=1.0)
         return reach > 0
+
+
+def depths_of(parents: list[int]) -> list[int]:
+    """``DraftTree.depths`` of one tree on the host: edges from the root, 0 for padding."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return depths
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +311,10 @@ class Batch:
     @property
     def is_prefill(self) -> bool:
         return self.prompt is not None
+
+    def chooses(self, row: int) -> bool:
+        """Whether a sequence gets a token of the target's choice, not one that is known."""
+        return self.prompt is None or self.prompt.lengths[row] > len(self.seqs[row].forced)
 
     def num_known(self, row: int) -> int:
         """Tokens of a sequence's text up to the first node that is scored: the root, or the last node of a
@@ -348,12 +362,22 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the target thought of an emitted token, before any parameter of the request had its say, and of
+    those it found likeliest there: (token, its log-probability), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one step did for one request: the host's view, sent to the client."""
 
     request_id: int
     token_ids: tuple[int, ...]  # new tokens, possibly none (prefill goes on, or aborted)
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of each of the new tokens, if the request asks for them
     num_draft_tokens: int = 0  # drafted nodes without the root; 0 for prompts and in plain steps
     num_accepted: int = 0  # of them accepted by the target
     draft_depth: int = 0  # levels of the drafted tree
@@ -366,13 +390,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step of decodes alone took: rows of the target in all, behind ``context`` tokens on average;
-    seconds of drafting, and of all else."""
+    """What a step of decodes alone took, drafting included: rows of the target in all, behind ``context``
+    tokens on average."""
 
     num_rows: int
     context: float
-    draft_s: float
-    verify_s: float
+    seconds: float
 
 
 class DraftMask(Protocol):
@@ -475,6 +498,10 @@ class Draft(Protocol):
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Learn what was accepted. features: [B, N, F] of the scored nodes."""
+        ...
+
+    def start_over(self) -> None:
+        """Forget what requests have shown so far, but not what steps cost. Asked while there are none."""
         ...
 
     def forget(self, seq: Sequence) -> None:

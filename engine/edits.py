@@ -49,9 +49,10 @@ class Edit(Protocol):
 
 
 def sampling_edits(vocab_size: int, device: str, eos_token_ids: tuple[int, ...]) -> list[Edit]:
-    """The edits that sampling parameters ask for, in vLLM's order."""
+    """The edits that sampling parameters ask for, in vLLM's order. A tokenizer may know more tokens, also
+    among ``eos_token_ids``, than the model has logits."""
     return [
-        MinTokens(device, eos_token_ids),
+        MinTokens(device, tuple(token for token in eos_token_ids if token < vocab_size)),
         BadWords(device),
         LogitBias(device),
         Penalties(vocab_size, device),
@@ -74,9 +75,7 @@ class EditList:
         if not any(asked):
             return logits
         if batch.prompt is not None:
-            left = [len(seq.forced) for seq in batch.seqs]
-            is_last = [length > rest for length, rest in zip(batch.prompt.lengths, left, strict=True)]
-            asked = [numbers if last else () for numbers, last in zip(asked, is_last, strict=True)]
+            asked = [numbers if batch.chooses(row) else () for row, numbers in enumerate(asked)]
             tree = _last_nodes(tree, batch.prompt.num_nodes)
         edited = logits.clone()
         for number, edit in enumerate(self._edits):

@@ -71,6 +71,13 @@ def accepted_slots(batch: Batch, verdict: Verdict) -> tuple[Tensor, Tensor]:
 
 def compact(pool: KVPool | LatentPool, batch: Batch, verdict: Verdict) -> None:
     """Move the accepted rows of every sequence to the front of its scratch rows."""
+    if verdict.path.device.type == "cpu" and not _moves_any(verdict):
+        return
     source, destination = accepted_slots(batch, verdict)
     if source.numel():
         compact_rows(pool.rows, source, destination)
+
+
+def _moves_any(verdict: Verdict) -> bool:
+    """Whether some accepted row does not lie in its place already; asked on the host only."""
+    return any(node > place for path in verdict.path.tolist() for place, node in enumerate(path))

@@ -136,8 +136,7 @@ class Sampler:
         self._edits = EditList(edits)
 
     def __call__(self, scores: Scores, batch: Batch, tree: DraftTree) -> Tensor:
-        """Returns [B, R] int64. The token after a node at position p stands at p + 1, and is keyed by
-        that."""
+        """Returns [B, R] int64, as ``choose``."""
         return self.choose(self.edited(scores, batch, tree), batch)
 
     def edited(self, scores: Scores, batch: Batch, tree: DraftTree) -> Scores:
@@ -146,7 +145,8 @@ class Sampler:
         return scores if logits is scores.logits else replace(scores, logits=logits)
 
     def choose(self, scores: Scores, batch: Batch) -> Tensor:
-        """The choice from edited scores, [B, R] int64.
+        """The choice from edited scores, [B, R] int64. The token after a node at position p stands at p + 1,
+        and is keyed by that.
 
         NO_CHOICE where the largest logit is no finite number: a row with NaN or infinity in it says nothing,
         and in one that is -inf throughout no token is allowed. No draft agrees with that, so the path of a

@@ -13,13 +13,12 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
   long document to be read, and the document gets on.
 - If pages or places run out, the last in order gives its own back and starts over from its tokens (preemption
   by recompute, behind what the prefix cache still has of them), so the first in order always gets on. Nobody
-  makes room for another's tree, and within a priority nobody overtakes at admission. A lower priority waits
-  for as long as higher ones fill the engine.
+  makes room for another's tree, and within a priority nobody overtakes at admission, but for answers to a
+  prompt that another one reads already. A lower priority waits for as long as higher ones fill the engine.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from collections.abc import Sequence as Items
 
 import torch
 
+from engine.checks import check_request
 from engine.config import EngineConfig
 from engine.core import (
     NO_CHOICE,
@@ -38,9 +38,13 @@ from engine.core import (
     FinishReason,
     PromptChunk,
     Request,
+    SamplingParams,
+    SamplingTensors,
     Sequence,
     Speculation,
+    TokenLogprob,
     Verdict,
+    depths_of,
 )
 from engine.errors import ContextLengthError, RequestError
 from engine.grammar import Grammars
@@ -53,7 +57,6 @@ _PROMPT_SHARE = 4
 
 _MOST_FORESEEN = 64  # tokens that a grammar may add to a step's: others wait for it meanwhile
 _NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
-_CACHE_SALT = re.compile(r"[A-Za-z0-9._~+/=:-]{0,128}")
 
 
 class Scheduler:
@@ -79,6 +82,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
+        self._sampling = [SamplingParams()], sampling_tensors([SamplingParams()], config.device)
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
         self._forget_edits, self._grammars = forget_edits, grammars
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
@@ -173,8 +177,10 @@ class Scheduler:
         run but come later in the order make room, if they have enough of it; then that is all for this step,
         or they would come back for the room that they have made."""
         made_room = False
-        while self.waiting and not made_room:
-            seq = self.waiting[0]
+        while not made_room:
+            seq = self._next_waiting()
+            if seq is None:
+                return
             later = [other for other in self.running if other.order > seq.order]
             is_full = len(self.running) == self._num_places
             if is_full and not later:
@@ -189,7 +195,20 @@ class Scheduler:
             if is_full and not made_room:
                 self._preempt(later.pop())
                 made_room = True
-            insort(self.running, self.waiting.popleft(), key=_order)
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=_order)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Who may start next. Several answers to one prompt are requests that share it; while one of them
+        reads it, and until the draft too has its rows, a step later, the others let everybody else pass: then
+        they find it in the prefix cache."""
+        being_read = {
+            id(seq.request.prompt)
+            for seq in self.running
+            if seq.num_generated < 2 and self.config.prefix_caching
+            if len(seq.request.prompt) > self.pages.page_size
+        }
+        return next((seq for seq in self.waiting if id(seq.request.prompt) not in being_read), None)
 
     def _start(self, seq: Sequence) -> bool:
         """Let a waiting sequence begin behind the rows that the prefix cache has of it. False, and nothing
@@ -297,21 +316,29 @@ class Scheduler:
             kv_lens=torch.tensor([seq.kv_len for seq in seqs], dtype=torch.int64).to(device),
             page_table=table.to(device),
             page_size=self.pages.page_size,
-            sampling=sampling_tensors([seq.request.sampling for seq in seqs], device),
+            sampling=self._sampling_tensors(seqs),
             speculation=tuple(speculation),
             decisions=tuple(decisions),
             prompt=chunk,
         )
 
+    def _sampling_tensors(self, seqs: list[Sequence]) -> SamplingTensors:
+        """Where the sequences are those of the step before, as nearly always, the same tensors."""
+        params = [seq.request.sampling for seq in seqs]
+        if params != self._sampling[0]:
+            self._sampling = params, sampling_tensors(params, self.config.device)
+        return self._sampling[1]
+
     # --- committing
 
-    def commit(self, batch: Batch, tree: DraftTree, verdict: Verdict) -> list[Delta]:
+    def commit(
+        self, batch: Batch, tree: DraftTree, verdict: Verdict, logprobs: Items[tuple[TokenLogprob, ...]]
+    ) -> list[Delta]:
         """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the
-        host."""
+        host, but for logprobs (of the chosen tokens of each sequence, see ``engine.logprobs``)."""
         paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
         tree_tokens = tree.tokens.tolist()
-        counts = tree.real().sum(1).tolist()
-        depths = tree.depths().amax(1).tolist() if batch.prompt is None else [0] * len(counts)
+        parents = tree.parents.tolist() if batch.prompt is None else [[-1]] * len(paths)
         deltas = []
         for row, seq in enumerate(batch.seqs):
             new_tokens = [tree_tokens[row][node] for node in paths[row][1 : lengths[row]]]
@@ -332,16 +359,17 @@ class Scheduler:
                 self.pages.shrink(seq.pages, seq.kv_len + 1)
             else:
                 self._end(seq, seq.finish_reason)
-            drafted = batch.prompt is None
+            depths = depths_of(parents[row])
             deltas.append(
                 Delta(
                     seq.request.id,
                     emitted + foreseen,
                     seq.finish_reason,
-                    is_decode=drafted,
-                    num_draft_tokens=counts[row] - 1 if drafted else 0,
-                    num_accepted=min(lengths[row] - 1, len(emitted)) if drafted else 0,
-                    draft_depth=depths[row],
+                    logprobs=logprobs[row][: len(emitted)],
+                    is_decode=batch.prompt is None,
+                    num_draft_tokens=sum(depth > 0 for depth in depths),
+                    num_accepted=min(lengths[row] - 1, len(emitted)) if batch.prompt is None else 0,
+                    draft_depth=max(depths),
                     num_cached=seq.num_cached or 0,
                     decision=batch.decisions[row] if batch.decisions else None,
                     num_forced=len(foreseen),
@@ -429,40 +457,3 @@ def chunk_sizes(needs: list[int], priorities: list[int], budget: int) -> list[in
         sizes[place] = need
         budget -= need
     return sizes
-
-
-def check_request(request: Request, vocab_size: int) -> None:
-    """Refuse what no step could run, whoever asks (RequestError names the field, found and expected)."""
-
-    def refuse(param: str, found: object, expected: str) -> None:
-        raise RequestError(f"{param} is {found}, expected {expected}", param)
-
-    if not request.prompt:
-        raise RequestError("the prompt is empty; at least one token is needed", "prompt")
-    wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
-    if wrong:
-        refuse("prompt", f"a list with token {wrong[0]}", f"tokens of 0 to {vocab_size - 1}")
-    if not -(2**31) <= request.priority < 2**31:
-        refuse("priority", request.priority, "an integer of 32 bits")
-    if not _CACHE_SALT.fullmatch(request.cache_salt):
-        refuse(
-            "cache_salt", f"{request.cache_salt!r:.150}", "up to 128 of the characters A-Z a-z 0-9 ._~+/=:-"
-        )
-    sampling = request.sampling
-    if not (sampling.temperature == 0 or 1e-5 <= sampling.temperature <= 100):
-        refuse("temperature", sampling.temperature, "0 (greedy) or 1e-5 to 100")
-    if not 0 < sampling.top_p <= 1:
-        refuse("top_p", sampling.top_p, "more than 0 and at most 1")
-    if not 0 <= sampling.min_p <= 1:
-        refuse("min_p", sampling.min_p, "0 to 1")
-    if not 0 <= sampling.top_k < 2**31:
-        refuse("top_k", sampling.top_k, "0 (off) or more")
-    if not -(2**63) <= sampling.seed < 2**63:
-        refuse("seed", sampling.seed, "an integer of 64 bits")
-    if sampling.max_tokens < 1:
-        refuse("max_tokens", sampling.max_tokens, "at least 1")
-    spec = request.speculation
-    if spec is not None and not (
-        1 <= spec.nodes <= 64 and 0 <= spec.depth <= 16 and 1 <= spec.top_k <= 16 and 0 <= spec.lookup <= 16
-    ):
-        refuse("speculation", spec, "nodes of 1 to 64, depth and lookup of 0 to 16, top_k of 1 to 16")

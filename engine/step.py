@@ -30,6 +30,7 @@ from engine.core import (
 from engine.edits import sampling_edits
 from engine.errors import EngineError
 from engine.grammar import Grammars
+from engine.logprobs import emitted_logprobs
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.sampler import Sampler
@@ -122,7 +123,8 @@ class Engine:
             verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
             self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
             self.draft.observe(batch, tree, verdict, found.features)
-            deltas += self.scheduler.commit(batch, tree, verdict)
+            logprobs = emitted_logprobs(found, choice, verdict, batch)
+            deltas += self.scheduler.commit(batch, tree, verdict, logprobs)
             verdicts.append(verdict)
         self.last_times = StepTimes.between(started, drafted, scored, self._clock.mark())
         if not batches[0].is_prefill:  # decodes come first
@@ -217,7 +219,7 @@ def _cost(batch: Batch, deltas: Items[Delta], times: StepTimes) -> StepCost:
     scored: steps that have both would say that trees are cheap."""
     rows = sum(1 + delta.num_draft_tokens for delta in deltas if delta.is_decode)
     context = sum(seq.kv_len for seq in batch.seqs) / len(batch.seqs)
-    return StepCost(rows, context, times.draft_s, times.verify_s + times.other_s)
+    return StepCost(rows, context, times.total_s)
 
 
 def _completion(request: Request, deltas: list[Delta]) -> Completion:

@@ -2,9 +2,10 @@
  *
  * kernels/cpu.py compiles this file once per machine and calls it; kernels/ref.py says what each function
  * computes. Tensors are float32 or bfloat16 (cpu_ops.h is compiled for either), arithmetic is always float32,
- * rounded once at the end. cpu_choose.h chooses tokens; cpu_half.h and cpu_layer.h add products with float16 matrices, and
- * whole layers made of all these. A row's result does not depend on how many rows a call has: sums run over the same lanes in the same
- * order, and keys that a row may not see add exact zeros. So a token scored alone and in a tree gets the same bits.
+ * rounded once at the end. cpu_choose.h chooses tokens, cpu_best.h a draft's candidates; cpu_product.h and
+ * cpu_layer.h add products with float16 and byte matrices, and whole layers made of all these. A row's result does
+ * not depend on how many rows a call has: sums run over the same lanes in the same order, and keys that a row may
+ * not see add exact zeros. So a token scored alone and in a tree gets the same bits.
  *
  * Vectors are GCC's and Clang's generic ones, eight floats wide, whatever the machine's registers are. Fused
  * multiply-adds are left to the compiler (-ffp-contract=fast); nothing else may be reordered.
@@ -15,7 +16,8 @@
 #include <string.h>
 
 #define WIDTH 8
-#define KEYS 8 /* keys that are scored at once: as many sums as it takes to keep the multipliers busy */
+#define KEYS 8    /* keys that are scored at once: as many sums as it takes to keep the multipliers busy */
+#define VALUES 32 /* values that are mixed at once */
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
@@ -101,6 +103,18 @@ static vec exponentials(float *weights, const float *bias[WIDTH], int64_t len) {
     return total;
 }
 
+static inline int64_t slot_of(const int64_t *slots, int64_t first_slot, int64_t row) {
+    return slots ? slots[row] : first_slot + row;
+}
+
+/* Ask for the row of key or value i, d floats, ahead of its use: rows of a page lie together, pages anywhere. */
+static inline void fetch_row(const float *rows, const int64_t *slots, int64_t first_slot, int64_t i, int64_t len,
+                             int64_t d) {
+    if (i >= len) return;
+    const float *row = rows + slot_of(slots, first_slot, i) * d;
+    for (int64_t c = 0; c < d; c += 16) __builtin_prefetch(row + c);
+}
+
 /* Scores of all keys for the rows of a block. query: [d][WIDTH], the rows side by side. The last keys repeat the
  * very last one, so that every score comes from the same instructions. */
 static void scores(const float *query, const float *keys, const int64_t *slots, int64_t first_slot,
@@ -109,14 +123,38 @@ static void scores(const float *query, const float *keys, const int64_t *slots, 
         const float *key[KEYS];
         vec sums[KEYS] = {{0}};
         for (int j = 0; j < KEYS; j++) {
-            int64_t row = i + j < len ? i + j : len - 1;
-            key[j] = keys + (slots ? slots[row] : first_slot + row) * d;
+            fetch_row(keys, slots, first_slot, i + 2 * KEYS + j, len, d);
+            key[j] = keys + slot_of(slots, first_slot, i + j < len ? i + j : len - 1) * d;
         }
         for (int64_t c = 0; c < d; c++) {
             vec q = load(query + c * WIDTH);
             for (int j = 0; j < KEYS; j++) sums[j] += key[j][c] * q;
         }
         for (int j = 0; j < KEYS && i + j < len; j++) store(weights + (i + j) * WIDTH, sums[j]);
+    }
+}
+
+/* mixed: [d][WIDTH] sums of weights times values. So many values at a time that they stay in the first-level cache
+ * while each WIDTH of their columns is summed in registers. */
+static void mix_values(const float *weights, const float *values, const int64_t *slots, int64_t first_slot,
+                       float *mixed, int64_t len, int64_t d) {
+    memset(mixed, 0, sizeof(float) * (size_t)(d * WIDTH));
+    for (int64_t block = 0; block < len; block += VALUES) {
+        const int64_t count = len - block < VALUES ? len - block : VALUES;
+        const float *value[VALUES];
+        for (int64_t i = 0; i < count; i++) {
+            fetch_row(values, slots, first_slot, block + VALUES + i, len, d);
+            value[i] = values + slot_of(slots, first_slot, block + i) * d;
+        }
+        for (int64_t part = 0; part < d; part += WIDTH) {
+            vec sums[WIDTH];
+            for (int c = 0; c < WIDTH; c++) sums[c] = load(mixed + (part + c) * WIDTH);
+            for (int64_t i = 0; i < count; i++) {
+                vec w = load(weights + (block + i) * WIDTH);
+                for (int c = 0; c < WIDTH; c++) sums[c] += value[i][part + c] * w;
+            }
+            for (int c = 0; c < WIDTH; c++) store(mixed + (part + c) * WIDTH, sums[c]);
+        }
     }
 }
 
@@ -127,18 +165,8 @@ static void attend(const float *query, const float *keys, const float *values, c
     scores(query, keys, slots, first_slot, weights, len, d);
     vec total = exponentials(weights, bias, len);
     ivec sees = total != 0.0f; /* NaN too: what is not a number shall not look like one */
-    for (int64_t part = 0; part < d; part += WIDTH) {
-        vec sums[WIDTH] = {{0}};
-        for (int64_t i = 0; i < len; i++) {
-            const float *value = values + (slots ? slots[i] : first_slot + i) * d + part;
-            vec w = load(weights + i * WIDTH);
-            for (int c = 0; c < WIDTH; c++) sums[c] += value[c] * w;
-        }
-        for (int c = 0; c < WIDTH; c++) {
-            vec mean = (vec)((ivec)(sums[c] / total) & sees);
-            store(mixed + (part + c) * WIDTH, mean);
-        }
-    }
+    mix_values(weights, values, slots, first_slot, mixed, len, d);
+    for (int64_t c = 0; c < d; c++) store(mixed + c * WIDTH, (vec)((ivec)(load(mixed + c * WIDTH) / total) & sees));
 }
 
 #define ELEM float
@@ -160,8 +188,10 @@ static void attend(const float *query, const float *keys, const float *values, c
 #define IS_FLOAT 0
 #include "cpu_ops.h"
 #include "cpu_choose.h"
+#include "cpu_best.h"
 
 #if defined(_OPENMP) && (defined(__F16C__) || defined(__aarch64__))
-#include "cpu_half.h"
+#include "cpu_crew.h"
+#include "cpu_product.h"
 #include "cpu_layer.h"
 #endif

@@ -25,17 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import ref
+
 log = logging.getLogger("haast")
 
 SOURCE = Path(__file__).with_name("cpu.c")
-INCLUDED = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in ("ops", "choose", "half", "layer"))
+INCLUDED = tuple(
+    Path(__file__).with_name(f"cpu_{name}.h")
+    for name in ("ops", "choose", "best", "crew", "product", "tiles", "layer")
+)
 FLAGS = (
     *("-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-fno-math-errno"),
     *("-shared", "-fPIC"),
 )
 _OPENMP = "-fopenmp"
 WIDTH = 8  # floats of a vector in cpu.c
-PANEL = 16  # outputs of a panel in cpu_half.h
+PANEL = 16  # outputs of a panel in cpu_product.h
 FEW_ROWS = 32  # up to here a call is over too soon to hand over the interpreter's lock meanwhile
 _COMPILE_SECONDS = 60
 
@@ -47,7 +52,7 @@ _SIGNATURES = {
     "rope_write": (_POINTER,) * 6 + (_LONG,) * 6,
     "tree_attention": (*(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, *(_LONG,) * 8, _FLOAT),
 }
-_HALF_LINEAR = (_POINTER,) * 4 + (_LONG,) * 4
+_PANEL_LINEAR = (_POINTER,) * 4 + (_LONG,) * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,8 @@ class Kernels:
 
 
 @dataclass(frozen=True, slots=True)
-class HalfKernels:
-    """Products with a float16 matrix: the same function twice."""
+class PanelKernels:
+    """Products with a matrix in panels: the same function twice."""
 
     short: Callable[..., None]  # keeps the interpreter's lock
     long: Callable[..., None]  # hands it over, so that other threads go on meanwhile
@@ -77,10 +82,10 @@ def kernels_for(dtype: torch.dtype) -> Kernels | None:
 
 
 @functools.cache
-def half_kernels() -> HalfKernels | None:
-    """The float16 product, or None where it was not compiled for this machine or has no threads to run on."""
-    functions = threaded("half_linear", _HALF_LINEAR)
-    return None if functions is None else HalfKernels(*functions)
+def panel_kernels() -> PanelKernels | None:
+    """The products, or None where they were not compiled for this machine or have no threads to run on."""
+    functions = threaded("panel_linear", _PANEL_LINEAR)
+    return None if functions is None else PanelKernels(*functions)
 
 
 def threaded(name: str, signature: Sequence[Any]) -> tuple[Callable[..., None], Callable[..., None]] | None:
@@ -307,39 +312,65 @@ def tree_attention(
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class HalfMatrix:
-    """A float16 matrix [out, in] as ``cpu_half.h`` reads it."""
+class Matrix(ctypes.Structure):
+    """``matrix`` of ``cpu_product.h``."""
 
-    kernels: HalfKernels
-    panels: Tensor  # [ceil(out / PANEL), in, PANEL] float16, padded with zeros
-    num_outputs: int
+    _fields_ = (("panels", _POINTER), ("scales", _POINTER))
 
 
-def pack_half(kernels: HalfKernels, weight: Tensor) -> HalfMatrix:
+class PanelMatrix:
+    """A matrix [out, in] as ``cpu_product.h`` reads it.
+
+    panels: [ceil(out / PANEL), in, PANEL] float16 or, with scales, int8, padded with zeros; scales: float32,
+    one for every output of the panels.
+    """
+
+    def __init__(
+        self, kernels: PanelKernels, panels: Tensor, scales: Tensor | None, num_outputs: int
+    ) -> None:
+        self.kernels, self.panels, self.scales, self.num_outputs = kernels, panels, scales, num_outputs
+        self.num_inputs = panels.shape[1]
+        self.struct = Matrix(panels.data_ptr(), None if scales is None else scales.data_ptr())
+        self.address = ctypes.addressof(self.struct)
+
+
+def pack_half(kernels: PanelKernels, weight: Tensor) -> PanelMatrix:
     """Round a matrix [out, in] to float16 and lay it out in panels."""
+    return PanelMatrix(kernels, _in_panels(weight.half()), None, len(weight))
+
+
+def pack_bytes(kernels: PanelKernels, weight: Tensor) -> PanelMatrix:
+    """Round a matrix [out, in] as ``ref.quantise_rows`` does and lay it out in panels."""
+    codes, scales = ref.quantise_rows(weight)
+    panels = _in_panels(codes)
+    padded = scales.new_zeros(len(panels) * PANEL)
+    padded[: len(scales)] = scales
+    return PanelMatrix(kernels, panels, padded, len(weight))
+
+
+def _in_panels(weight: Tensor) -> Tensor:
+    """[out, in] -> [ceil(out / PANEL), in, PANEL], padded with zeros."""
     num_outputs, num_inputs = weight.shape
     num_panels = -(-num_outputs // PANEL)
-    padded = weight.new_zeros(num_panels * PANEL, num_inputs, dtype=torch.float16)
+    padded = weight.new_zeros(num_panels * PANEL, num_inputs)
     padded[:num_outputs] = weight
-    panels = padded.view(num_panels, PANEL, num_inputs).transpose(1, 2).contiguous()
-    return HalfMatrix(kernels, panels, num_outputs)
+    return padded.view(num_panels, PANEL, num_inputs).transpose(1, 2).contiguous()
 
 
-def half_linear(x: Tensor, matrix: HalfMatrix) -> Tensor:
-    """As ``ref.half_linear``; x contiguous."""
-    num_inputs, num_outputs = x.shape[-1], matrix.num_outputs
-    num_rows = x.numel() // num_inputs
+def panel_linear(x: Tensor, matrix: PanelMatrix) -> Tensor:
+    """x [.., in] float32, contiguous, times a matrix -> [.., out]: as ``ref.half_linear``, or the product
+    with ``ref.quantise_rows``' codes and scales."""
+    num_rows, num_outputs = x.numel() // matrix.num_inputs, matrix.num_outputs
     out = x.new_empty((*x.shape[:-1], num_outputs))
     space = None if num_outputs % PANEL == 0 else x.new_empty(num_rows * PANEL)
     multiply = matrix.kernels.short if num_rows <= FEW_ROWS else matrix.kernels.long
     multiply(
         x.data_ptr(),
-        matrix.panels.data_ptr(),
+        matrix.address,
         out.data_ptr(),
         None if space is None else space.data_ptr(),
         num_rows,
-        num_inputs,
+        matrix.num_inputs,
         num_outputs,
         torch.get_num_threads(),
     )

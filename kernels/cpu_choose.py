@@ -1,4 +1,4 @@
-"""The choice of tokens on a CPU: ``cpu_choose.h``."""
+"""The choice of tokens on a CPU: ``cpu_choose.h``, and a draft's best few: ``cpu_best.h``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import cpu
 
 _SIGNATURE = (ctypes.c_void_p,) * 7 + (ctypes.c_int64,) * 4
+_BEST = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 3
 
 
 @functools.cache
@@ -51,3 +52,28 @@ def choose(
         torch.get_num_threads(),
     )
     return choice
+
+
+@functools.cache
+def best_kernel() -> Callable[..., None] | None:
+    """The compiled function, or None where there is none."""
+    functions = cpu.threaded("best", _BEST)
+    return None if functions is None else functions[0]
+
+
+def best(kernel: Callable[..., None], logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``ref.best``; logits contiguous."""
+    shape, vocab_size = logits.shape[:-1], logits.shape[-1]
+    values = torch.empty(*shape, count, dtype=torch.float32)
+    columns = torch.empty(*shape, count, dtype=torch.int64)
+    mass = torch.empty(shape, dtype=torch.float32)
+    kernel(
+        logits.data_ptr(),
+        values.data_ptr(),
+        columns.data_ptr(),
+        mass.data_ptr(),
+        mass.numel(),
+        vocab_size,
+        count,
+    )
+    return values, columns, mass

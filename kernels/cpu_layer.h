@@ -1,14 +1,16 @@
 /* A decoder layer of a Llama-style model in one call, for the few rows of a decode step: included by cpu.c.
  *
- * x + attention(norm x), then that + mlp(norm of that), with float16 matrices and float32 everything else. The phases
- * are the functions of cpu_ops.h and cpu_half.h, so a layer has the same bits as its operations one by one; what is
- * saved is the way to each of them through the interpreter, and all cores work in every phase. A phase is cut into
- * items that do not depend on each other; between phases the threads wait for one another.
+ * x + attention(norm x), then that + mlp(norm of that), with matrices of float16 or bytes and float32 everything
+ * else. The phases are the functions of cpu_ops.h and cpu_product.h, so a layer has the same bits as its operations
+ * one by one; what is saved is the way to each of them through the interpreter, and all cores work in every phase: a
+ * phase is a number of items for cpu_crew.h.
  */
+
+#define FEW_ROWS 4 /* the fewest that a thread claims at once where a row is a microsecond */
 
 typedef struct {
     const float *input_norm, *post_norm;       /* [hidden]; input_norm may be NULL if its result is always given */
-    const half *qkv, *out, *gate_up, *down;    /* in panels: see cpu_half.h */
+    matrix qkv, out, gate_up, down;            /* see cpu_product.h */
     int64_t hidden, num_heads, num_kv_heads, head_dim, inner;
     int64_t qkv_inputs;                        /* hidden, unless what attention reads is given */
     float eps, scale;
@@ -36,10 +38,8 @@ static inline int64_t attention_space(const haast_layer *layer, int64_t longest)
     return WIDTH * (longest + 2 * layer->head_dim);
 }
 
-/* This thread's share of a product. */
-static void product(const float *x, const half *w, float *out, int64_t rows, int64_t inputs, int64_t outputs) {
-    int64_t panels = outputs / PANEL, thread = omp_get_thread_num(), count = omp_get_num_threads();
-    all_rows(x, w, out, outputs, inputs, rows, panels * thread / count, panels * (thread + 1) / count);
+static inline int64_t num_blocks(int64_t group, const haast_part *part) {
+    return (group * part->num_nodes + WIDTH - 1) / WIDTH;
 }
 
 /* x, out: [rows, hidden]; given: [rows, qkv_inputs] what attention reads instead of norm x, or NULL; pools:
@@ -53,52 +53,46 @@ void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const
     float *normed = rows->space, *heads = normed + n * hidden, *attended = heads + n * all_heads * d;
     float *delta = attended + n * width, *total = delta + n * hidden, *gate_up = total + n * hidden;
     float *gated = gate_up + n * 2 * inner, *attention = gated + n * inner;
+    const int64_t panels = hidden / PANEL, *slots = rows->slots;
+    int64_t blocks = 0; /* of query rows that share a KV head, over all parts */
+    for (int64_t part = 0; part < rows->num_parts; part++) blocks += num_blocks(group, rows->parts + part);
+    crew crew = {0};
 #pragma omp parallel num_threads((int)rows->threads)
     {
+        worker self = {&crew, 0, 0};
         float *own_space = attention + omp_get_thread_num() * attention_space(layer, rows->longest);
-        if (!given) {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < n; row++)
-                haast_rms_norm_float32(x + row * hidden, layer->input_norm, normed + row * hidden, 1, hidden,
-                                       layer->eps);
-        }
-        product(given ? given : normed, layer->qkv, heads, n, layer->qkv_inputs, all_heads * d);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < n; row++)
-            haast_rope_write_float32(heads + row * all_heads * d, rows->cos + row * d, rows->sin + row * d, k_pool,
-                                     v_pool, rows->slots ? rows->slots + row : 0, rows->first_slot + row, 1,
+        int64_t at, end;
+        while (!given && claim(&self, n, FEW_ROWS, &at, &end))
+            haast_rms_norm_float32(x + at * hidden, layer->input_norm, normed + at * hidden, end - at, hidden,
+                                   layer->eps);
+        while (claim(&self, all_heads * d / PANEL, FEW_PANELS, &at, &end))
+            product(given ? given : normed, &layer->qkv, heads, all_heads * d, layer->qkv_inputs, n, at, end);
+        while (claim(&self, n, FEW_ROWS, &at, &end))
+            haast_rope_write_float32(heads + at * all_heads * d, rows->cos + at * d, rows->sin + at * d, k_pool,
+                                     v_pool, slots ? slots + at : 0, rows->first_slot + at, end - at,
                                      layer->num_heads, layer->num_kv_heads, rows->num_slots, d);
-        for (int64_t part = 0; part < rows->num_parts; part++) {
-            const haast_part *own = rows->parts + part;
-            const int64_t blocks = (group * own->num_nodes + WIDTH - 1) / WIDTH;
-#pragma omp for schedule(dynamic) nowait
-            for (int64_t item = 0; item < layer->num_kv_heads * blocks; item++) {
-                int64_t head = item / blocks, pool = head * rows->num_slots * d;
+        while (claim(&self, layer->num_kv_heads * blocks, 1, &at, &end))
+            for (; at < end; at++) {
+                int64_t head = at / blocks, block = at % blocks, pool = head * rows->num_slots * d, of_part;
+                const haast_part *own = rows->parts;
+                for (; block >= (of_part = num_blocks(group, own)); own++) block -= of_part;
                 haast_attend_block_float32(heads + own->first_row * all_heads * d, all_heads * d, k_pool + pool,
-                                     v_pool + pool, own->slots, own->first_slot, own->bias, own->bias_stride,
-                                     attended + own->first_row * width, own_space, own->num_nodes, layer->num_heads,
-                                     group, head, item % blocks * WIDTH, own->len, d, layer->scale);
+                                           v_pool + pool, own->slots, own->first_slot, own->bias, own->bias_stride,
+                                           attended + own->first_row * width, own_space, own->num_nodes,
+                                           layer->num_heads, group, head, block * WIDTH, own->len, d, layer->scale);
             }
-        }
-#pragma omp barrier
-        product(attended, layer->out, delta, n, width, hidden);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < n; row++)
-            haast_add_rms_norm_float32(x + row * hidden, delta + row * hidden, layer->post_norm, total + row * hidden,
-                                       normed + row * hidden, 1, hidden, layer->eps);
-        product(normed, layer->gate_up, gate_up, n, hidden, 2 * inner);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < n * (inner / PANEL); item++) {
-            int64_t row = item / (inner / PANEL), at = item % (inner / PANEL) * PANEL;
-            haast_silu_mul_part_float32(gate_up + row * 2 * inner + at, inner, gated + row * inner + at, PANEL);
-        }
-        product(gated, layer->down, delta, n, inner, hidden);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < n * hidden / PANEL; item++)
-            for (int64_t i = item * PANEL; i < (item + 1) * PANEL; i++) out[i] = total[i] + delta[i];
+        while (claim(&self, panels, FEW_PANELS, &at, &end))
+            product(attended, &layer->out, delta, hidden, width, n, at, end);
+        while (claim(&self, n, FEW_ROWS, &at, &end))
+            haast_add_rms_norm_float32(x + at * hidden, delta + at * hidden, layer->post_norm, total + at * hidden,
+                                       normed + at * hidden, end - at, hidden, layer->eps);
+        while (claim(&self, 2 * inner / PANEL, FEW_PANELS, &at, &end))
+            product(normed, &layer->gate_up, gate_up, 2 * inner, hidden, n, at, end);
+        while (claim(&self, n, 1, &at, &end))
+            haast_silu_mul_float32(gate_up + at * 2 * inner, gated + at * inner, end - at, inner);
+        while (claim(&self, panels, FEW_PANELS, &at, &end))
+            product(gated, &layer->down, delta, hidden, inner, n, at, end);
+        while (claim(&self, n, FEW_ROWS, &at, &end))
+            for (int64_t i = at * hidden; i < end * hidden; i++) out[i] = total[i] + delta[i];
     }
 }

@@ -1,4 +1,4 @@
-"""Whole decoder layers in one call each: ``cpu_layer.h``, for Llama-style layers with float16 matrices.
+"""Whole decoder layers in one call each: ``cpu_layer.h``, for Llama-style layers with matrices in panels.
 
 A layer of a small model is ten operations of ten to a hundred microseconds, and a third of its time is the
 way to them: through the interpreter, and through threads that fall asleep and wake up. A ``FusedLayer`` holds
@@ -9,6 +9,7 @@ operations one by one.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +24,8 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("input_norm", "post_norm", "qkv", "out", "gate_up", "down")),
+        *((name, _POINTER) for name in ("input_norm", "post_norm")),
+        *((name, cpu.Matrix) for name in ("qkv", "out", "gate_up", "down")),
         *(
             (name, _LONG)
             for name in ("hidden", "num_heads", "num_kv_heads", "head_dim", "inner", "qkv_inputs")
@@ -93,17 +95,17 @@ class LayerRows:
         """rotation: cos and sin, [T, .., D] float32, the first half of sin negated; write: [T] slots, or a
         run; parts: all T rows, in order; num_slots: S of the pools."""
         cos, sin = rotation
-        listed: list[list[int]] = []
+        table = array("q")  # of haast_part, seven numbers each
         for part in parts:
-            listed += _sequences(part, sum(sequence[1] for sequence in listed))
-        num_rows, longest = len(cos), max(sequence[4] for sequence in listed)
-        assert sum(sequence[1] for sequence in listed) == num_rows, "the parts have other rows"
+            _append_sequences(table, part)
+        num_rows, num_sequences = len(cos), len(table) // 7
+        longest = max(table[4::7])
+        assert sum(table[1::7]) == num_rows, "the parts have other rows"
         assert cos.numel() == sin.numel() == num_rows * sizes.head_dim, "a rotation of other heads"
         if isinstance(write, slice):
             assert 0 <= write.start == write.stop - num_rows <= num_slots - num_rows, "rows without a slot"
         else:
             assert write.numel() == num_rows, "rows without a slot"
-        table = torch.tensor(listed)
         threads = torch.get_num_threads()
         # The dtype is named: torch's default is whatever somebody has made it.
         space = torch.empty(sizes.space(num_rows, longest, threads), dtype=torch.float32)
@@ -112,11 +114,11 @@ class LayerRows:
         self._held = (cos, sin, write, parts, table, space)  # what the addresses below lead to
         self._struct = _Rows(
             num_rows,
-            len(listed),
+            num_sequences,
             longest,
             num_slots,
             threads,
-            table.data_ptr(),
+            table.buffer_info()[0],
             cos.data_ptr(),
             sin.data_ptr(),
             None if isinstance(write, slice) else write.data_ptr(),
@@ -126,23 +128,22 @@ class LayerRows:
         self.address = ctypes.addressof(self._struct)
 
 
-def _sequences(part: Part, first_row: int) -> list[list[int]]:
-    """Each sequence of a part as ``haast_part`` has it."""
+def _append_sequences(table: array[int], part: Part) -> None:
+    """Append each sequence of a part as ``haast_part`` has it."""
     bias, bias_stride = 0, 0
     if part.bias is not None:
         assert part.bias.shape[:2] == (part.num_seqs, part.num_nodes), "a mask of other rows"
         bias, bias_stride = part.bias.data_ptr(), part.bias.shape[2]
     assert len(part.read) == part.num_seqs, "some sequences read nothing"
-    found = []
-    for number in range(part.num_seqs):
-        if isinstance(part.read, tuple):
-            run = part.read[number]
-            read = [0, run.start, run.stop - run.start]
+    for read in part.read:
+        first_row = table[-7] + table[-6] if table else 0
+        if isinstance(read, slice):
+            own = 0, read.start, read.stop - read.start
         else:
-            read = [part.read[number].data_ptr(), 0, part.read.shape[1]]
-        own_bias = bias + 4 * number * part.num_nodes * bias_stride
-        found.append([first_row + number * part.num_nodes, part.num_nodes, *read, own_bias, bias_stride])
-    return found
+            own = read.data_ptr(), 0, len(read)
+        table.extend((first_row, part.num_nodes, *own, bias, bias_stride))
+        if bias:
+            bias += 4 * part.num_nodes * bias_stride
 
 
 class FusedLayer:
@@ -152,23 +153,23 @@ class FusedLayer:
         self,
         functions: tuple[Callable[..., None], Callable[..., None]],
         norms: tuple[Tensor | None, Tensor],
-        matrices: tuple[cpu.HalfMatrix, ...],
+        matrices: tuple[cpu.PanelMatrix, ...],
         sizes: LayerSizes,
         eps: float,
         scale: float,
     ) -> None:
         self.sizes, self._has_norm = sizes, norms[0] is not None
         self._short, self._long = functions
-        self._qkv_inputs = matrices[0].panels.shape[1]
+        self._qkv_inputs = matrices[0].num_inputs
         heads, inner = sizes.num_heads * sizes.head_dim, sizes.inner
         outputs = heads + 2 * sizes.num_kv_heads * sizes.head_dim, sizes.hidden, 2 * inner, sizes.hidden
         assert tuple(matrix.num_outputs for matrix in matrices) == outputs
-        assert [matrix.panels.shape[1] for matrix in matrices[1:]] == [heads, sizes.hidden, inner]
+        assert [matrix.num_inputs for matrix in matrices[1:]] == [heads, sizes.hidden, inner]
         assert all(norm is None or len(norm) == sizes.hidden for norm in norms)
         self._held = norms, matrices  # what the addresses below lead to
         self._struct = _Layer(
             *(None if norm is None else norm.data_ptr() for norm in norms),
-            *(matrix.panels.data_ptr() for matrix in matrices),
+            *(matrix.struct for matrix in matrices),
             sizes.hidden,
             sizes.num_heads,
             sizes.num_kv_heads,
@@ -218,10 +219,10 @@ def fused_layer(
 
     norms: before attention (None if what it reads is always given) and before the feed-forward block,
     [hidden] float32; matrices: query, key and value together, output, gate and up together, down, each as
-    packed by ``ops.pack_half``; scale: of the scores.
+    packed by ``dispatch.pack_half`` or ``dispatch.pack_bytes``; scale: of the scores.
     """
     functions = cpu.threaded("decoder_layer", _SIGNATURE)
-    packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.HalfMatrix))
+    packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.PanelMatrix))
     widths = sizes.hidden, sizes.inner, (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
     fits = all(width % cpu.PANEL == 0 for width in widths) and sizes.head_dim % cpu.WIDTH == 0
     plain = all(norm is None or (norm.dtype is torch.float32 and norm.is_contiguous()) for norm in norms)

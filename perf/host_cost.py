@@ -40,10 +40,10 @@ from engine.cli.options import add_engine_arguments, open_engine
 from engine.cli.parser import Parser
 from engine.core import Request, SamplingParams
 from engine.errors import ConfigError, EngineError
-from engine.server.app import ServerOptions, ServerState
 from engine.server.lifecycle import app_runner
 from engine.server.output import Output
 from engine.server.replies import Envelope
+from engine.server.state import ServerOptions, ServerState
 from engine.step import Engine
 from perf.closed_loop import clear
 from perf.provenance import provenance
@@ -110,7 +110,7 @@ async def behind_server(served: Served, args: argparse.Namespace) -> dict[str, A
                     users.terminate()
                 await users.wait()
                 await serving.runner.stop()
-                serving.threads.shutdown(wait=False, cancel_futures=True)
+                serving.close()
     finally:
         await runner.cleanup()
     after.subtract(before)

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.checks import check_request
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError, RequestError
-from engine.scheduler import check_request
 
 Family = Literal["plain", "chain", "tree", "auto"]
 

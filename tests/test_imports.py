@@ -24,6 +24,7 @@ FLOORS = {
     "engine.scheduler": 3,
     "engine.build": 3,
     "engine.canary": 3,
+    "engine.warmup": 3,
     "engine.memory": 3,  # of build: sizes target and head together, so it knows the heads of draft
     "draft": 2,
     "verify": 2,
@@ -39,7 +40,9 @@ FLOORS = {
     "engine.prefix": 1,
     "engine.kvcache": 1,
     "engine.rows": 1,
+    "engine.checks": 1,
     "engine.edits": 1,
+    "engine.logprobs": 1,
     "engine.penalties": 1,
     "engine.sampler": 1,
     "engine.parallel": 1,
@@ -165,18 +168,39 @@ BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal
 BANNED_CALLS = {"eval", "exec", "print", "__import__"}
 
 
+BANNED_FUNCTIONS = {
+    *("torch.load", "np.load", "numpy.load", "os.system", "os.popen"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+}
+SECRETS = {"api_key", "api_keys", "secret", "password", "digest"}
+
+
+def name_of(node: ast.expr) -> str:
+    """The last name of an expression like ``options.api_key``."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
 def forbidden(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, what) of everything that must not stand in a package."""
+    is_edge = path.is_relative_to(ROOT / "engine" / "server")
     for line, imported in imports(path, tree):
         if imported.split(".")[0] in BANNED_MODULES:
             yield line, f"import {imported}"
     for node in ast.walk(tree):
+        if isinstance(node, ast.Assert) and is_edge:
+            yield node.lineno, "assert where input is checked: it is gone with python -O"
+        if isinstance(node, ast.Compare) and any(
+            isinstance(op, ast.Eq | ast.NotEq | ast.In) for op in node.ops
+        ):
+            sides = {name_of(side) for side in (node.left, *node.comparators)}
+            if sides & SECRETS:
+                yield node.lineno, f"{', '.join(sides & SECRETS)} compared by other than compare_digest"
         if not isinstance(node, ast.Call):
             continue
         if isinstance(node.func, ast.Name) and node.func.id in BANNED_CALLS:
             yield node.lineno, f"{node.func.id}()"
         name = ast.unparse(node.func)
-        if name in ("torch.load", "np.load", "numpy.load", "os.system", "os.popen"):
+        if name in BANNED_FUNCTIONS:
             yield node.lineno, f"{name}()"
         for keyword in node.keywords:
             if keyword.arg == "shell" and ast.unparse(keyword.value) != "False":
@@ -206,14 +230,19 @@ def test_nothing_dangerous_or_noisy_is_written() -> None:
         "subprocess.run('ls', shell=True)",
         "os.system('ls')",
         "load(x, trust_remote_code=True)",
+        "yaml.load(x)",
+        "assert call.n < 8",
+        "options.api_key == given",
+        "given in options.api_keys",
     ],
 )
 def test_the_gate_bites(line: str) -> None:
-    assert list(forbidden(ROOT / "engine" / "x.py", ast.parse(line)))
+    assert list(forbidden(ROOT / "engine" / "server" / "x.py", ast.parse(line)))
 
 
 def test_harmless_namesakes_pass() -> None:
     code = "model.eval()\nconsole.print('x')\nsafetensors.torch.load_file('x')\nrun(['ls'], shell=False)\n"
+    code += "yaml.safe_load(x)\nassert pages\nlen(keys) == 1\n"
     assert not list(forbidden(ROOT / "engine" / "x.py", ast.parse(code)))
 
 

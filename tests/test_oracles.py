@@ -103,6 +103,20 @@ def test_sampler_by_hand() -> None:
     assert sampler.choose(logits, [0, 0, 0, 9, 0], 0.0) == 0
 
 
+def test_edits_by_hand() -> None:
+    logits, prompt, answer = [4.0, -4.0, 2.0, 2.0, 0.5], [0, 1], [2, 3, 2]
+    assert sampler.edit(logits, prompt, answer, repetition_penalty=2.0).tolist() == [2.0, -8.0, 1.0, 1.0, 0.5]
+    penalised = sampler.edit(logits, prompt, answer, frequency_penalty=0.5, presence_penalty=0.25)
+    assert penalised.tolist() == [4.0, -4.0, 0.75, 1.25, 0.5]
+    words = [(4,), (2, 0), (3, 2, 1), (2, 2, 3), (1, 2, 3, 2, 3)]  # the last begins in the prompt
+    banned = np.isinf(sampler.edit(logits, prompt, answer, bad_words=words))
+    assert banned.tolist() == [True, True, False, False, True]
+    assert np.isinf(sampler.edit(logits, prompt, answer, min_tokens=4, ends=[1, 3])).sum() == 2
+    assert not np.isinf(sampler.edit(logits, prompt, answer, min_tokens=3, ends=[1, 3])).any()
+    biased = sampler.edit(logits, prompt, answer, logit_bias=[(1, 5.0)], repetition_penalty=2.0)
+    assert biased[1] == 0.5, "the bias is penalised too"
+
+
 def test_noise_scores_tell_good_from_bad() -> None:
     generator = np.random.default_rng(0)
     good = generator.gumbel(size=(8, 50, 100))

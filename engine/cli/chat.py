@@ -25,6 +25,7 @@ from engine.server import protocol
 from engine.server.metrics import summarise
 from engine.server.output import Reading
 from engine.server.prepare import Preparer
+from engine.server.ticket import EngineFailedError
 from engine.text.output_parser import (
     Answer,
     Event,
@@ -130,7 +131,7 @@ def _ask(
     finally:
         screen.end()
     if with_stats:
-        sys.stderr.write(_stats_line(metrics))
+        sys.stderr.write(stats_line(metrics))
     return answer
 
 
@@ -178,7 +179,9 @@ class _Screen:
             self._open = what
 
 
-def _stats_line(metrics: dict[str, Any]) -> str:
+def stats_line(metrics: dict[str, Any]) -> str:
+    """Speed and acceptance of an answer, from its ``metrics``."""
+
     def number(value: float | None, pattern: str) -> str:
         return "-" if value is None else pattern.format(value)
 
@@ -201,6 +204,8 @@ def _local(args: argparse.Namespace) -> Partner:
         [request] = preparer.chat(call)
         output = None
         for progress in engine.stream(request, Reading.of_chat(call.offers_tools)):
+            if progress.error is not None:
+                raise EngineFailedError(progress.error)
             output = progress.output
             for event in progress.events:
                 show(event)

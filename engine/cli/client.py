@@ -93,10 +93,17 @@ async def stream_chat(
     http: aiohttp.ClientSession, body: Mapping[str, object], show: Callable[[Event], object]
 ) -> StreamedAnswer:
     """Stream one chat answer; ``show`` gets each piece of it as it arrives. Raises ServerError."""
+    return await stream_answer(http, CHAT, body, show)
+
+
+async def stream_answer(
+    http: aiohttp.ClientSession, path: str, body: Mapping[str, object], show: Callable[[Event], object]
+) -> StreamedAnswer:
+    """The same for either kind of answer; path: CHAT or COMPLETIONS."""
     answer = StreamedAnswer()
     sent = time.perf_counter()
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    async with aclosing(stream_data(http, CHAT, body)) as events:
+    async with aclosing(stream_data(http, path, body)) as events:
         async for data in events:
             now = time.perf_counter() - sent
             event = _event(data)
@@ -106,7 +113,7 @@ async def stream_chat(
                 answer.first_at = now if answer.first_at is None else answer.first_at
                 answer.last_at = now
                 answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-                for piece in _pieces(choice.get("delta", {})):
+                for piece in _pieces(choice):
                     answer.events.append(piece)
                     if isinstance(piece, TextDelta):
                         answer.text += piece.text
@@ -116,8 +123,11 @@ async def stream_chat(
     return answer
 
 
-def _pieces(delta: Mapping[str, Any]) -> Iterator[Event]:
-    """What one delta brings, as the server's own parser would tell it."""
+def _pieces(choice: Mapping[str, Any]) -> Iterator[Event]:
+    """What one event brings to an answer, as the server's own parser would tell it."""
+    delta = choice.get("delta") or {}
+    if choice.get("text"):
+        yield TextDelta(choice["text"])
     if delta.get("reasoning_content"):
         yield ReasoningDelta(delta["reasoning_content"])
     if delta.get("content"):

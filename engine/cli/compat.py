@@ -44,6 +44,7 @@ _ONE_GPU: Final = (
 _OWN_CODE: Final = "no code from a checkpoint is ever run: leave the flag out"
 _OF_CHECKPOINT: Final = "the checkpoint's own is used: leave the flag out"
 _NO_IMAGES: Final = "no effect: requests with images are refused"
+_OWN_SERVER: Final = "the server runs no code but its own: put a proxy in front of it"
 _PROXY: Final = "put a proxy in front of haast that does this"
 _NO_LORA: Final = "adapters are not served: merge them into the checkpoint"
 _TOOLS: Final = (
@@ -131,8 +132,11 @@ TABLE: Final[tuple[Row, ...]] = (
     ),
     Row(("--cpu-offload-gb", "--swap-space"), "weights and rows stay on their device: use 0", ("0", "0.0")),
     Row(("--num-gpu-blocks-override",), "use --kv-cache-memory BYTES"),
-    Row(("--max-num-queued-tokens",), "the queue is bounded by requests: use --max-num-queued-reqs N"),
-    Row(("--scheduling-policy", "--schedule-policy"), "requests run in order: use fcfs", ("fcfs",)),
+    Row(
+        ("--scheduling-policy", "--schedule-policy"),
+        'requests run by their "priority", then in order: leave the flag out',
+        ("fcfs", "priority"),
+    ),
     Row(
         ("--attention-backend",),
         "no effect: haast has its own attention for each kind of model",
@@ -148,6 +152,20 @@ TABLE: Final[tuple[Row, ...]] = (
     _switch("accept", "steps are not overlapped", "--no-async-scheduling", "--disable-overlap-schedule"),
     # the server
     _switch("accept", "/metrics is always there", "--enable-metrics"),
+    _switch("accept", "every answer has its request id", "--enable-request-id-headers"),
+    _switch("accept", "usage always has them", "--enable-prompt-tokens-details", "--enable-cache-report"),
+    _switch(
+        "accept", "there is no such log", "--disable-uvicorn-access-log", "--disable-access-log-for-endpoints"
+    ),
+    _switch("accept", "there are no such pages", "--disable-fastapi-docs"),
+    _switch("refuse", "use --cors-origin ORIGIN", "--allow-credentials"),
+    Row(("--allowed-origins",), "use --cors-origin ORIGIN, once for each"),
+    Row(("--allowed-methods", "--allowed-headers"), "no effect: use --cors-origin ORIGIN", otherwise="note"),
+    Row(("--middleware",), _OWN_SERVER),
+    Row(("--response-role",), "the role is always assistant: leave the flag out", ("assistant",)),
+    Row(("--stream-interval",), "every step is an event: use 1", ("1",)),
+    Row(("--api-server-count", "--tokenizer-worker-num"), "one process serves all: use 1", ("1",)),
+    Row(("--log-config-file",), "use --log-level LEVEL"),
     _switch(
         "note",
         "no effect: speed is logged every 10 s while requests run; --log-level warning turns it off",
@@ -155,7 +173,7 @@ TABLE: Final[tuple[Row, ...]] = (
     ),
     _switch("accept", "requests are not logged", "--disable-log-requests", "--no-enable-log-requests"),
     _switch("refuse", "requests are not logged: leave the flag out", "--enable-log-requests"),
-    Row(("--ssl-keyfile", "--ssl-certfile", "--allowed-origins", "--root-path"), _PROXY),
+    Row(("--ssl-keyfile", "--ssl-certfile", "--root-path"), _PROXY),
     Row(("--uds",), "the server listens on a port: use --host and --port"),
 )
 

@@ -19,7 +19,7 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,7 @@ from engine.errors import ConfigError
 PREFIX: Final = "HAAST_"
 CONFIG_FLAG: Final = "--config"
 SECRET: Final = ("--api-key", "--header")  # flags whose values are never shown
+_NO_FLAGS: Final = ("HAAST_CPU_KERNELS",)  # of ours, but of no verb
 _TAKES_JSON: Final = ("JSON", "VALUE")  # metavars of flags whose value may be an object; VALUE is foreign
 _FALSE: Final = ("0", "false", "no", "off")
 _TRUE: Final = ("1", "true", "yes", "on")
@@ -79,6 +80,19 @@ def variable_of(action: argparse.Action) -> str | None:
     if flag is None or flag == "--help":
         return None
     return PREFIX + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def unknown_variables(known: Iterable[str]) -> list[str]:
+    """A warning for each HAAST_ variable that is set and belongs to none of the known names, with the nearest
+    of them: it was meant for something."""
+    names = sorted(known)
+    warnings = []
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in (*names, *_NO_FLAGS):
+            close = nearest(name.removeprefix(PREFIX), [one.removeprefix(PREFIX) for one in names])
+            hint = f"; did you mean {PREFIX}{close}?" if close else ""
+            warnings.append(f"the environment variable {name} is no flag's here{hint}")
+    return warnings
 
 
 def typed_actions(words: Sequence[str], options: Mapping[str, argparse.Action]) -> set[argparse.Action]:

@@ -22,16 +22,17 @@ from typing import IO, Any
 import msgspec
 
 from engine.build import Served
-from engine.cli.local import LocalEngine
+from engine.cli.local import LocalEngine, Progress
 from engine.cli.options import add_engine_arguments, open_engine
 from engine.cli.sampling import add_sampling_arguments, sampling_fields
 from engine.core import Request
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.server import faults, protocol
 from engine.server.metrics import Metrics, summarise
-from engine.server.output import Output, Reading
+from engine.server.output import Reading
 from engine.server.prepare import Preparer
 from engine.server.replies import CalledTool, ErrorBody, Usage
+from engine.server.ticket import EngineFailedError
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
@@ -92,7 +93,7 @@ def answers(served: Served, bodies: list[dict[str, Any]]) -> Iterator[Answer]:
         for progress in engine.step() if engine.num_active else ():
             if progress.output.finish_reason is not None:
                 index = index_of.pop(progress.output.request.id)
-                done[index] = _answer(index, progress.output)
+                done[index] = _answer(index, progress)
         while next_out in done:
             yield done.pop(next_out)
             next_out += 1
@@ -102,15 +103,29 @@ def _prepare(preparer: Preparer, body: dict[str, Any]) -> tuple[Request, Reading
     encoded = msgspec.json.encode(body)
     if "messages" in body:
         call = protocol.decode_chat(encoded)
+        _check_alone(call)
         [request] = preparer.chat(call)
         return request, Reading.of_chat(call.offers_tools)
-    requests = preparer.completion(protocol.decode_completion(encoded))
+    completion = protocol.decode_completion(encoded)
+    _check_alone(completion)
+    requests = preparer.completion(completion)
     if len(requests) != 1:
         raise RequestError(f"found {len(requests)} prompts in one line, expected one", "prompt")
     return requests[0], Reading.TEXT
 
 
-def _answer(index: int, output: Output) -> Answer:
+def _check_alone(call: protocol.GenerationRequest) -> None:
+    """One answer to a line, without log-probabilities."""
+    if call.num_choices != 1:
+        raise RequestError(f"n is {call.n}, but a line has one answer; repeat the line", "n")
+    if call.num_logprobs is not None:
+        raise RequestError("logprobs are reported by `haast serve` only", "logprobs")
+
+
+def _answer(index: int, progress: Progress) -> Answer:
+    if progress.error is not None:
+        return Answer(index, error=faults.reply_of(EngineFailedError(progress.error)).error)
+    output = progress.output
     num_prompt, answer = len(output.request.prompt), output.answer
     return Answer(
         index,

@@ -21,6 +21,7 @@ class Progress:
 
     output: Output
     events: list[Event]  # what became certain, possibly nothing
+    error: str | None = None  # why it ended, if it failed
 
 
 class LocalEngine:
@@ -58,7 +59,7 @@ class LocalEngine:
                 del self._outputs[delta.request_id]
                 if delta.finish_reason is None:  # a stop string: the engine does not know yet
                     self._served.engine.abort(delta.request_id)
-            yield Progress(output, events)
+            yield Progress(output, events, delta.error)
 
     def stream(self, request: Request, reading: Reading = Reading.TEXT) -> Iterator[Progress]:
         """Answer one request; abandoning the iteration aborts it. Raises RequestError."""

@@ -17,10 +17,12 @@ from engine.cli.parser import Parser as Parser
 VERBS = {
     "serve": "HTTP server with OpenAI's API",
     "chat": "talk to a model, in process or through a server",
+    "complete": "how a server goes on with a text",
     "generate": "answer a file of prompts, JSONL out",
     "check": "say what a model is and which GPUs hold it, from its headers",
     "bench": "measure speed",
     "train": "train a draft head for a model",
+    "env": "versions and hardware, for a report of a problem",
     "demo": "one answer over HTTP, with and without speculation",
     "synth": "write a random model in a published format, for tests and measurements",
 }

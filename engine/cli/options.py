@@ -24,6 +24,7 @@ from engine.cli.speculative import Asked, asked, check_method
 from engine.config import EngineConfig, LlamaConfig
 from engine.core import Speculation
 from engine.errors import ConfigError
+from engine.warmup import warm_up
 from kernels import has_fast_bfloat16
 
 log = logging.getLogger("haast")
@@ -334,6 +335,7 @@ def open_engine(args: argparse.Namespace) -> Served:
         config.dtype_name,
         served.root,
     )
+    warm_up(served.engine)
     return served
 
 

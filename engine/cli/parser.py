@@ -2,7 +2,7 @@
 
 - A flag may be written with underscores, never abbreviated; for an unknown one the nearest is suggested.
 - Flags that are not typed may come from the environment or a file, see ``engine.cli.environment``; which
-  did is in ``given`` of the result.
+  did is in ``given`` of the result, the names of all variables are in ``known_variables``.
 - A mistake is one line on stderr and exit code 2.
 - ``--help`` has a line for each flag, ``--help=all`` every word about it and the name of its variable.
 """
@@ -73,6 +73,8 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-"):
                 name = word.partition("=")[0]  # its value may be a key
                 self.error(f"unknown flag {name}{self._nearest(name)}")
+        variables = map(variable_of, self._actions)
+        parsed.known_variables = {variable for variable in variables if variable is not None}
         parsed.given = (*getattr(parsed, "given", ()), *self._given(words, parsed))
         return parsed, unknown
 

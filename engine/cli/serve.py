@@ -6,23 +6,25 @@ import argparse
 import logging
 import re
 import sys
-from pathlib import Path
 
 import torch
 import uvloop
 
 from engine.build import Served
 from engine.cli.compat import add_foreign_arguments, notes_of
+from engine.cli.env import driver_version
+from engine.cli.environment import unknown_variables
 from engine.cli.options import add_engine_arguments, engine_config, notes, open_engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.server.app import ServerOptions
+from engine.server.access import LOOPBACK
 from engine.server.lifecycle import serve
+from engine.server.state import ServerOptions
 from engine.server.version import version
 
 log = logging.getLogger("haast")
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s@]+")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-num-queued-reqs",
+        "--max-queued-requests",
         type=int,
         default=default.max_num_queued_reqs,
         metavar="N",
         help="requests that may wait; more get 503",
+    )
+    group.add_argument(
+        "--max-num-queued-tokens",
+        type=int,
+        default=default.max_num_queued_tokens,
+        metavar="N",
+        help="tokens of prompts that may wait; more get 503, but one that comes alone is taken",
     )
     group.add_argument(
         "--sse-keep-alive-interval",
@@ -66,6 +76,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.shutdown_timeout,
         metavar="SECONDS",
         help="time for running requests after SIGTERM",
+    )
+    group.add_argument(
+        "--watchdog-timeout",
+        type=float,
+        default=default.stalled_after,
+        metavar="SECONDS",
+        help="without progress after which the engine counts as stalled; 0 turns it off",
+    )
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="a name to be called by on a loopback address, besides localhost; may be repeated",
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        default=argparse.SUPPRESS,
+        help="a web page's origin that may use the API, as https://HOST, or * for all; may be repeated",
     )
     group.add_argument(
         "--log-level",
@@ -99,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
         log.info("Non-default arguments: %s", ", ".join(given))
     for note in (*notes_of(args), *notes(args, config)):
         log.info("%s", note)
-    if options.host not in _LOOPBACK and not options.api_keys:
+    for note in unknown_variables(args.known_variables):
+        log.warning("%s", note)
+    if options.host not in LOOPBACK and not options.api_keys:
         log.warning(
             "--host %s without --api-key: whoever reaches this machine may use the model", options.host
         )
@@ -117,20 +150,34 @@ def server_options(args: argparse.Namespace) -> ServerOptions:
     """The options that the flags describe. Raises ConfigError naming the flag."""
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port is {args.port}, expected 0 to 65535")
-    for flag in ("max_num_queued_reqs", "sse_keep_alive_interval", "shutdown_timeout"):
+    for flag in (
+        "max_num_queued_reqs",
+        "max_num_queued_tokens",
+        "sse_keep_alive_interval",
+        "shutdown_timeout",
+        "watchdog_timeout",
+    ):
         if not getattr(args, flag) >= 0:
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected 0 or more")
     keys = getattr(args, "api_key", [])
     if not all(keys):
         raise ConfigError("--api-key is empty")
+    origins = tuple(getattr(args, "cors_origin", ()))
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(f"--cors-origin is {origin!r}, expected https://HOST, with no path, or *")
     return ServerOptions(
         host=args.host,
         port=args.port,
         api_keys=tuple(keys),
         served_names=tuple(getattr(args, "served_model_name", ())),
         max_num_queued_reqs=args.max_num_queued_reqs,
+        max_num_queued_tokens=args.max_num_queued_tokens,
         keep_alive_interval=args.sse_keep_alive_interval,
         shutdown_timeout=args.shutdown_timeout,
+        stalled_after=args.watchdog_timeout,
+        allowed_hosts=tuple(name.lower() for name in getattr(args, "allowed_host", ())),
+        cors_origins=origins,
     )
 
 
@@ -170,6 +217,5 @@ def _device_name(config: EngineConfig) -> str:
     """The device, and its driver's version where Linux says it."""
     if not config.device.startswith("cuda"):
         return f"CPU with {torch.get_num_threads()} threads"
-    name, file = torch.cuda.get_device_name(config.device), Path("/proc/driver/nvidia/version")
-    found = re.search(r"  (\d+\.[\d.]+) ", file.read_text()) if file.is_file() else None
-    return name if found is None else f"{name}, driver {found[1]}"
+    name, driver = torch.cuda.get_device_name(config.device), driver_version()
+    return name if driver is None else f"{name}, driver {driver}"

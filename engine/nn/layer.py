@@ -34,7 +34,7 @@ class DecoderLayer:
         )
         matrices = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
         self._fused = fused_layer(
-            (input_norm, post_norm), [linear.packed_half for linear in matrices], sizes, eps, attention.scale
+            (input_norm, post_norm), [linear.packed for linear in matrices], sizes, eps, attention.scale
         )
 
     def __call__(

@@ -3,6 +3,7 @@
 dense    any dtype and device, ``F.linear``
 packed   CPU: the weight reordered once for oneDNN
 half     CPU without bfloat16 units: float16 weight, float32 everything else; half the bytes of float32
+bytes    the same with 255 values an output, for a head: what it rounds changes no token that is emitted
 fp8      an Fp8Weight, W8A16: the codes as stored, one byte an element
 nvfp4    an Nvfp4Weight, W4A16: codes and block scales as stored, 0.5625 bytes an element
 mixed    several weights of different kinds: one product each, outputs side by side
@@ -21,7 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.nn.weight import Fp8Weight, Nvfp4Weight, Weight
-from kernels import fp8_linear, half_linear, nvfp4_linear, pack_half, pack_linear, packed_linear
+from kernels import (
+    fp8_linear,
+    half_linear,
+    nvfp4_linear,
+    pack_bytes,
+    pack_half,
+    pack_linear,
+    packed_linear,
+    panel_linear,
+)
 
 # Rows that a speculative step usually has: the hint for the packed layout.
 _TYPICAL_ROWS = 8
@@ -34,45 +44,46 @@ class Linear:
     """y = x @ weight.T, without bias. weight: [out, in], plain or quantised; y has x's dtype.
 
     half: round the weight to float16 where the device then multiplies it faster; without effect elsewhere
-    and on quantised weights. Several weights: see ``fuse``.
+    and on quantised weights. coarse: with ``half``, round it to bytes if that is faster still. Several
+    weights: see ``fuse``.
 
     ``weight`` is the plain matrix where it is held as one, else None.
     """
 
-    def __init__(self, *weights: Weight, half: bool = False) -> None:
+    def __init__(self, *weights: Weight, half: bool = False, coarse: bool = False) -> None:
         assert all(len(weight.shape) == 2 for weight in weights), "a stack of experts is no Linear's weight"
         assert len({weight.shape[1] for weight in weights}) == 1, "fused weights read the same input"
         self.out_features = sum(weight.shape[0] for weight in weights)
         self.in_features = weights[0].shape[1]
         self._multiply: _Product
-        self.scheme, self._multiply, self._held = _choose(weights, half)
+        self.scheme, self._multiply, self._held = _choose(weights, half, coarse)
         self.weight: Tensor | None = self._held if self.scheme == "dense" else None
 
     @property
-    def packed_half(self) -> Any | None:
-        """The weight as packed for ``kernels.half_linear``, if it is."""
-        return self._held if self.scheme == "half" else None
+    def packed(self) -> Any | None:
+        """The weight as packed for products of few rows on a CPU, if it is."""
+        return self._held if self.scheme in ("half", "bytes") else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x, self._held)
 
 
-def fuse(*weights: Weight, half: bool = False) -> Linear:
+def fuse(*weights: Weight, half: bool = False, coarse: bool = False) -> Linear:
     """One Linear for several weights that read the same input: fewer, larger products.
 
     Its outputs are theirs side by side. Each quantised matrix keeps its codes and its own scale.
     """
-    return Linear(*weights, half=half)
+    return Linear(*weights, half=half, coarse=coarse)
 
 
-def _choose(weights: Sequence[Weight], half: bool) -> tuple[str, _Product, Any]:
+def _choose(weights: Sequence[Weight], half: bool, coarse: bool) -> tuple[str, _Product, Any]:
     """(scheme, product, what it holds of the weights)."""
     plain = [weight for weight in weights if isinstance(weight, Tensor)]
     fp8 = [weight for weight in weights if isinstance(weight, Fp8Weight)]
     nvfp4 = [weight for weight in weights if isinstance(weight, Nvfp4Weight)]
     if len(plain) == len(weights):
         matrix = _rows(plain)
-        for scheme, multiply, packed in _packings(matrix, half):
+        for scheme, multiply, packed in _packings(matrix, half, coarse):
             if packed is not None:  # it replaces the weight: two copies would double a CPU server's memory
                 return scheme, multiply, packed
         return "dense", F.linear, matrix
@@ -84,12 +95,14 @@ def _choose(weights: Sequence[Weight], half: bool) -> tuple[str, _Product, Any]:
         block_scales = _rows([weight.block_scales for weight in nvfp4])
         divisors = _row_scales(nvfp4, [weight.divisor for weight in nvfp4])
         return "nvfp4", lambda x, held: nvfp4_linear(x, *held), (codes, block_scales, divisors)
-    parts = tuple(Linear(weight, half=half) for weight in weights)
+    parts = tuple(Linear(weight, half=half, coarse=coarse) for weight in weights)
     return "mixed", lambda x, parts: torch.cat([part(x) for part in parts], dim=-1), parts
 
 
-def _packings(weight: Tensor, half: bool) -> Iterator[tuple[str, _Product, Any | None]]:
+def _packings(weight: Tensor, half: bool, coarse: bool) -> Iterator[tuple[str, _Product, Any | None]]:
     """(name, product, packed weight or None) of what is worth trying, best first; packed when asked for."""
+    if half and coarse:
+        yield "bytes", panel_linear, pack_bytes(weight)
     if half:
         yield "half", half_linear, pack_half(weight)
     yield "packed", packed_linear, pack_linear(weight, _TYPICAL_ROWS)

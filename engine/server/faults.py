@@ -9,7 +9,13 @@ from engine.server.protocol import shorten
 from engine.server.replies import ErrorBody, ErrorReply, encoder
 
 RETRY_AFTER = "1"  # seconds, sent with every 503 that may pass
-_STATUS_OF_CODE = {"model_not_found": 404, "invalid_api_key": 401, "unsupported_media_type": 415}
+_STATUS_OF_CODE = {
+    "model_not_found": 404,
+    "invalid_api_key": 401,
+    "host_not_allowed": 403,
+    "body_too_large": 413,
+    "unsupported_media_type": 415,
+}
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 

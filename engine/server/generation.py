@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from aiohttp import web
 from msgspec import UNSET, UnsetType
@@ -20,12 +20,14 @@ from engine.build import Served
 from engine.core import Request
 from engine.errors import EngineError
 from engine.server import faults
+from engine.server.logprobs import Logprobs, Speller
 from engine.server.metrics import Metrics, StampedDelta, summarise
 from engine.server.output import Output, output_for
 from engine.server.protocol import StreamOptions
-from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, Usage
-from engine.server.runner import EngineRunner, Ticket
+from engine.server.replies import Choice, Envelope, Form, PromptTokensDetails, Reply, TextChoice, Usage
+from engine.server.runner import EngineRunner
 from engine.server.sse import ClientGoneError, EventStream
+from engine.server.ticket import Ticket
 from engine.text.output_parser import Event
 
 log = logging.getLogger(__name__)
@@ -36,12 +38,21 @@ class Generation:
     left."""
 
     def __init__(
-        self, runner: EngineRunner, ticket: Ticket, outputs: Sequence[Output], envelope: Envelope
+        self,
+        runner: EngineRunner,
+        ticket: Ticket,
+        outputs: Sequence[Output],
+        spellers: Sequence[Speller],
+        num_choices: int,
+        envelope: Envelope,
+        with_token_ids: bool = False,
     ) -> None:
         self._runner, self._ticket, self._envelope = runner, ticket, envelope
-        self._outputs = list(outputs)
+        self._outputs, self._spellers, self._num_choices = list(outputs), list(spellers), num_choices
         self._index = {output.request.id: index for index, output in enumerate(outputs)}
         self._begun: set[int] = set()  # answers of which something was sent
+        self._with_token_ids = with_token_ids
+        self._num_sent = [0] * len(outputs)  # tokens
 
     @classmethod
     async def start(
@@ -49,18 +60,27 @@ class Generation:
         runner: EngineRunner,
         served: Served,
         requests: Sequence[Request],
+        num_choices: int,
         form: Form,
         model: str,
         arrival: float,
+        with_token_ids: bool = False,
     ) -> Generation:
-        """Number the requests and submit them. Raises the EngineError with which the engine refuses one."""
+        """Number the requests, of which ``num_choices`` in a row have the same prompt, and submit them.
+        Raises the EngineError with which the engine refuses one."""
         numbered = [dataclasses.replace(request, id=runner.new_id()) for request in requests]
         outputs = [output_for(served, request, arrival, form.reading) for request in numbered]
-        return cls(runner, await runner.submit(numbered), outputs, Envelope(form, model))
+        spellers = [form.speller(served.tokenizer) for _ in outputs]
+        ticket = await runner.submit(numbered)
+        return cls(runner, ticket, outputs, spellers, num_choices, Envelope(form, model), with_token_ids)
 
     def release(self) -> None:
-        """Abort whatever still runs."""
+        """Abort whatever still runs, and count how it ended. Call once."""
         self._runner.release(self._ticket)
+        unfinished = "abort" if self._ticket.error is None else "error"
+        for output in self._outputs:
+            reason = "stop" if output.finish_reason == "tool_calls" else output.finish_reason
+            self._runner.totals.add_request(output.stats, reason or unfinished)
 
     @property
     def is_complete(self) -> bool:
@@ -72,10 +92,13 @@ class Generation:
             for stamped in await self._ticket.next():
                 self._push(stamped)
         choices = [
-            self._envelope.form.whole(index, output.answer, output.finish_reason or "abort")
+            self._envelope.form.whole(
+                index, output.answer, output.finish_reason or "abort", self._logprobs(index)
+            )
             for index, output in enumerate(self._outputs)
         ]
-        return self._envelope.answer(choices, self._usage(), self._metrics())
+        reply = self._envelope.answer(choices, self._usage(), self._metrics())
+        return self._add_token_ids(reply, range(len(choices)))
 
     async def stream(
         self, request: web.Request, options: StreamOptions, keep_alive_interval: float, request_id: str
@@ -132,19 +155,41 @@ class Generation:
         replies = []
         for position, index in enumerate(grown):
             is_last = self.is_complete and position == len(grown) - 1
-            replies.append(
-                self._envelope.chunk(
-                    [self._piece(index, growth[index])],
-                    self._usage() if options.continuous_usage_stats else UNSET,
-                    self._metrics() if is_last and not options.include_usage else UNSET,
-                )
+            is_first = index not in self._begun
+            reply = self._envelope.chunk(
+                [self._piece(index, growth[index])],
+                self._usage() if options.continuous_usage_stats else UNSET,
+                self._metrics() if is_last and not options.include_usage else UNSET,
             )
+            replies.append(self._add_token_ids(reply, [index], with_prompt=is_first))
         return replies
+
+    def _add_token_ids(self, reply: Reply, indexes: Iterable[int], with_prompt: bool = True) -> Reply:
+        """Put the tokens behind each choice of a reply, if the client wants them, and those of the prompt.
+        indexes: which answers the choices are."""
+        if not self._with_token_ids:
+            return reply
+        for index, choice in zip(indexes, reply.choices, strict=True):
+            output = self._outputs[index]
+            choice.token_ids = output.token_ids[self._num_sent[index] :]
+            self._num_sent[index] = len(output.token_ids)
+            if with_prompt:
+                holder = choice if isinstance(choice, TextChoice) else reply
+                holder.prompt_token_ids = list(output.request.prompt)
+        return reply
 
     def _piece(self, index: int, events: list[Event]) -> Choice:
         is_first = index not in self._begun
         self._begun.add(index)
-        return self._envelope.form.piece(index, events, is_first, self._outputs[index].finish_reason)
+        reason = self._outputs[index].finish_reason
+        return self._envelope.form.piece(index, events, is_first, reason, self._logprobs(index))
+
+    def _logprobs(self, index: int) -> Logprobs | None:
+        """Of the tokens of an answer that were not reported yet; None if nobody asks."""
+        output = self._outputs[index]
+        if output.request.sampling.logprobs is None:
+            return None
+        return self._spellers[index](output.take_scored())
 
     def _push(self, stamped: StampedDelta) -> list[Event]:
         output = self._outputs[self._index[stamped.delta.request_id]]
@@ -154,11 +199,12 @@ class Generation:
         return events
 
     def _usage(self) -> Usage:
-        prompt = sum(len(output.request.prompt) for output in self._outputs)
+        firsts = self._outputs[:: self._num_choices]  # a prompt counts once, however many answers it gets
+        prompt = sum(len(output.request.prompt) for output in firsts)
         completion = sum(output.num_tokens for output in self._outputs)
         details: PromptTokensDetails | UnsetType = UNSET
         if self._runner.engine.config.prefix_caching:
-            details = PromptTokensDetails(sum(output.stats.num_cached for output in self._outputs))
+            details = PromptTokensDetails(sum(output.stats.num_cached for output in firsts))
         return Usage(prompt, completion, prompt + completion, details)
 
     def _metrics(self) -> Metrics:

@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from engine.build import Served
 from engine.canary import CanaryCounts
 from engine.errors import ConfigError
-from engine.server.app import ServerOptions, ServerState, create_app
+from engine.server.app import create_app
 from engine.server.runner import EngineRunner
+from engine.server.state import ServerOptions, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +39,14 @@ async def serve(options: ServerOptions, load: Callable[[], Served], parent: int 
 
     load is called once, on a thread of its own, and returns the model. parent is the descriptor of a pipe
     that the parent process holds open; its closing counts as a signal. Raises ConfigError if the port cannot
-    be bound, and whatever load raises.
+    be bound or aiohttp lacks its compiled parser, and whatever load raises.
     """
     started = time.perf_counter()
+    if HttpRequestParser is HttpRequestParserPy:
+        raise ConfigError(
+            "aiohttp was installed without its compiled HTTP parser, and requests could be smuggled past the "
+            "other: install a wheel of it, and unset AIOHTTP_NO_EXTENSIONS"
+        )
     state = ServerState(options)
     signals = _Signals()
     if parent is not None:
@@ -55,16 +62,20 @@ async def serve(options: ServerOptions, load: Callable[[], Served], parent: int 
         if served is None:
             return 0
         serving = state.begin(served)
-        log.info("Ready on %s after %.1f s", url, time.perf_counter() - started)
+        log.info(
+            "Ready on %s (API /openapi.json, metrics /metrics) after %.1f s",
+            url,
+            time.perf_counter() - started,
+        )
         reporter = asyncio.create_task(report(serving.runner))
         try:
             await signals.stop.wait()
             await drain(state, serving.runner, signals.again)
         finally:
             reporter.cancel()
-            await serving.runner.stop()
-            serving.threads.shutdown(wait=False, cancel_futures=True)
-        return 1 if serving.runner.failure is not None else 0
+            ended_well = await serving.runner.stop()
+            serving.close()
+        return 0 if ended_well else 1
     finally:
         await runner.cleanup()
 
@@ -110,9 +121,9 @@ async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> Non
         before = now
         if not (prompt or generated):
             continue
-        engine = runner.engine
+        state = runner.state
         acceptance = f", acceptance length {1 + accepted / steps:.2f}" if steps else ""
-        coverage = engine.vocab_coverage()
+        coverage = state.vocab_coverage
         if coverage is not None and coverage < 1:
             acceptance += f", draft vocabulary covers {100 * coverage:.1f}%"
         hits = f", prefix cache hits {100 * found / asked:.1f}%" if asked else ""
@@ -120,12 +131,12 @@ async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> Non
             "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV use %.1f%%%s%s%s",
             prompt / interval,
             generated / interval,
-            engine.num_running,
-            engine.num_waiting,
-            100 * engine.kv_usage(),
+            state.num_running,
+            state.num_waiting,
+            100 * state.kv_usage,
             hits,
             acceptance,
-            _canary_text(engine.canary_counts()),
+            _canary_text(state.canary),
         )
 
 
@@ -144,7 +155,8 @@ def _snapshot(runner: EngineRunner) -> tuple[int, ...]:
         totals.num_generated_tokens,
         totals.num_spec_steps,
         totals.num_accepted,
-        *runner.engine.prefix_counts(),
+        runner.state.num_asked,
+        runner.state.num_found,
     )
 
 

@@ -14,9 +14,11 @@ from typing import Literal, Protocol
 
 from engine.build import Served
 from engine.core import SPECULATION_OFF, FinishReason, Request, Speculation
+from engine.server.logprobs import ScoredToken
 from engine.server.metrics import RequestStats, StampedDelta
+from engine.text.conversation import AnyTokenizer, answer_parser
 from engine.text.detokenizer import Detokenizer
-from engine.text.output_parser import Answer, Event, OutputParser, TextDelta, Vocabulary, assemble
+from engine.text.output_parser import Answer, Event, TextDelta, Vocabulary, assemble
 
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -34,7 +36,7 @@ class Reading(enum.Enum):
 
 
 class Reader(Protocol):
-    """Makes events of tokens; ``OutputParser`` is one."""
+    """Makes events of tokens; what ``answer_parser`` returns is one."""
 
     @property
     def stopped(self) -> str | None:
@@ -90,7 +92,7 @@ class Output:
 
     def __init__(
         self,
-        tokenizer: Vocabulary,
+        tokenizer: AnyTokenizer,
         request: Request,
         speculation: Speculation,
         arrival: float,
@@ -98,9 +100,16 @@ class Output:
     ) -> None:
         self.request = request
         self.finish_reason: EndReason | None = None
+        self.token_ids: list[int] = []  # what made the answer, the end-of-text token included
         self.stats = RequestStats(arrival, speculation.most_accepted)
         self._reader = _reader(tokenizer, request.sampling.stop, reading)
         self._events: list[Event] = []
+        self._scored: list[ScoredToken] = []
+
+    def take_scored(self) -> list[ScoredToken]:
+        """Tokens that made the answer since the last call, if their log-probabilities are asked for."""
+        taken, self._scored = self._scored, []
+        return taken
 
     @property
     def answer(self) -> Answer:
@@ -116,13 +125,27 @@ class Output:
         """Take one step's delta; returns what became certain. What follows a stop string is not counted."""
         if self.finish_reason is not None:
             return []
-        events, num_tokens = self._read(stamped.delta.token_ids)
-        self.stats.record(stamped, num_tokens)
-        reason: EndReason | None = stamped.delta.finish_reason
+        delta, sampling = stamped.delta, self.request.sampling
+        reason: EndReason | None = delta.finish_reason
+        is_silent = (  # a stop token has its text left out, as a stop string has
+            reason == "stop"
+            and delta.token_ids[-1] in sampling.stop_token_ids
+            and not sampling.include_stop_str_in_output
+        )
+        events, num_tokens = self._read(delta.token_ids[:-1] if is_silent else delta.token_ids)
         if self._reader.stopped is not None:
             reason = "stop"
-        elif reason is not None:
-            events += self._reader.flush()
+            if sampling.include_stop_str_in_output:
+                events.append(TextDelta(self._reader.stopped))
+        else:
+            num_tokens += is_silent
+            if reason is not None:
+                events += self._reader.flush()
+        self.stats.record(stamped, num_tokens)
+        self.token_ids += delta.token_ids[:num_tokens]
+        if sampling.logprobs is not None:
+            of_tokens = zip(delta.token_ids, delta.logprobs, strict=True)
+            self._scored += [ScoredToken(*of_token) for of_token in of_tokens][:num_tokens]
         self._events += events
         self.finish_reason = "tool_calls" if reason == "stop" and self.answer.calls else reason
         return events
@@ -140,10 +163,10 @@ class Output:
         return events, len(token_ids)
 
 
-def _reader(tokenizer: Vocabulary, stop: tuple[str, ...], reading: Reading) -> Reader:
+def _reader(tokenizer: AnyTokenizer, stop: tuple[str, ...], reading: Reading) -> Reader:
     if reading is Reading.TEXT:
         return TextReader(tokenizer, stop)
-    return OutputParser(tokenizer, uuid.uuid4().hex, stop, tools=reading is Reading.CHAT_WITH_TOOLS)
+    return answer_parser(tokenizer, uuid.uuid4().hex, stop, tools=reading is Reading.CHAT_WITH_TOOLS)
 
 
 def _text_event(text: str) -> list[Event]:

@@ -8,15 +8,17 @@ field by its path in the client's JSON.
 
 from __future__ import annotations
 
-import random
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-from engine.core import SPECULATION_OFF, SamplingParams, Speculation
+from engine.core import SPECULATION_OFF, Speculation
 from engine.errors import RequestError
+from engine.server import sampling_fields
+from engine.server.sampling_fields import NumLogprobs, SamplingFields
 from engine.server.structured import (
     RENAMED,
     ResponseFormat,
@@ -25,43 +27,30 @@ from engine.server.structured import (
     refuse_renamed,
     wanted,
 )
+from engine.server.tool_fields import MAX_TOOLS, ToolChoice, ToolSpec
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_TOKEN_IDS = 128
 MAX_PROMPTS = 16
-MAX_TOOLS = 128  # offered by a request, or called in one turn
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of one message
+MAX_NESTING = 64
 MAX_MESSAGE_LEN = 600  # characters of an error message: an answer must not amplify its question
-_GREEDY_BELOW = 1e-5  # a temperature below this divides logits beyond float32; it is greedy in all but name
-
-PositiveInt = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 Neutral = dict[str, tuple[object, ...]]
 
 # Fields whose effect we do not implement yet, with the values that, like null, ask for nothing.
 _NOT_HONOURED: Neutral = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "functions": ([],),
-    "min_tokens": (0,),
-    "bad_words": ([],),
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "audio": (),
     "use_beam_search": (False,),
-    "include_stop_str_in_output": (False,),
-    "return_token_ids": (False,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template": (),
 }
-_NOT_HONOURED_IN_CHAT: Neutral = {"parallel_tool_calls": (True,)}
-_NOT_HONOURED_IN_COMPLETIONS: Neutral = {"tools": ([],)}
+_NOT_HONOURED_IN_COMPLETIONS: Neutral = {"tools": ([],), "top_logprobs": (0,)}
 
 
 class StreamOptions(Struct):
@@ -107,7 +96,7 @@ class Message(Struct, omit_defaults=True):
     """One turn of a conversation. ``reasoning`` is another name of ``reasoning_content``."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
@@ -115,39 +104,20 @@ class Message(Struct, omit_defaults=True):
     name: str | None = None
 
 
-class GenerationRequest(Struct, kw_only=True):
+class GenerationRequest(SamplingFields, kw_only=True):
     """What both endpoints share."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: PositiveInt | None = None
-    max_completion_tokens: PositiveInt | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: (
-        Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None
-    ) = None
-    ignore_eos: bool | None = None
     speculation: Literal["off", "auto"] | SpeculationOptions | None = None
-    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
+    cache_salt: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._~+/=:-]{1,128}\Z")] | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    return_token_ids: bool | None = None
 
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
     prompt_logprobs: Any = None
     response_format: ResponseFormat | None = None
     functions: Any = None
-    min_tokens: Any = None
-    bad_words: Any = None
     echo: Any = None
     best_of: Any = None
     suffix: Any = None
@@ -161,26 +131,25 @@ class GenerationRequest(Struct, kw_only=True):
     ebnf: Any = None
     json_schema: Any = None
     use_beam_search: Any = None
-    include_stop_str_in_output: Any = None
-    return_token_ids: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
     chat_template: Any = None
-
-    def token_limit(self) -> int | None:
-        """The most tokens the client wants, None for as many as fit; ``max_completion_tokens`` wins over the
-        older ``max_tokens``."""
-        return self.max_completion_tokens or self.max_tokens
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[list[ToolSpec], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def offers_tools(self) -> bool:
@@ -193,22 +162,28 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     answers."""
 
     prompt: str | list[str | int | list[int]]
+    logprobs: NumLogprobs | None = None
     tools: Any = None
+    top_logprobs: Any = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
+StructT = TypeVar("StructT", bound=Struct)
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Read a chat request. Raises RequestError naming the field."""
-    call = _decode(body, ChatRequest)
-    _check_neutral(call, _NOT_HONOURED_IN_CHAT)
-    if call.tool_choice == "required" or isinstance(call.tool_choice, dict):
-        raise RequestError(
-            "the model cannot be forced to call a tool yet, tool_choice may be 'auto' or 'none'",
-            "tool_choice",
-            "unsupported_value",
-        )
+    return checked_chat(_decode(body, ChatRequest))
+
+
+def checked_chat(call: ChatRequest) -> ChatRequest:
+    """The call itself. Raises RequestError for what its types cannot say about conversation and tools."""
+    if call.top_logprobs and not call.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     for turn, message in enumerate(call.messages):
         _check_message(message, f"messages[{turn}]")
     return call
@@ -257,30 +232,6 @@ def messages(call: ChatRequest) -> list[dict[str, Any]]:
     return found
 
 
-def sampling_params(
-    call: GenerationRequest, prompt_len: int, max_model_len: int, vocab_size: int
-) -> SamplingParams:
-    """The engine's parameters for a prompt of ``prompt_len`` tokens. A limit beyond the context means all
-    that fits; without a seed every answer draws its own."""
-    grammar = grammar_of(call)
-    room = max(1, max_model_len - prompt_len)
-    limit = call.token_limit()
-    temperature = 1.0 if call.temperature is None else call.temperature
-    stop = (call.stop,) if isinstance(call.stop, str) else tuple(call.stop or ())
-    return SamplingParams(
-        temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
-        top_k=min(max(call.top_k or 0, 0), vocab_size),
-        top_p=1.0 if call.top_p is None else call.top_p,
-        min_p=call.min_p or 0.0,
-        seed=random.getrandbits(63) if call.seed is None else call.seed,
-        max_tokens=room if limit is None else min(limit, room),
-        stop=stop,
-        stop_token_ids=tuple(call.stop_token_ids or ()),
-        ignore_eos=bool(call.ignore_eos),
-        grammar=None if grammar is None else grammar.grammar,
-    )
-
-
 def grammar_of(call: GenerationRequest) -> Wanted | None:
     """What the answer must match, and which field says so; None for anything. Raises RequestError."""
     return wanted(call.response_format, call.structured_outputs)
@@ -308,6 +259,13 @@ def shorten(message: str) -> str:
 
 
 def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
+    call = decode(body, kind)
+    _check(call)
+    return call
+
+
+def decode(body: bytes, kind: type[StructT]) -> StructT:
+    """Read a body of any kind, not nested too deeply. Raises RequestError naming the field."""
     try:
         call = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -316,8 +274,29 @@ def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
         raise RequestError(shorten(f"the body is not valid JSON: {error}"), code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    _check(call)
+    if body.count(b"[") + body.count(b"{") > MAX_NESTING:  # else there is no need to look
+        check_nesting(call)
     return call
+
+
+def check_nesting(call: Struct) -> None:
+    """Refuse lists and objects that lie deeper in one another than anybody means, in whatever field: what
+    comes after (templates, grammars) goes through them by recursion."""
+    level: list[Any] = [getattr(call, name) for name in call.__struct_fields__]
+    depth = 1
+    while level := [value for value in level if isinstance(value, list | dict | Struct)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise RequestError(
+                f"the body is nested more than {MAX_NESTING} levels deep", code="nested_too_deeply"
+            )
+        level = [inner for value in level for inner in _children(value)]
+
+
+def _children(value: list[Any] | dict[str, Any] | Struct) -> Iterable[Any]:
+    if isinstance(value, Struct):
+        return (getattr(value, name) for name in value.__struct_fields__)
+    return value.values() if isinstance(value, dict) else value
 
 
 def _check(call: GenerationRequest) -> None:
@@ -325,19 +304,9 @@ def _check(call: GenerationRequest) -> None:
     _check_neutral(call, _NOT_HONOURED)
     refuse_renamed({name: getattr(call, name) for name in RENAMED})
     grammar_of(call)
-    if call.n is not None and call.n != 1:
-        raise RequestError(f"n is {call.n}, only 1 is supported", "n", "unsupported_value")
+    sampling_fields.check(call)
     if call.stream_options is not None and not call.stream:
         raise RequestError("stream_options needs stream to be true", "stream_options")
-    if call.seed is not None and not -(1 << 63) <= call.seed < 1 << 63:
-        raise RequestError(
-            f"seed must be a signed 64-bit integer, found one of {call.seed.bit_length()} bits", "seed"
-        )
-    stop = [call.stop] if isinstance(call.stop, str) else call.stop or []
-    if len(stop) > MAX_STOP_STRINGS:
-        raise RequestError(f"found {len(stop)} stop strings, at most {MAX_STOP_STRINGS} are allowed", "stop")
-    if "" in stop:
-        raise RequestError("a stop string must not be empty", "stop")
 
 
 def _check_neutral(call: GenerationRequest, table: Neutral) -> None:
@@ -378,7 +347,7 @@ def _check_message(message: Message, where: str) -> None:
 
 def _refuse(problem: str) -> NoReturn:
     """Turn msgspec's ``what - at `$.path``` into a RequestError with the path as its param."""
-    message, _, path = problem.partition(" - at `$")
+    message, _, path = problem.replace(" - at `key` in `$", " - at `$").partition(" - at `$")
     param = path.rstrip("`").lstrip(".")
     field = re.search(r"(?:missing required|contains unknown) field `([^`]*)`", message)
     if field:

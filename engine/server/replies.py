@@ -15,8 +15,10 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.server.logprobs import ChatSpeller, Logprobs, Speller, TextSpeller
 from engine.server.metrics import Metrics
 from engine.server.output import Reading, text_of
+from engine.text.conversation import AnyTokenizer
 from engine.text.output_parser import (
     Answer,
     Event,
@@ -79,6 +81,18 @@ class ModelList(Struct):
     object: str = "list"
 
 
+class StatusReply(Struct):
+    """``status`` is "ok" or "ready"; everything else is an error."""
+
+    status: str
+
+
+class VersionReply(Struct):
+    """Of the installed distribution."""
+
+    version: str
+
+
 class CalledFunction(Struct):
     """``arguments`` should be a JSON object, but are what the model wrote."""
 
@@ -138,7 +152,8 @@ class ChatChoice(Struct):
     index: int
     message: ChatMessage
     finish_reason: str
-    logprobs: None = None
+    logprobs: Logprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
 
 
 class ChatChunkChoice(Struct):
@@ -147,7 +162,8 @@ class ChatChunkChoice(Struct):
     index: int
     delta: ChatDelta
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: Logprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
 
 
 class TextChoice(Struct):
@@ -156,7 +172,9 @@ class TextChoice(Struct):
     index: int
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: Logprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET  # if asked for
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 Choice = ChatChoice | ChatChunkChoice | TextChoice
@@ -169,9 +187,10 @@ class Reply(Struct, kw_only=True):
     object: str
     created: int
     model: str
-    choices: list[Choice]
+    choices: Sequence[Choice]
     usage: Usage | UnsetType = UNSET
     metrics: Metrics | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # of chat, if asked for
 
 
 class Form(Protocol):
@@ -182,11 +201,22 @@ class Form(Protocol):
     chunk_object: str
     reading: Reading
 
-    def piece(self, index: int, events: Sequence[Event], is_first: bool, finish_reason: str | None) -> Choice:
+    def piece(
+        self,
+        index: int,
+        events: Sequence[Event],
+        is_first: bool,
+        finish_reason: str | None,
+        logprobs: Logprobs | None,
+    ) -> Choice:
         """The growth of answer ``index``."""
         ...
 
-    def whole(self, index: int, answer: Answer, finish_reason: str) -> Choice:
+    def speller(self, tokenizer: AnyTokenizer) -> Speller:
+        """What shapes the log-probabilities of one answer."""
+        ...
+
+    def whole(self, index: int, answer: Answer, finish_reason: str, logprobs: Logprobs | None) -> Choice:
         """A complete answer."""
         ...
 
@@ -199,7 +229,17 @@ class ChatForm:
     def __init__(self, offers_tools: bool) -> None:
         self.reading = Reading.of_chat(offers_tools)
 
-    def piece(self, index: int, events: Sequence[Event], is_first: bool, finish_reason: str | None) -> Choice:
+    def speller(self, tokenizer: AnyTokenizer) -> Speller:
+        return ChatSpeller(tokenizer)
+
+    def piece(
+        self,
+        index: int,
+        events: Sequence[Event],
+        is_first: bool,
+        finish_reason: str | None,
+        logprobs: Logprobs | None,
+    ) -> Choice:
         text = text_of(events)
         delta = ChatDelta(
             role="assistant" if is_first else None,
@@ -208,15 +248,15 @@ class ChatForm:
             or None,
             tool_calls=_call_deltas(events) or None,
         )
-        return ChatChunkChoice(index, delta, finish_reason)
+        return ChatChunkChoice(index, delta, finish_reason, logprobs)
 
-    def whole(self, index: int, answer: Answer, finish_reason: str) -> Choice:
+    def whole(self, index: int, answer: Answer, finish_reason: str, logprobs: Logprobs | None) -> Choice:
         message = ChatMessage(
             content=answer.text if answer.text or not (answer.reasoning or answer.calls) else None,
             reasoning_content=answer.reasoning or UNSET,
             tool_calls=[CalledTool.of(call) for call in answer.calls] or UNSET,
         )
-        return ChatChoice(index, message, finish_reason)
+        return ChatChoice(index, message, finish_reason, logprobs)
 
 
 class TextForm:
@@ -225,11 +265,21 @@ class TextForm:
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
     reading = Reading.TEXT
 
-    def piece(self, index: int, events: Sequence[Event], is_first: bool, finish_reason: str | None) -> Choice:
-        return TextChoice(index, text_of(events), finish_reason)
+    def speller(self, tokenizer: AnyTokenizer) -> Speller:
+        return TextSpeller(tokenizer)
 
-    def whole(self, index: int, answer: Answer, finish_reason: str) -> Choice:
-        return TextChoice(index, answer.text, finish_reason)
+    def piece(
+        self,
+        index: int,
+        events: Sequence[Event],
+        is_first: bool,
+        finish_reason: str | None,
+        logprobs: Logprobs | None,
+    ) -> Choice:
+        return TextChoice(index, text_of(events), finish_reason, logprobs)
+
+    def whole(self, index: int, answer: Answer, finish_reason: str, logprobs: Logprobs | None) -> Choice:
+        return TextChoice(index, answer.text, finish_reason, logprobs)
 
 
 def _call_deltas(events: Iterable[Event]) -> list[ToolCallDelta]:

@@ -1,10 +1,10 @@
 """Chat messages -> token ids, through the checkpoint's own jinja template.
 
 The template is the checkpoint's code and runs in jinja's immutable sandbox, set up as transformers does,
-because that is what templates are written for. The messages are the client's data, and data must not become
-control tokens: a message that contains "<|im_end|>" would end its own turn and could speak as the system. Yet
-the template's output is one string in which both are mixed, possibly after trimming, slicing or JSON
-encoding.
+because that is what templates are written for. Messages and tools are the client's data, and data must not
+become control tokens: a message that contains "<|im_end|>" would end its own turn and could speak as the
+system. Yet the template's output is one string in which both are mixed, possibly after trimming, slicing or
+JSON encoding.
 
 So before rendering, a mark goes behind the first character of every control token in a message, and of
 everything at the end of a string that could begin one (the next string may continue it). After rendering, the
@@ -50,29 +50,49 @@ _RENDER_ERRORS = (
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, object]] | None = None,
 ) -> list[int]:
     """Token ids of a conversation, ready for the model to answer. BOS is there if the template writes it.
 
-    messages: [{"role": ..., "content": ...}, ...], handed to the template as they are; control tokens written
-    in any of their strings are encoded as text. Raises RequestError(param="messages") if there is no template
-    or it refuses.
+    messages: [{"role": ..., "content": ...}, ...], tools: [{"type": "function", "function": {..}}, ...], both
+    handed to the template as they are; control tokens written in any of their strings are encoded as text.
+    Raises RequestError(param="messages") if there is no template or it refuses.
     """
-    text = _render(tokenizer, messages, add_generation_prompt)
+    text = _render(tokenizer, messages, add_generation_prompt, tools)
     return tokenizer.encode_marked(text) if BREAK in text else tokenizer.encode(text)
 
 
 def render_text(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, object]] | None = None,
 ) -> str:
     """The text that ``render_chat`` encodes, for logs and tests. Same errors."""
-    return _render(tokenizer, messages, add_generation_prompt).replace(BREAK, "")
+    return _render(tokenizer, messages, add_generation_prompt, tools).replace(BREAK, "")
+
+
+@lru_cache(maxsize=16)
+def template_reads(template: str, name: str) -> bool:
+    """Whether a chat template looks at a variable, as one that can show tools looks at ``tools``. A broken
+    template reads nothing: rendering says what is wrong with it."""
+    try:
+        parsed = _environment().parse(template)
+    except jinja2.TemplateSyntaxError:
+        return False
+    return any(node.name == name and node.ctx == "load" for node in parsed.find_all(jinja2.nodes.Name))
 
 
 def _render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, object]] | None,
 ) -> str:
-    """The rendered text, with a mark inside every control token that a message brought along."""
+    """The rendered text, with a mark inside every control token that a message or a tool brought along."""
     if tokenizer.chat_template is None:
         raise RequestError(
             "this model has no chat template; send a prompt to /v1/completions", param="messages"
@@ -82,7 +102,7 @@ def _render(
     try:
         marked = _compile(tokenizer.chat_template).render(
             messages=[guard.mark(message) for message in messages],
-            tools=None,
+            tools=[guard.mark(tool) for tool in tools] if tools else None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             bos_token=_text_of(tokenizer, tokenizer.bos_token_id),

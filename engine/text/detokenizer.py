@@ -9,7 +9,7 @@ is kept:
 
 The first stop string to be *complete* ends the text, and of several that end at the same character the
 longest. This is what a reader of the stream sees, so the text does not depend on how many tokens each push
-brings.
+brings. ``StopSearch`` is the second half of this and looks for other strings, too.
 """
 
 from __future__ import annotations
@@ -29,51 +29,69 @@ class TokenBytes(Protocol):
         ...
 
 
+class StopSearch:
+    """Lets text through up to the first of some strings to be complete; ``found`` is that string, ``rest``
+    what came after it."""
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self.found: str | None = None
+        self.rest = ""
+        self._strings = strings
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Take more text; return what became safe. Not to be used once a string was found."""
+        assert self.found is None
+        text = self._held + text
+        ends = [(text.find(each) + len(each), -len(each), each) for each in self._strings if each in text]
+        if ends:
+            end, _, self.found = min(ends)
+            self.rest, self._held = text[end:], ""
+            return text[: end - len(self.found)]
+        safe = len(text) - self._held_len(text)
+        self._held = text[safe:]
+        return text[:safe]
+
+    def flush(self) -> str:
+        """No more text will come: return what is still held."""
+        held, self._held = self._held, ""
+        return held
+
+    def _held_len(self, text: str) -> int:
+        """Length of the longest suffix that begins one of the strings."""
+        longest = max(map(len, self._strings), default=1) - 1
+        return next(
+            (
+                size
+                for size in range(min(longest, len(text)), 0, -1)
+                if any(each.startswith(text[-size:]) for each in self._strings)
+            ),
+            0,
+        )
+
+
 class Detokenizer:
     """The text of one answer. ``stopped`` is the stop string that ended it, if one did."""
 
     def __init__(self, tokenizer: TokenBytes, stop: tuple[str, ...] = ()) -> None:
         if not all(stop):
             raise RequestError("stop contains an empty string", param="stop")
-        self.stopped: str | None = None
         self._tokenizer = tokenizer
-        self._stop = stop
+        self._search = StopSearch(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
+
+    @property
+    def stopped(self) -> str | None:
+        return self._search.found
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Take new tokens; return the text that became safe. Empty once stopped."""
         if self.stopped is not None:
             return ""
-        return self._release(self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids))))
+        return self._search.push(self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids))))
 
     def flush(self) -> str:
         """The answer is over: return what is still held, an incomplete character as U+FFFD."""
         if self.stopped is not None:
             return ""
-        text = self._release(self._decoder.decode(b"", final=True))
-        rest, self._held = self._held, ""
-        return text + rest
-
-    def _release(self, new: str) -> str:
-        text = self._held + new
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text]
-        if found:
-            end, _, self.stopped = min(found)
-            self._held = ""
-            return text[: end - len(self.stopped)]
-        safe = len(text) - self._held_len(text)
-        self._held = text[safe:]
-        return text[:safe]
-
-    def _held_len(self, text: str) -> int:
-        """Length of the longest suffix that begins a stop string."""
-        longest = max(map(len, self._stop), default=1) - 1
-        return next(
-            (
-                size
-                for size in range(min(longest, len(text)), 0, -1)
-                if any(stop.startswith(text[-size:]) for stop in self._stop)
-            ),
-            0,
-        )
+        return self._search.push(self._decoder.decode(b"", final=True)) + self._search.flush()

@@ -23,7 +23,7 @@ import re
 import threading
 from collections import OrderedDict
 from functools import cached_property
-from typing import Final
+from typing import Any, Final, cast
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
@@ -32,6 +32,7 @@ from engine.core import Grammar
 from engine.errors import RequestError
 from engine.text.compile_guard import CompileGuard
 from engine.text.conversation import AnyTokenizer
+from engine.text.tools import JSON_STYLE
 
 MAX_GRAMMAR_BYTES: Final = 256 << 10
 MAX_REGEX_LEN: Final = 8 << 10  # characters
@@ -39,7 +40,6 @@ MAX_SCHEMA_DEPTH: Final = 64  # of objects and lists inside one another
 MAX_CHOICES: Final = 1024
 _MOST_KEPT = 64  # compiled grammars
 _MOST_KEPT_BYTES = 4 << 20  # of their texts
-_JSON_STYLE: Final = '{"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}'
 # A step's work is bounded too, in units of which llguidance does 14 to 20 thousand in a millisecond.
 _LIMITS: Final = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
@@ -166,7 +166,7 @@ def _source(grammar: Grammar) -> str:
     depth = _depth(schema)
     if depth > MAX_SCHEMA_DEPTH:
         raise ValueError(f"it is nested {depth} levels deep, at most {MAX_SCHEMA_DEPTH} are allowed")
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=json.loads(_JSON_STYLE))
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=cast(Any, JSON_STYLE))
 
 
 def _choices(text: str) -> str:

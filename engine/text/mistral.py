@@ -66,6 +66,7 @@ class MistralTokenizer:
         self.bos_token_id: int = self.special_tokens[_BOS]
         self.eos_token_ids: tuple[int, ...] = (self.special_tokens[_EOS],)
         self.adds_bos = True
+        self.chat_template: str | None = None
         effort = settings.reasoning_effort
         self.reasoning_efforts: tuple[str, ...] = () if effort is None else tuple(map(str, effort.values))
         """Values that ``reasoning_effort`` may take; empty if the model has no such setting."""

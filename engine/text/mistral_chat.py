@@ -41,7 +41,6 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    tool_choice: object = None,
     reasoning_effort: str | None = None,
 ) -> list[int]:
     """Token ids of a conversation, <s> included, ready for the model to answer.
@@ -49,34 +48,20 @@ def encode_chat(
     messages and tools: as in OpenAI's chat API. Content is a text or a list of parts, of type "text" or, in
     an assistant's turn, "thinking"; an earlier turn's thoughts may also come as ``reasoning_content`` (or
     ``reasoning``) and are encoded before its content. Keys of a message that we do not know are ignored.
-    tool_choice: "auto" or None keep the tools, "none" drops them. A function's ``strict`` has no effect.
+    A function's ``strict`` has no effect on the tokens.
     reasoning_effort: None is the model's own default.
 
     Raises RequestError naming the field, as in ``messages[1].content[0].type``.
     """
-    kept = _kept_tools(tools or (), tool_choice)
+    known = tools or ()
     _check_effort(tokenizer, reasoning_effort)
     if not messages:
         raise RequestError("found no messages, expected at least one", "messages")
     for index, message in enumerate(messages):
         _check_message(message, f"messages[{index}]")
-    for index, tool in enumerate(kept):
+    for index, tool in enumerate(known):
         _check_strings(tool, f"tools[{index}]")
-    return _encode(tokenizer, messages, kept, reasoning_effort)
-
-
-def _kept_tools(tools: Sequence[Mapping[str, Any]], tool_choice: object) -> Sequence[Mapping[str, Any]]:
-    """The tools that the model gets to see."""
-    if tool_choice is None or tool_choice == "auto":
-        return tools
-    if tool_choice == "none":
-        return ()
-    raise RequestError(
-        f"tool_choice is {tool_choice!r:.80}, supported: 'auto', 'none'; the model cannot be forced to call "
-        "a tool yet",
-        "tool_choice",
-        "unsupported_value",
-    )
+    return _encode(tokenizer, messages, known, reasoning_effort)
 
 
 def _check_effort(tokenizer: MistralTokenizer, effort: str | None) -> None:

@@ -146,11 +146,11 @@ class OutputParser:
                 break
             marker = self._markers.get(token)
             events += self._feed(token) if marker is None else self._mark(marker)
-        return _joined(events)
+        return joined(events)
 
     def flush(self) -> list[Event]:
         """The answer is over: return what is still held, as ``push`` does."""
-        return _joined(self._enter(_State.TEXT))
+        return joined(self._enter(_State.TEXT))
 
     def _feed(self, token: int) -> list[Event]:
         """Take a token that is no marker."""
@@ -277,21 +277,21 @@ def _markers(special_tokens: Mapping[str, int], tools: bool) -> dict[int, _Marke
     return {special_tokens[marker]: marker for marker in found}
 
 
-def _joined(events: list[Event]) -> list[Event]:
+def joined(events: list[Event]) -> list[Event]:
     """Without empty deltas, and with neighbours of one kind made one."""
-    joined: list[Event] = []
+    whole: list[Event] = []
     for event in events:
         if not isinstance(event, ToolCallStart) and not event.text:
             continue
-        match joined[-1] if joined else None, event:
+        match whole[-1] if whole else None, event:
             case TextDelta(before), TextDelta(text):
-                joined[-1] = TextDelta(before + text)
+                whole[-1] = TextDelta(before + text)
             case ReasoningDelta(before), ReasoningDelta(text):
-                joined[-1] = ReasoningDelta(before + text)
+                whole[-1] = ReasoningDelta(before + text)
             case ToolCallArguments(index, before), ToolCallArguments(
                 _, text
             ):  # one call: else a start between
-                joined[-1] = ToolCallArguments(index, before + text)
+                whole[-1] = ToolCallArguments(index, before + text)
             case _:
-                joined.append(event)
-    return joined
+                whole.append(event)
+    return whole

@@ -29,6 +29,7 @@ from engine.core import Sequence as Seq
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
 from engine.pages import PagePool
+from engine.penalties import Penalties
 from engine.step import Completion, Engine
 from engine.text.grammar import GrammarCompiler
 from tests.conftest import layer_weights, matrix, norm_weight, tiny_eagle3, tiny_llama
@@ -160,6 +161,7 @@ def make_engine(
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         speculation=speculation,
+        planned=planner is not None,
         half_weights=half_weights,
         prefix_caching=prefix_caching,
         canary=canary,
@@ -200,12 +202,16 @@ def prompts_of(lengths: Sequence[int], seed: int = 1, vocab_size: int = 97) -> l
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing runs, every page is free or cached, and the draft has forgotten everyone."""
+    """Nothing runs, every page is free or cached, and draft and sampler have forgotten everyone."""
     assert not engine.has_work
     pages = engine.scheduler.pages
     assert pages.num_free + pages.num_cached == pages.num_usable
     assert engine.scheduler.prefixes._trails == {}
-    assert engine.grammars._places == {}
+    edits = engine.sampler._edits
+    assert edits._asked == {}
+    for edit in edits._edits:
+        kept = "_counts" if isinstance(edit, Penalties) else "_places" if edit is engine.grammars else "_kept"
+        assert getattr(edit, kept) == {}
     if isinstance(engine.draft, FeatureDraft):
         assert engine.draft._pending == {}
         assert engine.draft.lookup._states == {}

@@ -216,6 +216,32 @@ def test_running_requests_share_pages_and_copy_the_last(draft: str) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_answers_to_one_prompt_read_it_once(draft: str) -> None:
+    """The first reads it; the others, asked at once, wait for its rows, but a stranger between them does
+    not."""
+    engine = make_engine(MODEL, draft, max_num_batched_tokens=32)
+    prompt, stranger = tuple(TEXT[:43]), tuple(OTHER[:9])
+    params = [sampled(seed=seed) for seed in range(5)]
+    asked = [prompt, prompt, stranger, prompt, prompt]
+    for request_id, (text, param) in enumerate(zip(asked, params, strict=True)):
+        engine.add(Request(request_id, text, param))
+    deltas = engine.step()
+    assert [seq.request.id for seq in engine.scheduler.running] == [0, 2]
+    found: dict[int, list[int]] = {request_id: [] for request_id in range(5)}
+    num_cached: dict[int, int] = {}
+    while engine.has_work:
+        deltas += engine.step()
+        check_pages(engine)
+    for delta in deltas:
+        found[delta.request_id] += delta.token_ids
+        num_cached[delta.request_id] = delta.num_cached
+    assert num_cached == {0: 0, 1: 39, 2: 0, 3: 39, 4: 39}
+    for request_id, (text, param) in enumerate(zip(asked, params, strict=True)):
+        assert tuple(found[request_id]) == alone(text, param)
+    assert_idle(engine)
+
+
 def test_salts_do_not_mix() -> None:
     engine = make_engine(MODEL, page_size=PAGE)
     hits = [run(engine, TEXT[:20], sampled(), salt=salt)[1] for salt in ("", "a", "", "a", "b", "a")]

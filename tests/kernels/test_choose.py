@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu_choose, gumbel_noise, ops, ref
+from kernels import cpu_choose, gumbel_noise, ref
+from kernels import dispatch as ops
 
 KERNEL = cpu_choose.choose_kernel()
 needs_compiler = pytest.mark.skipif(KERNEL is None, reason="no C compiler")
@@ -118,3 +119,39 @@ def test_the_edge_of_the_nucleus() -> None:
         for top_p, num_kept in ((better - 1e-3, place), (better + 1e-3, place + 1)):
             found = compiled(logits, *given, torch.tensor([top_p]), None, torch.tensor([6]))
             assert set(found[0].tolist()) == set(range(num_kept))
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=100)
+@given(
+    num_rows=st.integers(1, 3),
+    vocab_size=st.sampled_from([1, 5, 32, 33, 200, 3000]),
+    count=st.integers(1, 16),
+    scale=st.sampled_from([0.01, 1.0, 5.0]),
+    seed=st.integers(0, 1000),
+)
+def test_the_best_few_against_the_reference(
+    num_rows: int, vocab_size: int, count: int, scale: float, seed: int
+) -> None:
+    """Of equal ones the first comes first, where the reference promises no order."""
+    draws = torch.randn(2, num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+    count = min(count, vocab_size)
+    for logits in draws:
+        values, columns, mass = ops.best(logits, count)
+        expected = ref.best(logits, count)
+        assert torch.equal(values, expected[0])
+        assert torch.equal(logits.gather(-1, columns), values)
+        torch.testing.assert_close(mass, expected[2], rtol=1e-5, atol=1e-5)
+    tied = draws[0].round().clamp(min=0)
+    columns = ops.best(tied, count)[1]
+    assert torch.equal(columns, tied.sort(dim=-1, descending=True, stable=True).indices[:, :count])
+
+
+@needs_compiler
+def test_what_is_not_a_number_is_never_among_the_best() -> None:
+    logits = torch.arange(40.0)[None]
+    logits[0, 39] = float("nan")
+    assert ops.best(logits, 2)[1].tolist() == [[38, 37]]
+    values, _, mass = ops.best(torch.full((1, 40), float("-inf")), 3)
+    assert values.isneginf().all()
+    assert mass.isneginf().all()

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, cpu_choose, ops, ref
+from kernels import cpu, cpu_choose, ref
+from kernels import dispatch as ops
 
 needs_compiler = pytest.mark.skipif(cpu.kernels_for(torch.float32) is None, reason="no C compiler")
 
@@ -27,7 +28,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 def forget_library() -> None:
-    for remembered in (cpu._library, cpu._load, cpu.half_kernels, cpu_choose.choose_kernel):
+    for remembered in (cpu._library, cpu._load, cpu.panel_kernels, cpu_choose.choose_kernel):
         remembered.cache_clear()
 
 
@@ -238,33 +239,52 @@ class TestRowsStandAlone:
             assert torch.equal(alone[:, 0], chain[:, node])
 
 
-needs_half = pytest.mark.skipif(cpu.half_kernels() is None, reason="no C compiler with OpenMP, or no float16")
+needs_panels = pytest.mark.skipif(
+    cpu.panel_kernels() is None, reason="no C compiler with OpenMP, or no float16"
+)
 
 
-@needs_half
-class TestHalf:
+def in_bytes(weight: Tensor) -> Tensor:
+    codes, scales = ref.quantise_rows(weight)
+    return codes.double() * scales.double()[:, None]
+
+
+# How a matrix is packed, and what it is rounded to.
+KINDS: list[tuple[Callable[[Tensor], object], Callable[[Tensor], Tensor]]] = [
+    (ops.pack_half, lambda weight: weight.half().double()),
+    (ops.pack_bytes, in_bytes),
+]
+
+
+@needs_panels
+class TestPanels:
     @settings(deadline=None)
     @given(
         num_rows=st.one_of(st.integers(1, 14), st.sampled_from([33, 97, 200])),
         num_inputs=st.sampled_from([1, 7, 64, 576]),
         num_outputs=st.sampled_from([1, 15, 16, 17, 64, 80, 200]),
         threads=st.sampled_from([1, 2, 3]),
+        kind=st.sampled_from(KINDS),
     )
     def test_is_the_product_and_its_rows_stand_alone(
-        self, num_rows: int, num_inputs: int, num_outputs: int, threads: int
+        self,
+        num_rows: int,
+        num_inputs: int,
+        num_outputs: int,
+        threads: int,
+        kind: tuple[Callable[[Tensor], object], Callable[[Tensor], Tensor]],
     ) -> None:
         weight, x = normal(num_outputs, num_inputs), normal(num_rows, num_inputs, seed=1)
-        packed = ops.pack_half(weight)
-        assert isinstance(packed, cpu.HalfMatrix)
+        packed = kind[0](weight)
+        assert isinstance(packed, cpu.PanelMatrix)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            found = ops.half_linear(x, packed)
+            found = ops.panel_linear(x, packed)
         finally:
             torch.set_num_threads(before)
-        rounded = weight.half().double()
-        torch.testing.assert_close(found.double(), x.double() @ rounded.T, rtol=1e-5, atol=1e-4)
-        alone = torch.cat([ops.half_linear(row[None], packed) for row in x[-7:]])
+        torch.testing.assert_close(found.double(), x.double() @ kind[1](weight).T, rtol=1e-5, atol=1e-4)
+        alone = torch.cat([ops.panel_linear(row[None], packed) for row in x[-7:]])
         assert torch.equal(alone, found[-7:])
 
     def test_every_float16_is_widened_exactly(self) -> None:
@@ -272,6 +292,14 @@ class TestHalf:
         weight = bits[bits.isfinite()].float()[:, None]
         packed = ops.pack_half(weight)
         assert torch.equal(ops.half_linear(torch.ones(1, 1), packed)[0], weight[:, 0])
+
+    def test_every_byte_is_widened_exactly(self) -> None:
+        """Each output has all the codes, so that its largest is 127; a row of zeros stays one."""
+        codes = torch.arange(-127, 128).float()
+        weight = torch.stack([codes * 0.5, codes.flip(0), torch.zeros(255)])
+        packed = ops.pack_bytes(weight)
+        assert isinstance(packed, cpu.PanelMatrix)
+        assert torch.equal(ops.panel_linear(torch.eye(255), packed), weight.T)
 
     def test_any_shape_and_layout_of_rows(self) -> None:
         weight, x = normal(40, 24), normal(24, 3, 5, seed=1).permute(1, 2, 0)
@@ -478,8 +506,8 @@ class TestLibrary:
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
         assert cpu.kernels_for(torch.float32) is not None
-        assert cpu.half_kernels() is None
-        assert not isinstance(ops.pack_half(torch.zeros(8, 8)), cpu.HalfMatrix)
+        assert cpu.panel_kernels() is None
+        assert not isinstance(ops.pack_half(torch.zeros(8, 8)), cpu.PanelMatrix)
 
     @needs_compiler
     def test_beside_another_openmp_the_product_is_torchs(
@@ -487,7 +515,7 @@ class TestLibrary:
     ) -> None:
         monkeypatch.setattr(cpu, "_shares_openmp", lambda: False)
         assert cpu.kernels_for(torch.float32) is not None
-        assert cpu.half_kernels() is None
+        assert cpu.panel_kernels() is None
 
     def test_a_directory_that_cannot_be_written_means_torch(
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

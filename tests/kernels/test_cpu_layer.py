@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, cpu_layer, ops
+from kernels import cpu, cpu_layer
+from kernels import dispatch as ops
 
-pytestmark = pytest.mark.skipif(cpu.half_kernels() is None, reason="no C compiler with OpenMP, or no float16")
+pytestmark = pytest.mark.skipif(
+    cpu.panel_kernels() is None, reason="no C compiler with OpenMP, or no float16"
+)
 
 EPS, NUM_SLOTS = 1e-5, 200
 SIZES = cpu_layer.LayerSizes(hidden=48, num_heads=6, num_kv_heads=2, head_dim=8, inner=80)
@@ -44,8 +47,8 @@ class Layer:
         heads = sizes.num_heads * sizes.head_dim
         qkv = heads + 2 * sizes.num_kv_heads * sizes.head_dim
         shapes = (qkv, sizes.hidden), (sizes.hidden, heads), (2 * sizes.inner, sizes.hidden)
-        packed = [
-            ops.pack_half(normal(*shape, seed=seed + i) * shape[1] ** -0.5)
+        packed = [  # in both ways, since a layer takes each matrix as it is
+            (ops.pack_half, ops.pack_bytes)[(seed + i) % 2](normal(*shape, seed=seed + i) * shape[1] ** -0.5)
             for i, shape in enumerate((*shapes, (sizes.hidden, sizes.inner)))
         ]
         norms = tuple(1 + 0.3 * normal(sizes.hidden, seed=seed + 5 + i) for i in range(2))

@@ -1,4 +1,5 @@
-"""Sampling written out for one row in numpy float64: temperature, min_p, top-k, top-p, then the noisy argmax.
+"""Sampling written out for one row in numpy float64: the edits of a text so far, temperature, min_p, top-k,
+top-p, then the noisy argmax.
 
 Written from SPECULATION.md section 2: the order is vLLM's, every filter works on what the one before it
 left. Ties: all tokens tied with the k-th best survive top-k; top-p takes tied tokens in order of their id;
@@ -6,6 +7,8 @@ the lowest id wins an argmax.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +21,37 @@ def softmax(row: Row) -> Row:
     exp = np.exp(row - row.max())
     probs: Row = exp / exp.sum()
     return probs
+
+
+def edit(
+    logits: ArrayLike,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    *,
+    ends: Sequence[int] = (),
+    min_tokens: int = 0,
+    bad_words: Sequence[Sequence[int]] = (),
+    logit_bias: Sequence[tuple[int, float]] = (),
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+) -> Row:
+    """[V] logits of the token after ``prompt`` and ``answer``. ends: the tokens that could end the answer."""
+    row: Row = np.array(logits, dtype=np.float64)
+    if len(answer) < min_tokens:
+        for token in ends:
+            row[token] = -np.inf
+    for word in bad_words:
+        before = list(word[:-1])
+        if len(answer) >= len(before) and list(answer[len(answer) - len(before) :]) == before:
+            row[word[-1]] = -np.inf
+    for token, bias in logit_bias:
+        row[token] += bias
+    for token in {*prompt, *answer}:
+        row[token] *= 1 / repetition_penalty if row[token] > 0 else repetition_penalty
+    for token in set(answer):
+        row[token] -= frequency_penalty * list(answer).count(token) + presence_penalty
+    return row
 
 
 def process(

@@ -19,9 +19,10 @@ from engine.build import Served
 from engine.canary import CanaryCounts
 from engine.config import EngineConfig
 from engine.core import Delta, Request
-from engine.server.app import ServerOptions, ServerState
 from engine.server.lifecycle import app_runner
+from engine.server.state import ServerOptions, ServerState
 from engine.text.conversation import AnyTokenizer
+from tests.text.hermes import compiler
 
 EOS = 256
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
@@ -47,6 +48,9 @@ class ByteTokenizer:
 
     def token_text(self, token_id: int) -> str | None:
         return None
+
+
+BYTES = ByteTokenizer()
 
 
 def script(*steps: bytes, finish: str = "stop", accepted: int | None = None) -> list[Delta]:
@@ -133,6 +137,10 @@ class FakeEngine:
         if self._live.pop(request_id, None) is not None:
             self._farewells.append(Delta(request_id, (), "abort"))
 
+    def fail_running(self, why: str) -> list[Delta]:
+        failed, self._live = list(self._live), {}
+        return [Delta(request_id, (), "error", error=why) for request_id in failed]
+
     def step(self) -> list[Delta]:
         if self.fail_at == self.num_steps:
             raise RuntimeError("the step broke")
@@ -153,7 +161,9 @@ def serve_fake(
     engine: FakeEngine, draft_name: str = "fake-head", tokenizer: AnyTokenizer | None = None
 ) -> Served:
     """The fake as a model called 'fake'."""
-    return Served(cast(Any, engine), tokenizer or ByteTokenizer(), "fake", "/models/fake", draft_name)
+    tokenizer = tokenizer or BYTES
+    grammars = compiler(cast(Any, tokenizer))
+    return Served(cast(Any, engine), tokenizer, "fake", "/models/fake", draft_name, grammars)
 
 
 @dataclass
@@ -210,10 +220,11 @@ async def server(
         async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=20)) as http:
             yield Server(engine, state, url, http)
     finally:
-        engine.hold.clear()
+        if isinstance(engine, FakeEngine):  # not a real one, which tests may bring as well
+            engine.hold.clear()
         if state.serving is not None:
             await state.serving.runner.stop()
-            state.serving.threads.shutdown()
+            state.serving.close()
         await runner.cleanup()
 
 

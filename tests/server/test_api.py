@@ -240,8 +240,8 @@ def test_models_health_version() -> None:
     [
         (CHAT, b"{", 400, None, "invalid_json"),
         (CHAT, {**BODY, "temperature": 3}, 400, "temperature", "invalid_value"),
-        (CHAT, {**BODY, "n": 2}, 400, "n", "unsupported_value"),
-        (CHAT, {**BODY, "tools": [{}]}, 400, "tools", "unsupported_parameter"),
+        (CHAT, {**BODY, "n": 9}, 400, "n", "invalid_value"),
+        (CHAT, {**BODY, "tools": [{"function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
         (CHAT, {**BODY, "stop_token_ids": [257]}, 400, "stop_token_ids[0]", "invalid_value"),
         (
             CHAT,

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 import torch
 
-from engine.cli import chat, client, demo, generate, main, options, serve
+from engine.cli import chat, client, demo, env, generate, main, options, serve
 from engine.cli.local import LocalEngine
 from engine.cli.progress import LoadingBar
 from engine.core import Request, SamplingParams, Speculation
@@ -136,9 +136,38 @@ def test_server_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--shutdown-timeout", "-1"),
         ("--shutdown-timeout", "nan"),
         ("--api-key", ""),
+        ("--watchdog-timeout", "-1"),
+        ("--max-num-queued-tokens", "-1"),
+        ("--cors-origin", "page.example"),
+        ("--cors-origin", "https://page.example/path"),
+        ("--cors-origin", "https://user@page.example"),
     ):
         with pytest.raises(ConfigError, match=words[0]):
             serve.server_options(parse(serve, *words))
+    origins = ("--cors-origin", "*", "--cors-origin", "https://a.example:8443", "--allowed-host", "Box.LAN")
+    found = serve.server_options(parse(serve, *origins, "--watchdog-timeout", "9"))
+    assert found.cors_origins == ("*", "https://a.example:8443")
+    assert (found.allowed_hosts, found.stalled_after) == (("box.lan",), 9.0)
+
+
+def test_env_shows_versions_and_no_values(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HAAST_API_KEY", "hunter2")
+    assert main.main(["env"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"].startswith(torch.__version__)
+    assert lines["variables set"] == "HAAST_API_KEY"
+    assert {"haast", "Python", "CPU", "GPU driver", "aiohttp"} <= set(lines)
+    assert "hunter2" not in str(lines)
+
+
+def test_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "version"
+    monkeypatch.setattr(env, "_DRIVER_FILE", file)
+    assert env.driver_version() is None
+    file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n")
+    assert env.driver_version() == "580.95.05"
 
 
 def test_loading_bar_without_a_terminal() -> None:
@@ -320,11 +349,30 @@ def test_chat_shows_what_a_server_thinks_and_calls(
     assert err.endswith("Two.\n")
 
 
+def test_complete_through_a_server(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine(script(b"He", b"llo"))
+    with background_server(engine) as url:
+        assert main.main(["complete", "Hi", "--url", url, "--max-tokens", "9", "--stats"]) == 0
+        out, err = capsys.readouterr()
+        assert out == "Hello\n"
+        assert "acceptance length 3.00" in err
+        monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
+        assert main.main(["complete", "--url", url, "--model", "fake"]) == 0
+        assert main.main(["complete", "x", "--url", url, "--model", "other"]) == 1
+        assert "not served here" in capsys.readouterr().err
+        assert main.main(["complete", "", "--url", url]) == 1
+        assert "there is no text" in capsys.readouterr().err
+    assert [bytes(request.prompt) for request in engine.added] == [b"Hi", b"from stdin"]
+    assert engine.added[0].sampling.max_tokens == 9
+
+
 def test_client_reports_errors_inside_a_stream() -> None:
     async def scenario() -> None:
         engine = FakeEngine(script(*[b"tick"] * 50), fail_at=3, step_time=0.02)
         async with server(engine) as api, client.session(api.url) as http:
-            with pytest.raises(client.ServerError, match="the server failed: the engine failed"):
+            with pytest.raises(client.ServerError, match="the server failed: the request failed"):
                 await client.stream_chat(
                     http, {"messages": [{"role": "user", "content": "x"}]}, lambda piece: None
                 )

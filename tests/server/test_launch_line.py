@@ -19,7 +19,7 @@ from engine.cli import compat, main, options, serve
 from engine.cli.speculative import asked
 from engine.core import Speculation
 from engine.errors import ConfigError
-from engine.server.app import ServerOptions
+from engine.server.state import ServerOptions
 from tests.checkpoint.files import write_hf
 from tests.conftest import tiny_llama
 from tests.engine.test_build_mistral import CONFIG, VOCAB
@@ -247,7 +247,11 @@ VERDICTS: dict[str, str] = {  # written by hand, from what people launch: "", "n
     "--enable-prefix-caching": "",
     "--no-enable-prefix-caching": "",
     "--revision abc": "--local-dir DIR",
-    "--max-num-queued-tokens 9": "--max-num-queued-reqs",
+    "--max-num-queued-tokens 9": "",
+    "--max-queued-requests 9": "",
+    "--scheduling-policy priority": "",
+    "--enable-request-id-headers": "",
+    "--allowed-origins '[\"*\"]'": "use --cors-origin",
     "--uds /tmp/x": "--host and --port",
 }
 

@@ -15,7 +15,8 @@ import pytest
 from engine.build import Served
 from engine.errors import CheckpointError, ConfigError
 from engine.server import lifecycle
-from engine.server.app import ServerOptions
+from engine.server.runner import EngineRunner
+from engine.server.state import ServerOptions
 from tests.server.fakes import FakeEngine, script, serve_fake, until
 
 CHAT = "/v1/chat/completions"
@@ -142,15 +143,31 @@ def test_dead_engine_is_an_exit_code_and_one_line_of_log(caplog: pytest.LogCaptu
     async def during(url: str) -> None:
         async with aiohttp.ClientSession(url) as http:
             await get_ready(http)
-            assert (await http.post(CHAT, json=BODY)).status == 500
+            assert [(await http.post(CHAT, json=BODY)).status for _ in range(3)] == [500] * 3
             assert [(await http.post(CHAT, json=BODY)).status for _ in range(3)] == [503] * 3
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert run_lifecycle(FakeEngine(fail_at=0), during) == 1
-    [line] = [record for record in caplog.records if record.levelname == "ERROR"]
+    *steps, line = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [step.message.partition(":")[0] for step in steps] == ["a step failed"] * 2
     assert line.message.startswith("the engine failed")
     assert "503 until the server is restarted" in line.message
     assert line.exc_info is not None
+
+
+def test_an_engine_that_does_not_stop_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step outlives the wait for its end; the client has had its error long before."""
+    monkeypatch.setattr(EngineRunner.stop, "__defaults__", (0.05,))
+    engine = FakeEngine(step_time=2.0)
+
+    async def during(url: str) -> None:
+        async with aiohttp.ClientSession(url) as http:
+            await get_ready(http)
+            reply = await http.post(CHAT, json=BODY)
+            assert (reply.status, (await reply.json())["error"]["code"]) == (500, "engine_stalled")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run_lifecycle(engine, during, stalled_after=0.1) == 1
 
 
 @pytest.mark.parametrize("load_time", [0.0, 1.5])

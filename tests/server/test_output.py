@@ -140,3 +140,23 @@ def test_figures_of_several_answers_add_up() -> None:
     assert metrics.tokens_per_second == 6.0
     assert metrics.speculative_decoding is not None
     assert metrics.speculative_decoding.acceptance_histogram == [0, 0, 2, 0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 20])
+def test_stop_string_stays_if_it_is_asked_for(size: int) -> None:
+    params = SamplingParams(stop=("END",), include_stop_str_in_output=True)
+    out = Output(cast(Any, ByteTokenizer()), Request(1, (1,), params), TREE, arrival=10.0)
+    grown = "".join(texts(out, script(*chunks(b"so ENTER END and more", size), finish="length")))
+    assert grown == out.answer.text == "so ENTER END"
+    assert (out.finish_reason, out.num_tokens) == ("stop", 12)
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "ab"), (True, "abc")])
+def test_a_stop_token_counts_but_is_left_out(include: bool, text: str) -> None:
+    params = SamplingParams(stop_token_ids=(ord("c"),), include_stop_str_in_output=include)
+    out = Output(cast(Any, ByteTokenizer()), Request(1, (1,), params), TREE, arrival=10.0)
+    out.push(StampedDelta(Delta(1, tuple(b"abc"), "stop"), 11.0, 12.0))
+    assert (out.answer.text, out.num_tokens) == (text, 3)
+    long = Output(cast(Any, ByteTokenizer()), Request(1, (1,), params), TREE, arrival=10.0)
+    long.push(StampedDelta(Delta(1, tuple(b"abc"), "length"), 11.0, 12.0))
+    assert long.answer.text == "abc", "the length ended it"

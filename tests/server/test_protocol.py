@@ -10,8 +10,11 @@ import pytest
 from engine.core import SPECULATION_OFF, Grammar, Speculation
 from engine.errors import RequestError
 from engine.server import protocol
+from engine.server.sampling_fields import choice_seed, sampling_params
+from tests.server.fakes import ByteTokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -20,7 +23,7 @@ def chat(**fields: Any) -> protocol.ChatRequest:
 
 
 def sampling(**fields: Any) -> Any:
-    return protocol.sampling_params(chat(**fields), prompt_len=10, max_model_len=64, vocab_size=100)
+    return sampling_params(chat(**fields), 10, 64, ByteTokenizer())
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,9 @@ def sampling(**fields: Any) -> Any:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
-        ({"n": 2}, "n"),
+        ({"n": 2, "temperature": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"n": 0}, "n"),
         ({"seed": 1 << 63}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"stop": ["x"] * 17}, "stop"),
@@ -79,13 +84,18 @@ def sampling(**fields: Any) -> Any:
             {"messages": [{"role": "assistant", "content": [{"type": "thinking"}]}]},
             "messages[0].content[0].thinking",
         ),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1000}, "repetition_penalty"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
+        ({"logit_bias": {"5": None}}, "logit_bias[...]"),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         (
@@ -94,15 +104,23 @@ def sampling(**fields: Any) -> Any:
         ),
         ({"response_format": "json_object"}, "response_format"),
         ({"tools": ["f"]}, "tools[0]"),
-        ({"tools": [{}] * 129}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [{}]}, "tools[0].function"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [TOOL, {"function": {"name": "f g"}}]}, "tools[1].function.name"),
+        ({"tools": [TOOL, {"function": {"name": "f", "parameters": []}}]}, "tools[1].function.parameters"),
+        ({"tools": [{"function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
         ({"tool_choice": "any"}, "tool_choice"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tool_choice": {"type": "custom", "function": {"name": "f"}}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "function", "function": "f"}}, "tool_choice.function"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice.allowed_tools"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"reasoning_effort": 3}, "reasoning_effort"),
-        ({"min_tokens": 3}, "min_tokens"),
-        ({"bad_words": ["x"]}, "bad_words"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"bad_words": ["x", " "]}, "bad_words[1]"),
+        ({"bad_words": ["x" * 257]}, "bad_words[0]"),
+        ({"bad_words": ["x"] * 129}, "bad_words"),
+        ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output"),
         ({"echo": True}, "echo"),
         ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
@@ -159,7 +177,8 @@ def test_older_names_of_structured_output_are_refused_with_todays(name: str, val
     ],
 )
 def test_what_an_answer_must_match(fields: dict[str, Any], grammar: Grammar | None) -> None:
-    assert protocol.sampling_params(chat(**fields), 1, 10, 100).grammar == grammar
+    wanted = protocol.grammar_of(chat(**fields))
+    assert (None if wanted is None else wanted.grammar) == grammar
 
 
 @pytest.mark.parametrize(
@@ -211,6 +230,44 @@ def test_broken_bodies_are_refused_shortly(body: bytes) -> None:
     assert len(str(caught.value)) < 700
 
 
+def test_what_edits_mean_to_the_engine() -> None:
+    found = sampling(
+        presence_penalty=-2,
+        frequency_penalty=0.5,
+        repetition_penalty=1.2,
+        logit_bias={"5": -100, "7": 2.5},
+        bad_words=["ab", " ab", "c"],
+        min_tokens=3,
+        logprobs=True,
+        top_logprobs=4,
+        include_stop_str_in_output=True,
+    )
+    assert (found.presence_penalty, found.frequency_penalty, found.repetition_penalty) == (-2, 0.5, 1.2)
+    assert found.logit_bias == ((5, -100.0), (7, 2.5))
+    assert found.bad_words == (tuple(b"ab"), tuple(b" ab"), tuple(b"c"), tuple(b" c"))
+    assert (found.min_tokens, found.logprobs, found.include_stop_str_in_output) == (3, 4, True)
+    assert sampling(logprobs=True).logprobs == 0
+    assert sampling(logprobs=False, top_logprobs=0).logprobs is None
+    text = protocol.decode_completion(b'{"prompt": "a", "logprobs": 2}')
+    assert sampling_params(text, 1, 64, ByteTokenizer()).logprobs == 2
+    for fields, param in (
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"min_tokens": 55}, "min_tokens"),
+        ({"bad_words": ["x", "y" * 65]}, "bad_words[1]"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            sampling(**fields)
+        assert caught.value.param == param
+
+
+def test_every_choice_has_a_seed_of_its_own() -> None:
+    """The first that of the request; neighbouring requests share none."""
+    seeds = [choice_seed(seed, choice) for seed in (0, 1, 2, 2**63 - 1, -(2**63)) for choice in range(8)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert choice_seed(-5, 0) == -5
+
+
 def test_sampling_defaults_and_limits() -> None:
     default = sampling()
     assert (default.temperature, default.top_p, default.top_k, default.min_p) == (1.0, 1.0, 0, 0.0)
@@ -219,7 +276,7 @@ def test_sampling_defaults_and_limits() -> None:
     assert sampling(max_tokens=7).max_tokens == 7
     assert sampling(max_tokens=7, max_completion_tokens=3).max_tokens == 3
     assert sampling(top_k=-1).top_k == 0
-    assert sampling(top_k=10**12).top_k == 100
+    assert sampling(top_k=10**9).top_k == ByteTokenizer.vocab_size
     assert sampling(temperature=1e-30).temperature == 0.0
     assert sampling(stop="a").stop == ("a",)
     assert sampling(stop=["a", "b"]).stop == ("a", "b")
@@ -280,9 +337,10 @@ def test_messages_keep_what_is_known_and_given() -> None:
     [
         ({}, False),
         ({"tools": []}, False),
-        ({"tools": [{}]}, True),
-        ({"tools": [{}], "tool_choice": "auto"}, True),
-        ({"tools": [{}], "tool_choice": "none"}, False),
+        ({"tools": [TOOL]}, True),
+        ({"tools": [TOOL], "tool_choice": "auto"}, True),
+        ({"tools": [TOOL], "tool_choice": "none"}, False),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, True),
     ],
 )
 def test_which_requests_offer_tools(fields: dict[str, Any], offers: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -12,8 +13,9 @@ import pytest
 
 from engine.canary import CanaryCounts
 from engine.core import Delta, Request, SamplingParams
-from engine.server import lifecycle, runner, sse
+from engine.server import lifecycle, sse
 from engine.server.metrics import StampedDelta
+from engine.server.ticket import Ticket
 from tests.server.fakes import ByteTokenizer, FakeEngine, Server, script, server, until
 
 CHAT = "/v1/chat/completions"
@@ -88,7 +90,7 @@ def test_steps_without_text_are_silence_too() -> None:
 def test_news_that_were_read_at_once_are_not_news_again() -> None:
     async def scenario() -> None:
         first, second = script(b"ab", b"cd", finish="length")
-        ticket = runner.Ticket([Request(0, (1,), SamplingParams())])
+        ticket = Ticket([Request(0, (1,), SamplingParams())])
         ticket.accept()
         await ticket.accepted()
         ticket.put(StampedDelta(first, 0.0, 1.0))
@@ -108,7 +110,7 @@ def test_more_prompts_than_are_ever_admitted() -> None:
             status, reply, headers = await api.post("/v1/completions", {"prompt": ["x"] * 16})
             error = reply["error"]
             assert (status, error["param"], error["code"]) == (400, "prompt", "invalid_value")
-            assert "found 16 prompts" in error["message"]
+            assert "found 16 answers" in error["message"]
             assert "at most 3 " in error["message"]
             assert "Retry-After" not in headers
             assert (await api.post("/v1/completions", {"prompt": ["x"] * 3}))[0] == 200
@@ -132,9 +134,13 @@ def test_queue_full() -> None:
     asyncio.run(scenario())
 
 
-def test_a_broken_step_fails_everybody_and_the_health() -> None:
+def test_an_engine_that_cannot_be_mended_fails_everybody_and_the_health() -> None:
+    def broken(why: str) -> list[Delta]:
+        raise AssertionError("pages are missing")
+
     async def scenario() -> None:
         engine = FakeEngine(LONG, fail_at=3, step_time=0.02)
+        engine.fail_running = broken  # type: ignore[method-assign]
         async with server(engine) as api:
             streaming = asyncio.create_task(api.stream(BODY))
             status, reply, _ = await api.post(CHAT, BODY)
@@ -157,27 +163,79 @@ def test_a_broken_step_fails_everybody_and_the_health() -> None:
     asyncio.run(scenario())
 
 
-def test_a_broken_add_does_not_hang() -> None:
+def test_a_broken_step_fails_who_ran() -> None:
+    """Twice; at the third time in a row the engine is dead."""
+
     async def scenario() -> None:
-        async with server(FakeEngine(refusal=ZeroDivisionError("bug"))) as api:
-            assert (await api.post(CHAT, BODY))[0] == 500
-            assert (await api.get("/health"))[0] == 503
+        engine = FakeEngine(LONG, fail_at=3)
+        async with server(engine) as api:
+            *_, error, done = await api.stream(BODY)
+            assert (error["error"]["code"], done) == ("request_failed", "data: [DONE]")
+            assert "RuntimeError" in error["error"]["message"]
+            engine.fail_at, engine.answer = None, script(b"fine")
+            assert (await api.post(CHAT, BODY))[0] == 200
+            engine.fail_at = engine.num_steps
+            for code, health in (("request_failed", 200), ("request_failed", 200), ("engine_failed", 503)):
+                status, reply, _ = await api.post(CHAT, BODY)
+                assert (status, reply["error"]["code"]) == (500, code)
+                assert (await api.get("/health"))[0] == health
+            assert api.state.serving.runner.totals.num_failed_steps == 4  # type: ignore[union-attr]
 
     asyncio.run(scenario())
 
 
-def test_a_stalled_engine_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "STALLED_AFTER", 0.05)
+def test_a_request_that_fails_alone() -> None:
+    """Its tokens so far arrive, then the error; the engine goes on."""
 
     async def scenario() -> None:
-        engine = FakeEngine(step_time=0.4)
+        failing = [*script(b"so ", b"far", finish="length")]
+        failing[-1] = replace(failing[-1], finish_reason="error", error="no number")
+        async with server(FakeEngine(failing, step_time=0.01)) as api:
+            *events, error, done = await api.stream(BODY)
+            assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "so far"
+            assert error["error"]["message"] == "the request failed: no number"
+            assert (error["error"]["code"], done) == ("request_failed", "data: [DONE]")
+            status, reply, _ = await api.post(CHAT, BODY)
+            assert (status, reply["error"]["code"]) == (500, "request_failed")
+            assert (await api.get("/health"))[0] == 200
+            assert api.state.serving.runner.totals.finished == {"error": 2}  # type: ignore[union-attr]
+            assert in_flight(api) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_broken_add_fails_one_request() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(refusal=ZeroDivisionError("bug"))
         async with server(engine) as api:
-            asking = asyncio.create_task(api.post(CHAT, BODY))
-            await until(lambda: engine.added)
-            await asyncio.sleep(0.1)
-            status, reply, _ = await api.get("/health")
-            assert (status, reply["error"]["code"]) == (503, "engine_stalled")
-            await asking
+            assert (await api.post(CHAT, BODY))[0] == 500
+            engine.refusal = None
+            assert (await api.post(CHAT, BODY))[0] == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_spinning", [False, True])
+def test_a_stalled_engine_is_unhealthy(is_spinning: bool) -> None:
+    """In a step that does not end, and in steps that do nothing; until it goes on."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(step_time=0.0 if is_spinning else 0.5)
+        if is_spinning:
+            engine.hold.set()
+        async with server(engine, stalled_after=0.1) as api:
+            assert (await api.get("/health"))[0] == 200
+            status, reply, _ = await api.post(CHAT, BODY)
+            assert (status, reply["error"]["code"]) == (500, "engine_stalled")
+            for path in ("/health", "/ready"):
+                status, reply, _ = await api.get(path)
+                assert (status, reply["error"]["code"]) == (503, "engine_stalled")
+            assert api.state.serving is not None
+            engine.hold.clear()
+            engine.step_time = 0.0
+            await until(lambda: not api.state.serving.runner.is_stalled)
+            assert (await api.post(CHAT, BODY))[0] == 200
+            await asyncio.sleep(0.2)  # idle is not stalled
             assert (await api.get("/health"))[0] == 200
 
     asyncio.run(scenario())
@@ -204,7 +262,7 @@ def test_a_mistake_of_ours_is_a_500_with_the_id(monkeypatch: pytest.MonkeyPatch)
 def test_slow_readers_get_merged_events_and_lose_nothing() -> None:
     async def scenario() -> None:
         deltas = script(b"ab", b"cd", b"ef", finish="length")
-        ticket = runner.Ticket([Request(0, (1,), SamplingParams())])
+        ticket = Ticket([Request(0, (1,), SamplingParams())])
         for number, delta in enumerate(deltas):
             ticket.put(StampedDelta(delta, float(number), number + 1.0))
         gathered = await ticket.next()
@@ -226,7 +284,7 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch)
             reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
             content = msgspec.json.encode({**BODY, "stream": True})
             writer.write(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
             )
             writer.write(content)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.cli import chat, generate, main, options, serve, train
-from engine.cli.environment import variable_of, with_hyphens, with_words
+from engine.cli.environment import unknown_variables, variable_of, with_hyphens, with_words
 from engine.cli.parser import FOREIGN_GROUP
 from engine.cli.speculative import asked
 from tests.server.test_launch_line import parse, refusal
@@ -205,6 +205,23 @@ def test_bad_variables_are_named(
 ) -> None:
     monkeypatch.setenv(f"HAAST_{name}", value)
     assert message in refusal(capsys)
+
+
+def test_a_misspelt_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name alone: its value may be a key."""
+    monkeypatch.setenv("HAAST_MAX_MODEL_LENGTH", "8")
+    monkeypatch.setenv("HAAST_APIKEY", "hunter2")
+    monkeypatch.setenv("HAAST_QQ", "1")
+    monkeypatch.setenv("HAAST_PORT", "9")
+    monkeypatch.setenv("HAAST_CPU_KERNELS", "0")
+    assert unknown_variables(parse().known_variables) == [
+        f"the environment variable {said}"
+        for said in (
+            "HAAST_APIKEY is no flag's here; did you mean HAAST_API_KEY?",
+            "HAAST_MAX_MODEL_LENGTH is no flag's here; did you mean HAAST_MAX_MODEL_LEN?",
+            "HAAST_QQ is no flag's here",
+        )
+    ]
 
 
 @pytest.mark.parametrize(

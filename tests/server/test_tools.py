@@ -324,7 +324,19 @@ def test_reasoning_effort_reaches_the_prompt(effort: str | None) -> None:
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "http://example.org/cat.png"}}
-NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+def named(name: str) -> dict[str, Any]:
+    """A tool_choice: this function and no other."""
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    """A tool_choice: some of the functions."""
+    return {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": mode, "tools": [named(name) for name in names]},
+    }
 
 
 @pytest.mark.parametrize(
@@ -336,17 +348,23 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
             "unsupported_value",
             "'image_url' are not supported",
         ),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_value", "cannot be forced"),
-        ({"tool_choice": NAMED}, "tool_choice", "unsupported_value", "cannot be forced"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls", "unsupported_parameter", "not supported yet"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice", "invalid_value", "there are no tools"),
+        (
+            {"tools": None, "tool_choice": named("weather")},
+            "tool_choice",
+            "invalid_value",
+            "there are no tools",
+        ),
+        ({"tool_choice": named("whether")}, "tool_choice", "invalid_value", "'whether', expected one of"),
+        ({"tool_choice": allowed("auto", "time")}, "tool_choice", "invalid_value", "'time', expected"),
         (
             {"reasoning_effort": "medium"},
             "reasoning_effort",
             "unsupported_value",
             "supported: 'none', 'high'",
         ),
-        ({"tools": [{"type": "function"}]}, "tools[0].function", "invalid_value", "Field required"),
-        ({"tools": [{"function": {"name": "f g"}}]}, "tools", "invalid_value", "Function name was f g"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "invalid_value", "missing required"),
+        ({"tools": [{"function": {"name": "f g"}}]}, "tools[0].function.name", "invalid_value", "regex"),
         ({"messages": RESULTS[:3]}, "messages", "invalid_value", "Expected last role"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

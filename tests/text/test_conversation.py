@@ -43,7 +43,7 @@ def test_templates_get_roles_and_texts() -> None:
         {"role": "assistant", "content": "c", "reasoning_content": "hm", "tool_calls": []},
     ]
     ours = templated()
-    ids = conversation_ids(ours, messages, tools=TOOLS, tool_choice="none")
+    ids = conversation_ids(ours, messages)
     assert ours.decode(ids) == "system:be brief;user:a\nb;assistant:c;"
     plain = [
         {"role": "system", "content": "be brief"},
@@ -58,7 +58,6 @@ def test_templates_get_roles_and_texts() -> None:
     ("messages", "options", "param"),
     [
         (ASKED, {"tools": TOOLS}, "tools"),
-        (ASKED, {"tools": TOOLS, "tool_choice": "auto"}, "tools"),
         (ASKED, {"reasoning_effort": "high"}, "reasoning_effort"),
         (CALLED, {}, "messages[1].tool_calls"),
         (CALLED[2:], {}, "messages[0].role"),
@@ -83,9 +82,9 @@ def test_templates_refuse_by_field(
 
 def test_mistrals_format_takes_all_of_it() -> None:
     ours: AnyTokenizer = tekken_tokenizer()
-    for options in ({}, {"tools": TOOLS, "tool_choice": "auto"}, {"tools": TOOLS, "tool_choice": "none"}):
-        found = conversation_ids(ours, CALLED, reasoning_effort="high", **options)  # type: ignore[arg-type]
-        assert found == encode_chat(tekken_tokenizer(), CALLED, reasoning_effort="high", **options)  # type: ignore[arg-type]
+    for options in ({}, {"tools": TOOLS}):
+        found = conversation_ids(ours, CALLED, reasoning_effort="high", **options)
+        assert found == encode_chat(tekken_tokenizer(), CALLED, reasoning_effort="high", **options)
     with pytest.raises(RequestError, match="supported: 'none', 'high'"):
         conversation_ids(ours, ASKED, reasoning_effort="low")
 

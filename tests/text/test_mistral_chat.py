@@ -102,11 +102,8 @@ def test_tools_calls_and_results() -> None:
         *("[TOOL_RESULTS]", "rain", "[/TOOL_RESULTS]"),
     )
     offered = ("[AVAILABLE_TOOLS]", WEATHER_JSON, "[/AVAILABLE_TOOLS]")
-    for choice in (None, "auto"):
-        assert chat(*messages, tools=[WEATHER], tool_choice=choice) == spell(
-            "<s>", *offered, *NONE, *asked, *answered
-        )
-    without: list[dict[str, Any]] = [{"tools": [WEATHER], "tool_choice": "none"}, {"tools": []}, {}]
+    assert chat(*messages, tools=[WEATHER]) == spell("<s>", *offered, *NONE, *asked, *answered)
+    without: list[dict[str, Any]] = [{"tools": None}, {"tools": []}, {}]
     for options in without:
         assert chat(*messages, **options) == spell("<s>", *NONE, *asked, *answered)
 
@@ -304,8 +301,6 @@ ASKED = [user("a"), {"role": "assistant", "tool_calls": [call("abcdefgh1", "f", 
             "reasoning_effort",
             "'medium', supported: 'none', 'high'",
         ),
-        ([user("a")], {"tool_choice": "required"}, "tool_choice", "supported: 'auto', 'none'"),
-        ([user("a")], {"tool_choice": {"type": "function"}}, "tool_choice", "cannot be forced"),
         ([user("a")], {"tools": ["f"]}, "tools[0]", "is a str, expected an object"),
         ([user("a")], {"tools": [{"type": "function"}]}, "tools[0].function", "Field required"),
         (

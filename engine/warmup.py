@@ -1,0 +1,73 @@
+"""The first steps of an engine, on made-up text, before anybody waits for them.
+
+What they leave behind is what steps cost here: of trees of many sizes and of several sequences at once. The
+planner would else have to find that out on the first requests, and a size whose first steps happened to be
+slow would long be left alone. What made-up text says of acceptance is forgotten.
+
+A few dozen steps, in which everything also runs for the first time: memory is touched, libraries set up their
+threads, a device compiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from engine.config import EngineConfig
+from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
+from engine.step import Engine
+
+_ROUNDS = 2  # through all sizes, since a machine has slow moments
+_STEPS = 4  # of a size in a round: the prompt's, the one in which the head takes it in, two as they will be
+_PROMPT = 24  # tokens
+_MOST_SEQS = 8  # at once; what more of them cost is a straight line from there
+_SALT = "warm-up"
+
+
+def sizes(config: EngineConfig) -> Iterator[tuple[int, Speculation]]:
+    """(sequences, what each drafts) to be timed: within the limits, two numbers of rows of the target an
+    octave, and levels of the draft, alone and side by side."""
+    most = config.speculation
+    shapes = [SPECULATION_OFF]
+    for nodes in (2, 3, 4, 6, 8, 12):
+        depth = min(nodes - 1, most.depth)
+        if most.has_tree and nodes <= most.nodes + most.lookup:
+            shapes += [Speculation(nodes, depth, 1 if depth == nodes - 1 else most.top_k)]
+    yield from ((1, shape) for shape in shapes)
+    for num_seqs in (2, _MOST_SEQS):
+        if num_seqs <= config.max_num_seqs:
+            yield from ((num_seqs, shape) for shape in shapes[:2])
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a few steps of every size on an idle engine whose speculation is planned; of others nothing is to
+    be learned."""
+    if not engine.config.planned or engine.draft.rows is None:
+        return
+    assert engine.num_running == engine.num_waiting == 0, "others wait"
+    log, engine.step_log = engine.step_log, None
+    ids = itertools.count(-1, -1)
+    for num_seqs, shape in list(sizes(engine.config)) * _ROUNDS:
+        requests = [_request(next(ids), engine, shape) for _ in range(num_seqs)]
+        if requests[0].sampling.max_tokens < 1:
+            break
+        for request in requests:
+            engine.add(request)
+        decodes = 0
+        while engine.has_work and decodes < _STEPS:
+            engine.step()
+            decodes += not any(seq.forced for seq in engine.scheduler.running)
+        for request in requests:
+            engine.abort(request.id)
+        engine.scheduler.take_aborted()
+    engine.step_log = log
+    engine.draft.start_over()
+    engine.scheduler.prefixes.num_asked = engine.scheduler.prefixes.num_found = 0
+
+
+def _request(number: int, engine: Engine, shape: Speculation) -> Request:
+    config, vocab_size = engine.config, engine.target.vocab_size
+    prompt = tuple((number * 7919 + place * 104729) % vocab_size for place in range(_PROMPT))
+    room = min(config.max_model_len - _PROMPT, _STEPS * (shape.nodes + 1))
+    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=room)
+    return Request(number, prompt, sampling, shape, cache_salt=_SALT)
