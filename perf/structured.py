@@ -2,10 +2,10 @@
 
 Questions are answered under JSON schemas in four modes, in turns: plainly without a grammar, for comparison;
 plainly with it; with a draft that does not know of the grammar; and with one that does. All three with the
-grammar must give the same answers, and these must match their schemas. The acceptance length is that of steps
-which drafted, forced tokens not counted; tokens per step are those of all steps, after the first token's.
+grammar must give the same answers, and these must be whole JSON values. The acceptance length is that of
+steps which drafted, forced tokens not counted; tokens per step are those of all steps behind the first token.
 
-Exit code 1 if an answer differs or does not match. The last line of stdout is one JSON object.
+Exit code 1 if an answer differs or is cut. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
