@@ -19,6 +19,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from draft.masking import NEVER, FrontierMask, num_allowed
 from engine.core import SPECULATION_OFF, Delta, Grammar, Request, SamplingParams, Speculation
+from engine.core import Sequence as EngineSequence
 from engine.errors import RequestError
 from engine.grammar import Place
 from engine.step import Engine
@@ -58,7 +59,8 @@ def params(grammar: Grammar | None, temperature: float = 1.0, **rest: Any) -> Sa
 
 
 def engine_for(draft: Any = "none", **rest: Any) -> Engine:
-    return make_engine(MODEL, draft, **{"eos": EOS, "grammar_compiler": COMPILER, "num_pages": 400} | rest)
+    options: dict[str, Any] = {"eos": EOS, "grammar_compiler": COMPILER, "num_pages": 400} | rest
+    return make_engine(MODEL, draft, **options)
 
 
 def steps_of(engine: Engine, requests: Sequence[Request]) -> list[list[Delta]]:
@@ -149,7 +151,7 @@ def random_schema(dice: random.Random, depth: int = 0) -> dict[str, Any]:
     if kind == "anyOf":
         return {"anyOf": [random_schema(dice, depth + 1) for _ in range(dice.randint(1, 3))]}
     low = dice.randint(-50, 50)
-    return {
+    scalars: dict[str, dict[str, Any]] = {
         "string": {"type": "string", "minLength": dice.randint(0, 2), "maxLength": dice.randint(2, 8)},
         "integer": {"type": "integer", "minimum": low, "maximum": low + dice.randint(0, 500)},
         "number": {"enum": [low / 4, low, 1e20]},
@@ -163,7 +165,8 @@ def random_schema(dice: random.Random, depth: int = 0) -> dict[str, Any]:
             "maxLength": 9,
         },
         "date": {"type": "string", "format": "date"},
-    }[kind]
+    }
+    return scalars[kind]
 
 
 def test_answers_to_200_generated_schemas_validate() -> None:
@@ -215,7 +218,12 @@ def test_an_answer_survives_preemption() -> None:
     engine = engine_for("eagle3", speculation=TREE, num_pages=16)
     preempted: list[int] = []
     preempt = engine.scheduler._preempt
-    engine.scheduler._preempt = lambda seq: (preempted.append(seq.request.id), preempt(seq))[1]  # type: ignore[method-assign]
+
+    def watched(seq: EngineSequence) -> None:
+        preempted.append(seq.request.id)
+        preempt(seq)
+
+    engine.scheduler._preempt = watched  # type: ignore[method-assign]
     answers = engine.generate(prompts, asked)
     assert preempted
     assert [answer.token_ids for answer in answers] == plain
@@ -309,8 +317,8 @@ class BrokenCompiler(GrammarCompiler):
         self.num_tokens = num_tokens
 
     def matcher(self, grammar: Grammar, param: str | None = "grammar") -> LLMatcher:
-        matcher: Any = SpyMatcher(super().matcher(grammar, param))
-        matcher.most = self.num_tokens
+        spy: Any = SpyMatcher(super().matcher(grammar, param), self.num_tokens)
+        matcher: LLMatcher = spy
         return matcher
 
 
@@ -319,8 +327,8 @@ class SpyMatcher:
 
     fed: list[tuple[int, bool]] = []  # tokens, and whether the mask before allowed them
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher, self.most, self._consumed = matcher, 10**9, 0
+    def __init__(self, matcher: LLMatcher, most: int) -> None:
+        self._matcher, self._most, self._consumed = matcher, most, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._matcher, name)
@@ -328,7 +336,7 @@ class SpyMatcher:
     def try_consume_tokens(self, tokens: list[int]) -> int:
         for token in tokens:
             SpyMatcher.fed.append((token, 0 <= token < TOY.vocab_size and token in mask_of(self._matcher)))
-            if self._consumed >= self.most or self._matcher.try_consume_tokens([token]) != 1:
+            if self._consumed >= self._most or self._matcher.try_consume_tokens([token]) != 1:
                 return -1
             self._consumed += 1
         return len(tokens)
