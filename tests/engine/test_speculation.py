@@ -171,7 +171,7 @@ def test_chains_beside_larger_trees_stay_in_their_own_rows(
     engine = make_engine(echo, draft, page_size=1, num_pages=200)
     propose, grafted = engine.draft.propose, []
 
-    def checked(batch: Batch, mask: DraftMask | None) -> DraftTree:
+    def checked(batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         tree = propose(batch, mask)
         for row, (seq, real) in enumerate(zip(batch.seqs, tree.real().tolist(), strict=True)):
             assert seq.kv_len + max(node for node, is_real in enumerate(real) if is_real) < len(seq.pages)

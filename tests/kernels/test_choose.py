@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu_choose, gumbel_noise, ops, ref
+from kernels import cpu_choose, gumbel_noise, ref
+from kernels import dispatch as ops
 
 KERNEL = cpu_choose.choose_kernel()
 needs_compiler = pytest.mark.skipif(KERNEL is None, reason="no C compiler")

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, cpu_choose, ops, ref
+from kernels import cpu, cpu_choose, ref
+from kernels import dispatch as ops
 
 needs_compiler = pytest.mark.skipif(cpu.kernels_for(torch.float32) is None, reason="no C compiler")
 
