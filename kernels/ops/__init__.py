@@ -6,7 +6,7 @@ that is registered is tested, timed and compiled.
 
 from __future__ import annotations
 
-from kernels.ops import attention, small
+from kernels.ops import attention, products, small
 from kernels.ops.base import (
     BFLOAT16,
     EXACT,
@@ -20,7 +20,7 @@ from kernels.ops.base import (
     size_of,
 )
 
-OPERATIONS: tuple[Operation, ...] = (*attention.OPERATIONS, *small.OPERATIONS)
+OPERATIONS: tuple[Operation, ...] = (*attention.OPERATIONS, *products.OPERATIONS, *small.OPERATIONS)
 
 __all__ = [
     "BFLOAT16",
