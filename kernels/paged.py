@@ -78,7 +78,7 @@ def mha_tree_attention(
     q: [B, N, H, D]; k_pool, v_pool: [Hkv, S, D] in q's dtype, or float8_e4m3fn and to be multiplied by
     ``k_scale`` and ``v_scale``. Returns [B, N, H, D] in q's dtype.
     """
-    slots, bias = _seen(rows, q.shape[1])
+    slots, bias = seen_rows(rows, q.shape[1])
     keys, values = k_pool.float() * k_scale, v_pool.float() * v_scale
     return tree_attention(q.float(), keys, values, slots, bias, scale).to(q.dtype)
 
@@ -91,13 +91,13 @@ def mla_tree_attention(
     q: [B, N, H, R + P] from ``kernels.mla.absorb_queries``; pool: [S, R + P] in q's dtype, or float8_e4m3fn
     and to be multiplied by ``pool_scale``; value_dim: R. Returns [B, N, H, R] in q's dtype.
     """
-    slots, bias = _seen(rows, q.shape[1])
+    slots, bias = seen_rows(rows, q.shape[1])
     out = latent_attention(q.float(), pool.float() * pool_scale, slots, bias, scale, value_dim)
     return out.to(q.dtype)
 
 
-def _seen(rows: TreeRows, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """Slots of all rows of the table, [B, L], and the bias of 0 and -inf, [B, N, L]."""
+def seen_rows(rows: TreeRows, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Slots of all rows of the table, [B, L], and what every node sees of them: 0 or -inf, [B, N, L]."""
     device = rows.page_table.device
     within = torch.arange(rows.page_size, device=device)
     slots = (rows.page_table[..., None] * rows.page_size + within).flatten(1)

@@ -137,6 +137,7 @@ _MLA_TINY = (
     _tiny(_mla, "ragged", (300, 0, 33), 9, 3, (32, 16)),
     _tiny(_mla, "all bits", (20,), 64, 2, (16, 16)),
     _tiny(_mla, "chain", (40, 3), 70, 1, (16, 16), chain=True),
+    _tiny(_mla, "odd sizes", (290,), 2, 3, (12, 6)),
     _tiny(_mla, "head", (290, 1), 4, 2, (16, 16), num_own=12),
     _tiny(_mla, "fp8", (300,), 5, 4, (32, 16), pool_dtype=torch.float8_e4m3fn),
 )
@@ -155,6 +156,7 @@ _MHA_TINY = (
     _tiny(_mha, "ragged", (300, 0, 33), 9, (6, 2), 16),
     _tiny(_mha, "all bits", (20,), 64, (2, 1), 16),
     _tiny(_mha, "chain", (40, 3), 70, (1, 1), 16, chain=True),
+    _tiny(_mha, "odd sizes", (290,), 2, (3, 1), 10),
     _tiny(_mha, "head", (290, 1), 4, (4, 2), 16, num_own=12),
     _tiny(_mha, "fp8", (300,), 5, (4, 2), 16, pool_dtype=torch.float8_e4m3fn),
 )

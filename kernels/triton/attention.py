@@ -36,8 +36,18 @@ from kernels.triton.host import (
 
 _LEAST_KEYS = 256  # of a split
 _LOG2_E = 1.4426950408889634
-_DIMS = (16, 32, 64, 128, 256)  # of a head, of a latent, of what is rotated
+_WIDEST = 256  # numbers of a head, of a latent, of what is rotated
 _INDICES = (torch.int64, torch.int32)
+
+
+@triton.jit
+def _load_rows(row: tl.tensor, is_row: tl.tensor, dim: tl.constexpr, block: tl.constexpr) -> tl.tensor:
+    """[rows, block]: ``dim`` numbers from every pointer, zeros behind them and where there is no row."""
+    column = tl.arange(0, block)
+    inside = is_row[:, None]
+    if block != dim:
+        inside = inside & (column < dim)[None, :]
+    return tl.load(row[:, None] + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -62,6 +72,8 @@ def _attend(
     page_size: tl.constexpr,
     value_dim: tl.constexpr,
     rotated_dim: tl.constexpr,
+    value_block: tl.constexpr,
+    rotated_block: tl.constexpr,
     block_rows: tl.constexpr,
     block_keys: tl.constexpr,
     least_keys: tl.constexpr,
@@ -71,14 +83,14 @@ def _attend(
 ) -> None:
     """One tile of rows over one split. Scores are in base 2: ``scale`` holds the factor."""
     key_dim: tl.constexpr = value_dim + rotated_dim
-    seq = tl.program_id(2) // num_kv_heads
+    seq = (tl.program_id(2) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(2) % num_kv_heads
     split = tl.program_id(1)
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     is_row = row < num_nodes * group
     node = tl.minimum(row // group, num_nodes - 1)
     head = kv_head * group + row % group
-    place = (seq * num_nodes + node).to(tl.int64) * (num_kv_heads * group) + head  # of a row in q and out
+    place = (seq * num_nodes + node) * (num_kv_heads * group) + head  # of a row in q and out
 
     kv_len = tl.load(kv_lens + seq).to(tl.int32)
     if is_chain:  # no row of this tile sees anything behind its last node
@@ -90,42 +102,35 @@ def _attend(
     length = tl.maximum(length, least_keys)
     first = start + split * length
     if is_split:
-        lse += split.to(tl.int64) * (tl.num_programs(2) // num_kv_heads) * num_nodes * num_kv_heads * group
-        out += (
-            split.to(tl.int64)
-            * (tl.num_programs(2) // num_kv_heads)
-            * (num_nodes * num_kv_heads * group * value_dim)
-        )
+        all_rows = tl.num_programs(2).to(tl.int64) * num_nodes * group
+        lse += split * all_rows
+        out += split * all_rows * value_dim
         if first >= end:
             tl.store(lse + place, tl.full([block_rows], float("-inf"), tl.float32), mask=is_row)
             return
 
-    column = tl.arange(0, value_dim)
-    q_row = q + place[:, None] * key_dim
-    q_content = tl.load(q_row + column[None, :], mask=is_row[:, None], other=0.0).to(compute)
+    q_row = q + place * key_dim
+    q_content = _load_rows(q_row, is_row, value_dim, value_block).to(compute)
     if rotated_dim > 0:
-        turned = value_dim + tl.arange(0, rotated_dim)
-        q_turned = tl.load(q_row + turned[None, :], mask=is_row[:, None], other=0.0).to(compute)
+        q_turned = _load_rows(q_row + value_dim, is_row, rotated_dim, rotated_block).to(compute)
     head_start = kv_head.to(tl.int64) * num_slots
     most = tl.full([block_rows], float("-inf"), tl.float32)
     total = tl.zeros([block_rows], tl.float32)
-    result = tl.zeros([block_rows, value_dim], tl.float32)
+    result = tl.zeros([block_rows, value_block], tl.float32)
     for begin in range(first, tl.minimum(first + length, end), block_keys):
         key = begin + tl.arange(0, block_keys)
         is_key = key < end
-        page = tl.load(page_table + seq.to(tl.int64) * table_stride + key // page_size, mask=is_key, other=0)
+        page = tl.load(page_table + seq * table_stride + key // page_size, mask=is_key, other=0)
         slot = head_start + page.to(tl.int64) * page_size + key % page_size
-        key_row = keys + slot[:, None] * key_dim
-        content = tl.load(key_row + column[None, :], mask=is_key[:, None], other=0.0).to(compute)
+        key_row = keys + slot * key_dim
+        content = _load_rows(key_row, is_key, value_dim, value_block).to(compute)
         scores = tl.dot(q_content, tl.trans(content), input_precision="ieee")
         if rotated_dim > 0:
-            beside = tl.load(key_row + turned[None, :], mask=is_key[:, None], other=0.0).to(compute)
+            beside = _load_rows(key_row + value_dim, is_key, rotated_dim, rotated_block).to(compute)
             scores = tl.dot(q_turned, tl.trans(beside), scores, input_precision="ieee")
             value = content
         else:
-            value = tl.load(
-                values + slot[:, None] * value_dim + column[None, :], mask=is_key[:, None], other=0.0
-            ).to(compute)
+            value = _load_rows(values + slot * value_dim, is_key, value_dim, value_block).to(compute)
         scores *= scale
         if begin + block_keys > kv_len:  # one loop and a branch: a loop of its own would spill registers
             own = key - kv_len
@@ -144,8 +149,9 @@ def _attend(
         result = tl.dot(weight.to(compute), value, result * rescale[:, None], input_precision="ieee")
         most = highest
     result = result * (value_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    column = tl.arange(0, value_block)
     where = out + place[:, None] * value_dim + column[None, :]
-    tl.store(where, result.to(out.dtype.element_ty), mask=is_row[:, None])
+    tl.store(where, result.to(out.dtype.element_ty), mask=is_row[:, None] & (column < value_dim)[None, :])
     if is_split:
         tl.store(lse + place, most + tl.log2(total), mask=is_row)
 
@@ -158,20 +164,21 @@ def _merge(
     num_rows: tl.tensor,
     num_splits: tl.tensor,
     value_dim: tl.constexpr,
+    value_block: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """One row: parts [splits, rows, D] weighed by lse [splits, rows]. A split that saw nothing has -inf
     there, and its part was never written."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, value_dim)
+    column = tl.arange(0, value_block)
     most = -float("inf")
     total = 0.0
-    result = tl.zeros([value_dim], tl.float32)
+    result = tl.zeros([value_block], tl.float32)
     for begin in range(0, num_splits, block):
         place = (begin + tl.arange(0, block)).to(tl.int64) * num_rows + row
         logs = tl.load(lse + place, mask=begin + tl.arange(0, block) < num_splits, other=float("-inf"))
         saw = logs > float("-inf")
-        part = tl.load(parts + place[:, None] * value_dim + column[None, :], mask=saw[:, None], other=0.0)
+        part = _load_rows(parts + place * value_dim, saw, value_dim, value_block)
         highest = tl.maximum(most, tl.max(logs, axis=0))
         base = tl.where(highest == float("-inf"), 0.0, highest)
         weight = tl.exp2(logs - base)
@@ -179,7 +186,8 @@ def _merge(
         total = total * rescale + tl.sum(weight, axis=0)
         result = result * rescale + tl.sum(part * weight[:, None], axis=0)
         most = highest
-    tl.store(out + row * value_dim + column, (result / total).to(out.dtype.element_ty))
+    result = (result / total).to(out.dtype.element_ty)
+    tl.store(out + row * value_dim + column, result, mask=column < value_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +232,7 @@ def mha_tree_attention(
     )
     heads = f"{q.shape[2]} query heads, expected a multiple of {num_kv_heads} KV heads"
     require(num_kv_heads > 0 and q.shape[2] % num_kv_heads == 0, operation, heads)
-    require(head_dim in _DIMS, operation, f"heads have {head_dim} numbers, expected one of {_DIMS}")
+    require(0 < head_dim <= _WIDEST, operation, f"heads have {head_dim} numbers, expected 1 to {_WIDEST}")
     require(k_pool.dtype == v_pool.dtype, operation, f"K is {k_pool.dtype}, V is {v_pool.dtype}")
     return _run(operation, q, k_pool, v_pool, rows, scale * k_scale, v_scale, head_dim)
 
@@ -239,9 +247,9 @@ def mla_tree_attention(
     require(pool.dim() == 2 and pool.shape[1] == q.shape[3], operation, widths)
     sizes = value_dim, q.shape[3] - value_dim
     require(
-        all(size in _DIMS for size in sizes),
+        all(0 < size <= _WIDEST for size in sizes),
         operation,
-        f"rows have {sizes[0]} + {sizes[1]} numbers, expected two of {_DIMS}",
+        f"rows have {sizes[0]} + {sizes[1]} numbers, expected 1 to {_WIDEST} each",
     )
     return _run(operation, q, pool[None], pool[None], rows, scale * pool_scale, pool_scale, value_dim)
 
@@ -294,6 +302,8 @@ def _run(
         page_size=rows.page_size,
         value_dim=value_dim,
         rotated_dim=key_dim - value_dim,
+        value_block=_block(value_dim),
+        rotated_block=_block(key_dim - value_dim),
         block_rows=tile.rows,
         block_keys=tile.keys,
         least_keys=_LEAST_KEYS,
@@ -311,10 +321,16 @@ def _run(
             num_rows,
             num_splits,
             value_dim=value_dim,
+            value_block=_block(value_dim),
             block=min(power_of_two(num_splits), 8),
             num_warps=2,
         )
     return out
+
+
+def _block(dim: int) -> int:
+    """Columns of a tile that holds rows of so many numbers."""
+    return max(power_of_two(dim), 16)
 
 
 def _compute_type(activations: torch.dtype, pool: torch.dtype) -> tl.dtype:

@@ -19,6 +19,7 @@ from engine.rows import (
     BatchRows,
     RowPlan,
     _padded_rows,
+    _prompt_rows,
     batch_rows,
     chain_bias,
     first_slot,
@@ -29,6 +30,7 @@ from engine.rows import (
 )
 from engine.sampler import sampling_tensors
 from engine.step import prompt_chain
+from kernels.paged import seen_rows
 
 Meaning = list[tuple[int, set[int]]]  # of every row: where it is written, what it sees
 
@@ -76,13 +78,16 @@ def meaning(plan: RowPlan) -> Meaning:
     slots = list(range(write.start, write.stop)) if isinstance(write, slice) else write.tolist()
     found: Meaning = []
     for part in plan.parts:
+        read_of, bias_of = part.read, part.bias
+        if part.tree is not None:
+            read_of, bias_of = seen_rows(part.tree, part.num_nodes)
         for seq in range(part.num_seqs):
-            read = part.read[seq]
+            read = read_of[seq]
             readable = list(range(read.start, read.stop)) if isinstance(read, slice) else read.tolist()
             for node in range(part.num_nodes):
                 seen = readable
-                if part.bias is not None:
-                    row = part.bias[seq, node, : len(readable)].tolist()
+                if bias_of is not None:
+                    row = bias_of[seq, node, : len(readable)].tolist()
                     assert set(row) <= {0.0, float("-inf")}
                     seen = [slot for slot, bias in zip(readable, row, strict=True) if bias == 0]
                 found.append((slots[len(found)], set(seen)))
@@ -175,9 +180,10 @@ def test_ragged_chunks(draw: random.Random, sizes: list[int]) -> None:
     batch = batch_of(
         [s.kv_len for s in seqs.seqs], [s.pages for s in seqs.seqs], seqs.page_size, chunk_of(sizes)
     )
-    found = batch_rows(batch, prompt_chain(batch))
-    assert found.num_rows == sum(sizes)
-    assert meaning(found.plan) == expected(batch, [list(range(-1, size - 1)) for size in sizes])
+    for rows in (batch_rows, _prompt_rows):  # on a host, on a device
+        found = rows(batch, prompt_chain(batch))
+        assert found.num_rows == sum(sizes)
+        assert meaning(found.plan) == expected(batch, [list(range(-1, size - 1)) for size in sizes])
 
 
 def test_padding_is_packed_away_and_comes_back_as_the_last_node() -> None:
