@@ -324,7 +324,9 @@ def choose(
 
     logits: [B, R, V] float32; positions: [B, R] int64, of the tokens to be chosen; temperature, top_p: [B]
     float32, or None for a ``top_p`` of 1 everywhere; floors: [B, R] float32, the least logit / temperature
-    that is kept, before ``top_p`` looks at what is left; seeds: [B] int64. Returns [B, R] int64.
+    that is kept, before ``top_p`` looks at what is left; seeds: [B] int64. Returns [B, R] int64, -1 where the
+    largest logit is no finite number: a row with NaN or infinity in it says nothing, and in one that is -inf
+    throughout nothing may be chosen.
     """
     choice = logits.argmax(dim=-1)
     rows = (temperature > 0).nonzero()[:, 0]
@@ -335,7 +337,7 @@ def choose(
         scaled = nucleus(scaled, scaled.sort(dim=-1, descending=True).values, top_p[rows])
     token_ids = torch.arange(logits.shape[-1], device=logits.device)
     choice[rows] = (scaled + gumbel_noise(seeds[rows], positions[rows], token_ids)).argmax(dim=-1)
-    return choice
+    return torch.where(logits.amax(dim=-1).isfinite(), choice, -1)
 
 
 def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -224,7 +224,7 @@ def choose(
         _best_of_blocks[(num_seqs * num_rows,)](
             best, choice, num_blocks, block=power_of_two(num_blocks), num_warps=1
         )
-    return choice
+    return torch.where(logits.amax(dim=-1).isfinite(), choice, -1)
 
 
 def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

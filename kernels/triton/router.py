@@ -28,7 +28,9 @@ from kernels.triton.tiles import tile_for
 
 MOST_TOKENS = 64  # one program sorts them
 _MOST_EXPERTS = 256  # shared ones included
-_AT_ONCE = tl.constexpr(16)  # tokens whose experts are chosen at once
+# Tokens of a product, and those whose experts are chosen at once. From 64 on Triton 3.6 gives a float32
+# product to sm_100's matrix unit, which rounds it to TF32 whatever precision was asked for.
+_AT_ONCE = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["all_tokens"])
@@ -62,21 +64,21 @@ def _route(
     step: tl.constexpr,
     normed: tl.constexpr,
 ) -> None:
-    token = tl.arange(0, num_tokens)
+    token = tl.program_id(2) * _AT_ONCE + tl.arange(0, _AT_ONCE)
     live = token < all_tokens
     row = tl.program_id(0) * num_rows + tl.arange(0, num_rows)
     split = tl.program_id(1)
     share = width // num_splits
     product, squares = multiply(
         x, norm, gate, gate, token.to(tl.int64) * width, live, row.to(tl.int64), width, split * share,
-        (split + 1) * share, 1.0, num_tokens, num_rows, step, normed, False, False, False, tl.float32,
+        (split + 1) * share, 1.0, _AT_ONCE, num_rows, step, normed, False, False, False, tl.float32,
     )  # fmt: skip
     at = (split * num_tokens + token[:, None]) * num_experts + row[None, :]
     tl.store(partial + at, product)
     if tl.program_id(0) == 0:
         tl.store(partial_squares + split * num_tokens + token, squares)
 
-    if arrived_last(counter, tl.num_programs(0) * tl.num_programs(1)):
+    if arrived_last(counter, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)):
         num_choices: tl.constexpr = num_chosen + num_shared
         expert = tl.arange(0, num_columns)
         counts = tl.zeros([num_columns], tl.int32)
@@ -212,7 +214,7 @@ def route(
         return routing
     tile = tile_for(device, "route", "plain", num_tokens).fitted(num_experts, width)
     padded, num_columns = max(16, power_of_two(num_tokens)), power_of_two(num_experts + num_shared)
-    _route[num_experts // tile.rows, tile.splits](
+    _route[num_experts // tile.rows, tile.splits, padded // _AT_ONCE.value](
         x,
         norm,
         gate,

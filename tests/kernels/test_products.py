@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def keep_promises(interpret: str) -> None:
 
 def stack(generator: torch.Generator, *shape: int) -> Tensor:
     drawn: Tensor = torch.randn(shape, generator=generator)
-    return drawn * float(shape[-1]) ** -0.5
+    return drawn / math.sqrt(shape[-1])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])
