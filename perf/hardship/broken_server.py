@@ -1,7 +1,8 @@
 """``haast serve`` with an engine that breaks when it is told to: by the seed of a request that runs.
 
-    BREAK_STEP   the step that would work on the request raises, once
-    END_THREAD   the engine's thread ends there and then
+    BREAK_STEP   the second step that works on the request raises, once: trees are drafted and pages reserved,
+                 nothing is scored
+    END_THREAD   the engine's thread ends before that step
 
 Everything else is the server that users start: its loop, its routes, its way to end.
 """
@@ -12,8 +13,8 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any, Final, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn, cast
 
 import uvloop
 
@@ -21,7 +22,7 @@ from engine.build import Served
 from engine.cli.options import open_engine
 from engine.cli.parser import Parser
 from engine.cli.serve import add_arguments, server_options
-from engine.core import Delta, Request
+from engine.core import Batch, Delta, DraftTree, Request, Target
 from engine.server.lifecycle import serve
 from engine.step import Engine
 
@@ -53,10 +54,24 @@ class BrokenEngine:
         return self._engine.step()
 
     def _break_step(self) -> None:
-        raise RuntimeError("a step that was told to break")
+        self._engine.target = cast(Target, _BreakingTarget(self._engine))
 
     def _end_thread(self) -> None:
         raise SystemExit("a thread that was told to end")
+
+
+class _BreakingTarget:
+    """Stands in for an engine's target in one step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._target = engine, engine.target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def score(self, batches: Sequence[Batch], trees: Sequence[DraftTree]) -> NoReturn:
+        self._engine.target = self._target
+        raise RuntimeError("a step that was told to break")
 
 
 def main() -> int:

@@ -122,6 +122,20 @@ class Observer:
             memory=status["RssAnon"] << 10,
         )
 
+    async def at_rest(self, patience: float) -> Census:
+        """The census of a server that nobody uses: the first that says so and equals the one before it. Raises
+        EngineError if there is none within ``patience`` seconds."""
+        clock = asyncio.get_running_loop().time
+        deadline, last = clock() + patience, await self.take()
+        while clock() < deadline:
+            await asyncio.sleep(_POLL_S)
+            now = await self.take()
+            is_idle = not (now.pages or now.running or now.waiting or now.places)
+            if is_idle and not now.leftovers(last) and not last.leftovers(now):
+                return now
+            last = now
+        raise EngineError(f"the server does not come to rest: found {last} after {patience:g} s")
+
     async def settled(self, before: Census, patience: float) -> Census:
         """The first census without leftovers, or the last one of ``patience`` seconds."""
         clock = asyncio.get_running_loop().time
