@@ -11,6 +11,7 @@ from perf.hardship.broken_server import BREAK_STEP, END_THREAD
 from perf.hardship.client import Outcome, ask, completion
 from perf.hardship.stage import Findings, Stage
 
+
 async def broken_step(stage: Stage, findings: Findings) -> None:
     """A step raises: what ran fails and says so, what waited goes on, and so does the server."""
     outcomes = await _beside(stage, BREAK_STEP)

@@ -1,8 +1,7 @@
 """Requests that are none, drawn from a seed, and what a server may answer to them.
 
 Each is the bytes of one connection, so that the framing can be wrong as well as the body. Three promises hold
-for all: no status of 500 or more, an error is at most 1 KB, and behind a request line that HTTP knows it has
-OpenAI's shape. Some bodies may be understood after all (a field that has become null): those may get 200.
+for all: no status of 500 or more, and an error is at most 1 KB and has OpenAI's shape. Some bodies may be understood after all (a field that has become null): those may get 200.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any, Final
 import msgspec
 
 _MOST_BYTES: Final = 1024  # of an error's body
+_REFUSED: Final = frozenset({400, 413})
 _PATIENCE_S: Final = 20.0
 _SHORT_PATIENCE_S: Final = 0.2  # with what may rightly be waited for: the rest of a request
 _VALID: Final[dict[str, dict[str, Any]]] = {
@@ -132,7 +132,13 @@ def _valid(dice: random.Random) -> tuple[str, dict[str, Any]]:
 def _body(name: str, dice: random.Random, change: Callable[[bytes], bytes]) -> Nonsense:
     """A valid body, changed so that nobody can understand it."""
     path, body = _valid(dice)
-    return Nonsense(name, _request(path, change(json.dumps(body).encode())), frozenset({400, 413}))
+    return Nonsense(name, _request(path, change(json.dumps(body).encode())), _REFUSED)
+
+
+def _field(name: str, dice: random.Random, field: bytes) -> Nonsense:
+    """A valid body with one more field, which the routes for answers have to read."""
+    path = dice.choice(["/v1/completions", "/v1/chat/completions"])
+    return Nonsense(name, _request(path, json.dumps(_VALID[path]).encode()[:-1] + field + b"}"), _REFUSED)
 
 
 def _cut(dice: random.Random) -> Nonsense:
@@ -150,27 +156,27 @@ def _control(dice: random.Random) -> Nonsense:
 
 def _not_finite(dice: random.Random) -> Nonsense:
     word = dice.choice([b"NaN", b"Infinity", b"-Infinity", b"1e999", b"0x10", b"01"])
-    return _body("a number that is none", dice, lambda body: body[:-1] + b', "top_p": ' + word + b"}")
+    return _field("a number that is none", dice, b', "top_p": ' + word)
+
+
+def _huge_number(dice: random.Random) -> Nonsense:
+    return _field("a number without end", dice, b', "max_tokens": ' + b"9" * dice.choice([30, 5000]))
 
 
 def _deep(dice: random.Random) -> Nonsense:
     deep = dice.choice([100, 5000, 200_000])
     opened, closed = dice.choice([(b"[", b"]"), (b'{"a":', b"}")])
-    nested = opened * deep + b"1" + closed * deep
-    return _body("nesting without end", dice, lambda body: body[:-1] + b', "stop": ' + nested + b"}")
+    return _field("nesting without end", dice, b', "stop": ' + opened * deep + b"1" + closed * deep)
 
 
 def _no_object(dice: random.Random) -> Nonsense:
-    return _body("no object", dice, lambda body: dice.choice([b"", b"null", b"[]", b"3", b'"x"', b"{}", b"{]"]))
+    return _body(
+        "no object", dice, lambda body: dice.choice([b"", b"null", b"[]", b"3", b'"x"', b"{}", b"{]"])
+    )
 
 
 def _many_values(dice: random.Random) -> Nonsense:
     return _body("a million values", dice, lambda body: b'{"prompt": [' + b"1," * 1_000_001 + b"1]}")
-
-
-def _huge_number(dice: random.Random) -> Nonsense:
-    digits = b"9" * dice.choice([30, 5000])
-    return _body("a number without end", dice, lambda body: body[:-1] + b', "max_tokens": ' + digits + b"}")
 
 
 def _odd_values(dice: random.Random) -> Nonsense:
@@ -221,7 +227,7 @@ _FRAMES: Final = (
     ),
     _frame("chunks that are none", _request(_POST, b"zz\r\n", "Transfer-Encoding: chunked"), 400),
     _frame("a header too long", _request(_POST, _FINE, "X-Long: " + "x" * 100_000), 0, 400),
-    _frame("a header that is none", _request(_POST, _FINE, "no colon"), 400),
+    _frame("a header that is none", _request(_POST, _FINE, "no colon" + "x" * 60_000), 400),
     _frame("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n", 400),
     _frame("another HTTP", b"POST / HTTP/9.9\r\n\r\n", 400, 404),
     _frame("half a request line", b"POST /v1/comp", 0),

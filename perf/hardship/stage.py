@@ -33,6 +33,7 @@ class Scale:
     overload_s: float = 15.0
     num_leavers: int = 500
     slow_s: float = 40.0  # more than the server's write timeout
+    slow_tokens: int = 400  # of the answers that are read slowly
     num_nonsense: int = 600
 
     @property
@@ -40,7 +41,9 @@ class Scale:
         return self.num_seqs + self.num_queued
 
 
-QUICK: Final = Scale(num_questions=10, overload_s=0.5, num_leavers=25, slow_s=0.6, num_nonsense=40)
+QUICK: Final = Scale(
+    num_questions=10, overload_s=0.3, num_leavers=25, slow_s=0.4, slow_tokens=20, num_nonsense=40
+)
 
 
 @dataclass(slots=True)

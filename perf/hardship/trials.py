@@ -10,9 +10,9 @@ import asyncio
 import random
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, AsyncIterator, Final
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from engine.server.sse import WRITE_TIMEOUT
 from perf.hardship import nonsense
 from perf.hardship.census import resident_bytes
-from perf.hardship.client import Outcome, completion
+from perf.hardship.client import completion
 from perf.hardship.stage import Findings, Stage, Users, median_ms
 from perf.load import arrivals
 
@@ -154,7 +154,7 @@ async def _vanish(stage: Stage, number: int, dice: random.Random) -> str:
         f"POST /{question.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
-    moment = dice.choices(["in its header", "in its body", "later"], [1, 1, 8])[0]
+    moment = dice.choices(["in its header", "in its body", "before its answer"], [1, 1, 8])[0]
     data = {"in its header": head[: dice.randrange(len(head))], "in its body": head + body[:-1]}
     patience = dice.uniform(0, 4 * stage.lone_s)
     reader, writer = await asyncio.open_connection(*stage.address)
@@ -163,11 +163,11 @@ async def _vanish(stage: Stage, number: int, dice: random.Random) -> str:
             writer.write(data.get(moment, head + body))
             await writer.drain()
             async with asyncio.timeout(patience):
-                answered = await reader.readuntil(b"\r\n\r\n")
-                moment = "before its answer" if answered else moment
+                await reader.readuntil(b"\r\n\r\n")
                 moment = "in its answer"
                 while await reader.read(4096):
                     pass
+                moment = "after its answer"
     finally:
         if is_rude:
             writer.transport.abort()
@@ -213,7 +213,7 @@ async def slow_reader(stage: Stage, findings: Findings) -> None:
 async def _read_slowly(stage: Stage) -> int:
     """Read a long answer at a byte a second, until the server gives up; returns the bytes that were read."""
     loop, num_bytes = asyncio.get_running_loop(), 0
-    limit = {"max_tokens": 400, "ignore_eos": True, "logprobs": 20, "stream": True}
+    limit = {"max_tokens": stage.scale.slow_tokens, "ignore_eos": True, "logprobs": 20, "stream": True}
     question = completion("Count to one thousand.", **limit, temperature=0, speculation="off")
     body = msgspec.json.encode(question.body)
     head = f"POST /{question.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
