@@ -109,13 +109,13 @@ async def _row(name: str, stage: Stage, trial: Trial, before: Census | None = No
     async with session(stage.server.url) as stage.http:
         await trial(stage, findings)
     ended = time.perf_counter()
-    sys.stderr.write(f"{name}: {ended - started:.1f} s, {findings.num_problems} problems\n")
     row: dict[str, Any] = {"trial": name, "seconds": round(ended - started, 3)}
     if before is not None:
         census = await stage.observer.settled(before, _PATIENCE_S)
         row |= {"settled_s": round(time.perf_counter() - ended, 3), "census": dataclasses.asdict(census)}
         for what, (then, now) in census.leftovers(before).items():
             findings.complain(f"{what}: found {now:g} afterwards, {then:g} before")
+    sys.stderr.write(f"{name}: {row['seconds']:.1f} s, {findings.num_problems} problems\n")
     return row | dataclasses.asdict(findings)
 
 

@@ -123,8 +123,10 @@ class Observer:
         )
 
     async def at_rest(self, patience: float) -> Census:
-        """The census of a server that nobody uses: the first that says so and equals the one before it. Raises
-        EngineError if there is none within ``patience`` seconds."""
+        """The census of a server that nobody uses: the first that says so and equals the one before it.
+
+        Raises EngineError if there is none within ``patience`` seconds.
+        """
         clock = asyncio.get_running_loop().time
         deadline, last = clock() + patience, await self.take()
         while clock() < deadline:

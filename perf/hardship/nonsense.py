@@ -1,7 +1,8 @@
 """Requests that are none, drawn from a seed, and what a server may answer to them.
 
-Each is the bytes of one connection, so that the framing can be wrong as well as the body. Three promises hold
-for all: no status of 500 or more, and an error is at most 1 KB and has OpenAI's shape. Some bodies may be understood after all (a field that has become null): those may get 200.
+Each is the bytes of one connection, so that the framing can be wrong as well as the body. Two promises hold
+for all: no status of 500 or more, and an error is at most 1 KB and has OpenAI's shape. Some bodies may be
+understood after all (a field that has become null): those may get 200.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def nonsense(num: int, seed: int) -> Iterator[Nonsense]:
 
 
 async def send(host: str, port: int, what: Nonsense) -> Answered:
-    """Send it on a connection of its own and read to the end. Raises TimeoutError if nothing comes of what has
-    to be answered."""
+    """Send it on a connection of its own and read to the end. Raises TimeoutError if nothing comes back
+    although it has to be answered."""
     is_partial = 0 in what.expected
     reader, writer = await asyncio.open_connection(host, port)
     try:
