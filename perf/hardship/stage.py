@@ -6,6 +6,7 @@ A question's true answer is what it got alone, without speculation, before anyth
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,14 @@ class Scale:
     def capacity(self) -> int:
         return self.num_seqs + self.num_queued
 
+    def small(self) -> Scale:
+        """A little of everything, for the same server and the same questions."""
+        return dataclasses.replace(
+            self, overload_s=0.3, num_leavers=25, slow_s=0.4, slow_tokens=20, num_nonsense=40
+        )
 
-QUICK: Final = Scale(
-    num_questions=10, overload_s=0.3, num_leavers=25, slow_s=0.4, slow_tokens=20, num_nonsense=40
-)
+
+QUICK: Final = Scale(num_seqs=2, num_queued=4, num_questions=8).small()
 
 
 @dataclass(slots=True)
