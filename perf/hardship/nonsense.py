@@ -19,7 +19,7 @@ import msgspec
 
 _MOST_BYTES: Final = 1024  # of an error's body
 _REFUSED: Final = frozenset({400, 413})
-_PATIENCE_S: Final = 20.0
+_PATIENCE_S: Final = 60.0
 _SHORT_PATIENCE_S: Final = 0.2  # with what may rightly be waited for: the rest of a request
 _VALID: Final[dict[str, dict[str, Any]]] = {
     "/v1/completions": {"prompt": "Name three rivers.", "max_tokens": 4, "temperature": 0, "seed": 1},
