@@ -92,7 +92,8 @@ async def _stage(
 ) -> AsyncIterator[Stage]:
     """A ready server with all that trials need."""
     async with serving(flags, module) as server, Observer(server.url, server.pid) as observer:
-        yield Stage(server, observer, scale, seed, questions(scale.num_questions, seed))
+        asked = questions(scale.num_questions, scale.most_tokens, seed)
+        yield Stage(server, observer, scale, seed, asked)
 
 
 async def _about(observer: Observer) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from perf.hardship.client import Body, Question, chat, completion
 
-_MOST_TOKENS: Final = 24
 _IDS_BELOW: Final = 250  # token ids: every vocabulary here has as many
 _PROMPTS: Final = (
     "Name three rivers.",
@@ -104,17 +103,17 @@ KINDS: Final[dict[str, Callable[[random.Random], Body]]] = {
 }
 
 
-def questions(num: int, seed: int) -> list[Question]:
-    """So many questions, of which the first ones have one kind each."""
+def questions(num: int, most_tokens: int, seed: int) -> list[Question]:
+    """So many questions, of which the first ones have one kind each. most_tokens: of an answer, 8 or more."""
     dice = random.Random(f"questions/{seed}")
-    return [_question(dice, list(KINDS)[number : number + 1]) for number in range(num)]
+    return [_question(dice, list(KINDS)[number : number + 1], most_tokens) for number in range(num)]
 
 
-def _question(dice: random.Random, kinds: Sequence[str]) -> Question:
+def _question(dice: random.Random, kinds: Sequence[str], most_tokens: int) -> Question:
     """kinds: of what it asks; none to draw some."""
     kinds = kinds or dice.sample(sorted(KINDS), dice.randint(0, 4))
     fields: dict[str, Any] = {
-        "max_tokens": dice.randint(8, _MOST_TOKENS),
+        "max_tokens": dice.randint(8, most_tokens),
         "seed": dice.getrandbits(48),
         "temperature": dice.choice([0, 0, 0.8]),
         "speculation": _shape(dice),

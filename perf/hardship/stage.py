@@ -31,6 +31,7 @@ class Scale:
     num_seqs: int = 4  # that the server runs at once
     num_queued: int = 12
     num_questions: int = 48
+    most_tokens: int = 24  # of an answer
     overload_s: float = 15.0
     num_leavers: int = 500
     slow_s: float = 40.0  # more than the server's write timeout
@@ -44,11 +45,11 @@ class Scale:
     def small(self) -> Scale:
         """A little of everything, for the same server and the same questions."""
         return dataclasses.replace(
-            self, overload_s=0.3, num_leavers=25, slow_s=0.4, slow_tokens=20, num_nonsense=40
+            self, overload_s=0.2, num_leavers=20, slow_s=0.3, slow_tokens=10, num_nonsense=40
         )
 
 
-QUICK: Final = Scale(num_seqs=2, num_queued=4, num_questions=8).small()
+QUICK: Final = Scale(num_seqs=2, num_queued=4, num_questions=8, most_tokens=10).small()
 
 
 @dataclass(slots=True)
