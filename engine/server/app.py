@@ -31,7 +31,7 @@ _ID = web.RequestKey("request_id", str)
 
 
 def create_app(state: ServerState) -> web.Application:
-    """The application. Run it with ``handler_cancellation=True``, or clients that leave go unnoticed."""
+    """The application. Run it with ``framing.ApiRunner``, or clients that leave go unnoticed."""
     app = web.Application(
         middlewares=[_envelope, access.check_host, access.answer_preflight, access.check_key],
         client_max_size=bodies.MAX_BODY,

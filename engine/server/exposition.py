@@ -7,6 +7,7 @@ trees, a "position" in vLLM's sense is a depth.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
@@ -22,7 +23,8 @@ _OURS, _BOTH = ("haast:",), ("haast:", "vllm:")
 
 
 def render(runner: EngineRunner, model_name: str) -> bytes:
-    """The text of all metrics. Reads nothing but what the engine's thread has laid down."""
+    """The text of all metrics. Call on the event loop; of the engine it reads nothing but what the engine's
+    thread has laid down."""
     registry = CollectorRegistry()
     registry.register(_Snapshot(runner, model_name))
     return generate_latest(registry)
@@ -52,6 +54,11 @@ class _Snapshot(Collector):
             "Tokens of prompts that have not begun",
             runner.num_queued_tokens,
         )
+        for name, what, value in (
+            ("num_places_taken", "Answers that were admitted and are not out", runner.in_flight),
+            ("num_tasks", "Tasks of the event loop", len(asyncio.all_tasks())),
+        ):
+            yield from self._gauge(_OURS, name, what, value)
         is_up = runner.failure is None and not runner.is_stalled
         yield from self._gauge(_OURS, "engine_up", "1 while the engine works", float(is_up))
         if state.vocab_coverage is not None:

@@ -51,6 +51,12 @@ def response_of_http(error: web.HTTPException) -> web.Response:
     return json_response(reply, error.status, headers)
 
 
+def unreadable(status: int, reason: str) -> web.Response:
+    """A whole response to what is no HTTP."""
+    reply = _reply(status, f"the request cannot be read: {reason}", None, "invalid_http")
+    return json_response(reply, status, {"Server": "haast"})
+
+
 def internal_error(request_id: str) -> ErrorReply:
     """A mistake of ours; the details are in the log under the id."""
     message = f"internal error; the server's log has it under request id {request_id}"

@@ -25,6 +25,7 @@ from engine.build import Served
 from engine.canary import CanaryCounts
 from engine.errors import ConfigError
 from engine.server.app import create_app
+from engine.server.framing import ApiRunner
 from engine.server.runner import EngineRunner
 from engine.server.state import ServerOptions, ServerState
 
@@ -81,15 +82,8 @@ async def serve(options: ServerOptions, load: Callable[[], Served], parent: int 
 
 
 def app_runner(state: ServerState) -> web.AppRunner:
-    """The application with the settings it needs: handlers are cancelled when their client leaves, and bodies
-    are not decompressed."""
-    return web.AppRunner(
-        create_app(state),
-        handler_cancellation=True,
-        access_log=None,
-        auto_decompress=False,
-        shutdown_timeout=_CLOSE_TIMEOUT,
-    )
+    """The application with the settings it needs."""
+    return ApiRunner(create_app(state), shutdown_timeout=_CLOSE_TIMEOUT)
 
 
 async def drain(state: ServerState, runner: EngineRunner, hurry: asyncio.Event) -> None:

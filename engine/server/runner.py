@@ -282,7 +282,7 @@ class EngineRunner:
             while self._obey():
                 if self.engine.has_work:
                     self._step()
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: clients have to hear of whatever ends this thread
             log.exception(
                 "the engine failed: all requests in flight end with an error, new ones get 503 until the "
                 "server is restarted"

@@ -184,6 +184,54 @@ def test_a_broken_step_fails_who_ran() -> None:
     asyncio.run(scenario())
 
 
+def test_whatever_ends_the_engines_thread_is_told() -> None:
+    """Not only exceptions that are errors: nobody waits for an answer that no thread will give."""
+
+    def leave() -> list[Delta]:
+        raise SystemExit(3)
+
+    async def scenario() -> None:
+        engine = FakeEngine(LONG)
+        engine.step = leave  # type: ignore[method-assign]
+        async with server(engine) as api:
+            status, reply, _ = await api.post(CHAT, BODY)
+            assert (status, reply["error"]["code"]) == (500, "engine_failed")
+            status, reply, _ = await api.get("/health")
+            assert (status, reply["error"]["code"]) == (503, "engine_dead")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nno colon" + b"x" * 50_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + b"z" * 50_000 + b"\r\n",
+    ],
+)
+def test_what_is_no_http_gets_our_error_and_is_not_sent_back(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    async def scenario() -> None:
+        async with server() as api:
+            host, port = api.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert head.startswith(b"HTTP/1.1 400 ")
+            assert b"aiohttp" not in head
+            error = msgspec.json.decode(body)["error"]
+            assert (error["code"], error["type"]) == ("invalid_http", "invalid_request_error")
+            assert len(body) < 300
+
+    asyncio.run(scenario())
+    assert [record.name for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
 def test_a_request_that_fails_alone() -> None:
     """Its tokens so far arrive, then the error; the engine goes on."""
 

@@ -73,6 +73,7 @@ def test_metrics_count_what_happened_under_both_names() -> None:
         assert found["haast:canary_bugs_total"] == 1
         assert found["haast:requests_refused_total|invalid_value"] == 1
         assert (found["haast:engine_up"], found["haast:num_queued_prompt_tokens"]) == (1, 0)
+        assert (found["haast:num_places_taken"], found["haast:num_tasks"] > 0) == (0, True)
         assert "vllm:canary_bugs_total" not in found
 
     asyncio.run(scenario())
