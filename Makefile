@@ -2,6 +2,7 @@
 #   make demo    one answer over HTTP, with and without speculation          make test   the tests
 #   make serve   the server (ARGS="MODEL --port 8000 ...")                   make lint   ruff and mypy
 #   make bench   latency, batch 1, plain against speculative                 make clean  remove .venv
+#   make kernels compile every GPU kernel for GPUs that need not be here (minutes; ARGS="--arch 90" for one)
 # PYTHON names the interpreter that creates the environment (3.11 or newer), ARGS is passed on to the command.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo serve bench test lint clean
+.PHONY: demo serve bench test lint kernels clean
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 
@@ -32,6 +33,9 @@ lint: $(VENV)/.haast-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: $(VENV)/.haast-test
+	$(BIN)/python -m perf.compile $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -13,16 +13,16 @@ says nothing about them.
 Most of what changes on a live machine changes all sizes alike (clocks, neighbours), and at any time only few
 sizes are visited. So a curve is *pace x shape*: the pace follows the last few steps whatever their size, the
 shape follows slowly, size by size. Times are compared as logarithms and far ones count no more than near
-ones, so that a compilation or a hiccup is a shrug; and what disturbs a step makes it slower, never faster, so
-that the least of a size's first samples is the best.
+ones, so that a compilation or a hiccup is a shrug.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,7 @@ from draft.calibration import isotonic
 # Before a size was seen: every further row costs this share of the first one, and a pass of the head this
 # share of a target step of one row.
 _PRIOR_ROW, _PRIOR_PASS = 0.05, 0.05
-# Samples of a size of which the least is taken; later ones nudge it. A size that is thought too cheap is
-# visited and found out, one that is thought too dear may never be seen again.
-_FIRST = 3
+_FIRST = 3  # samples of a size of which the (lower) median is taken; later ones nudge it
 _NUDGE = 1 / 16  # how far a later sample moves a size's value
 _FAR = 0.25  # log units past which a sample counts no further: 28%
 _PACE_STEPS = 9  # the pace is the median surprise of so many steps
@@ -72,6 +70,7 @@ def prior_shape(size: int) -> float:
 class _Seen:
     """What is known of one size: log seconds at pace 1."""
 
+    first: list[float] = field(default_factory=list)  # sorted
     value: float = 0.0
     count: int = 0
 
@@ -100,8 +99,8 @@ class Curve:
         seen = self._seen.setdefault(at, _Seen())
         seen.count += 1
         if seen.count <= _FIRST:
-            known = place - math.log(self._pace)
-            seen.value = known if seen.count == 1 else min(seen.value, known)
+            insort(seen.first, place - math.log(self._pace))
+            seen.value = seen.first[(seen.count - 1) // 2]
             self._since_refresh = _REFRESH
         else:
             surprise = place - seen.value

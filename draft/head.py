@@ -45,9 +45,9 @@ from engine.core import (
     slots_of,
 )
 from engine.kvcache import KVPool, LatentPool
-from engine.rows import RowPlan, chain_bias, first_slot, make_plan, plan_spans, span
+from engine.rows import RowPlan, chain_bias, first_slot, plan_chains, plan_own, plan_spans, span
 from engine.sampler import candidates
-from kernels import best, compact_rows, gumbel_noise
+from kernels import TreeRows, best, compact_rows, gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
 _MOST_PENDING = 256  # pairs that wait while nothing is drafted; most answers end before that many
@@ -341,25 +341,36 @@ class FeatureDraft:
         """Run pending pairs, side by side: for each (row of the batch, count) the first ``count`` of them.
         Returns the feature after the last of each, [b, H]."""
         tokens: list[int] = []
-        features, positions, spans = [], [], []
+        features, firsts = [], []
         for row, count in wanted:
-            seq = batch.seqs[row]
-            pending = self._pending[seq.request.id]
-            first = pending.num_rows + 1
+            pending = self._pending[batch.seqs[row].request.id]
+            firsts.append(pending.num_rows + 1)
             pair_tokens, pair_features = pending.take(count)
             tokens += pair_tokens
             features.append(pair_features)
-            positions.append(torch.arange(first - 1, first - 1 + count))
-            # Row 0 does not exist, so none is read before row 1.
-            spans.append(span(seq.pages, batch.page_size, first, chain_bias(count, self.device), start=1))
+        counts = [count for _, count in wanted]
+        positions = [torch.arange(first - 1, first - 1 + n) for first, n in zip(firsts, counts, strict=True)]
         out = self.model.forward(
             torch.tensor(tokens).to(self.device),
             self.model.inject(torch.cat(features)),
             torch.cat(positions).to(self.device),
-            plan_spans(spans, torch.device(self.device)),
+            self._chains(batch, [row for row, _ in wanted], firsts, counts),
         )
-        last = torch.tensor([count for _, count in wanted]).cumsum(0) - 1
+        last = torch.tensor(counts).cumsum(0) - 1
         return out[last.to(self.device)]
+
+    def _chains(self, batch: Batch, index: list[int], firsts: list[int], counts: list[int]) -> RowPlan:
+        """``counts`` rows of some sequences, from rows ``firsts`` on. Row 0 does not exist, so none is read
+        before row 1."""
+        if self.device == "cpu":
+            own = zip(index, firsts, counts, strict=True)
+            spans = [
+                span(batch.seqs[row].pages, batch.page_size, first, chain_bias(count), start=1)
+                for row, first, count in own
+            ]
+            return plan_spans(spans, torch.device(self.device))
+        table = batch.page_table[torch.tensor(index).to(self.device)]
+        return plan_chains(table, batch.page_size, torch.tensor(firsts).to(self.device), counts, start=1)
 
     def _grow(
         self,
@@ -392,19 +403,17 @@ class FeatureDraft:
             # A sequence keeps as many rows a level as it has children: it has reserved no more. What others
             # of the batch need beyond that is written to the dummy page, and is no candidate of this one.
             num_scratch = (limits.depth - 1).clamp(max=depth) * limits.top_k
-            row = torch.arange(1, longest + depth * width, device=self.device)[None].expand(len(root), -1)
-            scratch = row - kv_lens[:, None] - 1
-            column = (scratch // limits.top_k * width + scratch % limits.top_k).clamp(0, depth * width - 1)
+            scratch = torch.arange(depth * width, device=self.device)[None]
+            column = (scratch // limits.top_k * width + scratch % limits.top_k).clamp(max=depth * width - 1)
             own_path = seen[-1].gather(2, column[:, None].expand(-1, width, -1))
-            visible = (scratch < 0)[:, None] | (own_path & (scratch < num_scratch)[:, None])
             place = torch.arange(width, device=self.device)
             kept = (place < limits.top_k) & (limits.depth > depth)
             slots = rows.slots(kv_lens[:, None] + 1 + level * limits.top_k + place)
-            plan = make_plan(
+            plan = plan_own(
                 torch.where(kept, slots, place % rows.page_size),
-                rows.slots(row),
-                [kv_len + count for kv_len, count in zip(host_lens, num_scratch[:, 0].tolist(), strict=True)],
-                visible,
+                TreeRows(rows.page_table, rows.page_size, kv_lens + 1, None, depth * width, start=1),
+                own_path & (scratch < num_scratch)[:, None],
+                longest,
             )
             given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
             # The others' depths may lie past the end of this one's context, where there are no positions.

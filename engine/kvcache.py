@@ -60,6 +60,13 @@ class LatentPool:
         return self.rows[index, 0, 0]
 
 
+def own_slots(batch: Batch, verdict: Verdict) -> Tensor:
+    """Slots of the rows that the nodes were written to, [B, N]."""
+    return batch.slots(
+        batch.kv_lens[:, None] + torch.arange(verdict.path.shape[1], device=verdict.path.device)
+    )
+
+
 def accepted_slots(batch: Batch, verdict: Verdict) -> tuple[Tensor, Tensor]:
     """Slots that accepted rows move from and to: ([M], [M]); only rows that move, in order."""
     order = torch.arange(verdict.path.shape[1], device=verdict.path.device)[None]

@@ -75,9 +75,7 @@ def with_kv_memory(
     slack = 2 * config.page_size  # the dummy page, and a last page that is not full
     needed = (config.max_model_len + slack) * per_slot
     if budget < needed:
-        a_token = per_slot + _mask_bytes(config, 1)
-        room = budget + _mask_bytes(config, config.max_model_len) - slack * per_slot
-        fits = max(room // a_token, 0)
+        fits = max(budget // per_slot - slack, 0)
         raise ConfigError(
             f"max_model_len {config.max_model_len} does not fit: {share:.0%} of {total / _GIB:.1f} GiB "
             f"({free / _GIB:.1f} GiB are free), less {weights / _GIB:.1f} GiB for weights and "
@@ -139,13 +137,14 @@ def activation_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) 
     """What a step of plain operations holds at once besides weights and KV rows, estimated from above for
     one sequence of full length.
 
-    mask      of a prompt chunk over all rows: float32, and a copy in the activations' type
+    queries   of a chunk, mapped into the latent space where attention is over latents, and its results there,
+              each twice while they change places
     stream    of a chunk: residual, projections and a dense MLP, together below 20 widths a token
     experts   of a chunk: each chosen expert's output, and twice that in float32 while they are summed
     logits    of the trees of all sequences, chains of prompt lookup with them: float32, and four such copies
               while tokens are chosen
 
-    A batch of trees over sequences of very different length can take more: shorter ones are padded.
+    Nothing has the size of rows times rows read: nodes find their rows through page tables.
     """
     width, rows = config.dtype.itemsize, config.max_num_batched_tokens
     num_chosen = model.num_experts_per_tok if isinstance(model, Mistral4Config) else 0
@@ -153,11 +152,10 @@ def activation_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) 
     experts = rows * model.hidden_size * num_chosen * (width + 8)
     num_nodes = config.max_num_seqs * (config.speculation.nodes + config.speculation.lookup)
     logits = num_nodes * model.vocab_size * 4 * 5
-    return _mask_bytes(config, config.max_model_len) + stream + experts + logits
-
-
-def _mask_bytes(config: EngineConfig, num_rows: int) -> int:
-    return config.max_num_batched_tokens * num_rows * (4 + config.dtype.itemsize)
+    queries = 0
+    if isinstance(model, Mistral4Config):
+        queries = 2 * rows * model.num_heads * (model.latent_dim + model.kv_lora_rank) * width
+    return queries + stream + experts + logits
 
 
 def _head_numbers(head: HeadCheckpoint) -> int:

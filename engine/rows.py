@@ -17,6 +17,7 @@ sequence each, with 3 and 2 rows.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.core import Batch, DraftTree
-from kernels import FusedLayer, LayerRows, layer_rows
+from engine.core import Batch, DraftTree, slots_of
+from kernels import MOST_OWN, FusedLayer, LayerRows, TreeRows, ancestor_words, layer_rows
 
 Slots = Tensor | slice  # a list of slots, or a run of them
 
@@ -36,13 +37,15 @@ class Part:
     """Neighbouring rows that attend together: b sequences of n rows each.
 
     read: [b, L] slots, or one run per sequence of at most L; bias: [b, n, L] of 0 and -inf, or None where
-    every row sees all that its sequence reads.
+    every row sees all that its sequence reads. On a device ``tree`` says both instead, where it can: then
+    nothing has the size of rows times rows read.
     """
 
     num_seqs: int
     num_nodes: int
     read: Tensor | tuple[slice, ...]
     bias: Tensor | None
+    tree: TreeRows | None = None
 
     @property
     def num_rows(self) -> int:
@@ -64,6 +67,8 @@ class RowPlan:
     ) -> LayerRows | None:
         """The plan as fused layers of one forward take it, or None if they do not take it: see
         ``kernels.layer_rows``. The first layer makes it, the others find it."""
+        if any(part.tree is not None for part in self.parts):
+            return None
         if not self._for_layers or self._for_layers[0][0] is not rotation:
             self._for_layers[:] = [(rotation, layer_rows(layer, rotation, self.write, self.parts, pool))]
         return self._for_layers[0][1]
@@ -229,6 +234,52 @@ def _bias(visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
+# --- planned on a device: through page tables
+
+
+def tree_part(rows: TreeRows, num_nodes: int) -> Part:
+    """Nodes that see what ``rows`` says."""
+    return Part(len(rows.kv_lens), num_nodes, (), None, rows)
+
+
+def plan_chains(
+    page_table: Tensor, page_size: int, firsts: Tensor, counts: Sequence[int], start: int = 0
+) -> RowPlan:
+    """Rows ``firsts[b]``, ``firsts[b] + 1``, .. of every sequence, ``counts[b]`` of them, one behind the
+    other; they read from row ``start``. firsts: [B] int64; neighbours of one size share a part."""
+    parts, writes, first = [], [], 0
+    for count, group in itertools.groupby(counts):
+        seqs = slice(first, first := first + len(list(group)))
+        table, begin = page_table[seqs], firsts[seqs].contiguous()
+        rows = begin[:, None] + torch.arange(count, device=firsts.device)
+        writes.append(slots_of(rows, table, page_size).flatten())
+        parts.append(tree_part(TreeRows(table, page_size, begin, None, count, start), count))
+    return RowPlan(_join_slots(writes), tuple(parts))
+
+
+def plan_own(write: Tensor, rows: TreeRows, own: Tensor, longest: int) -> RowPlan:
+    """Nodes [B, N] that see the committed rows, and of those behind what ``own`` [B, N, num_own] says.
+
+    write: [B, N] slots; rows: without words, which are made of ``own``; longest: the largest of kv_lens. On a
+    CPU, and where there are more own rows than a word has bits, the plan holds slots and a mask.
+    """
+    if write.device.type != "cpu" and rows.num_own <= MOST_OWN:
+        return _own_words(write, rows, own)
+    row = torch.arange(rows.start, longest + rows.num_own, device=write.device).expand(len(write), -1)
+    offset = row - rows.kv_lens[:, None]
+    inside = offset.clamp(0, rows.num_own - 1)[:, None].expand(-1, own.shape[1], -1)
+    visible = (offset < 0)[:, None] | (own.gather(2, inside) & (offset < rows.num_own)[:, None])
+    read_lens = (rows.kv_lens + rows.num_own - rows.start).tolist()
+    return make_plan(write, slots_of(row, rows.page_table, rows.page_size), read_lens, visible)
+
+
+def _own_words(write: Tensor, rows: TreeRows, own: Tensor) -> RowPlan:
+    """As ``plan_own``, with a word for every node."""
+    words = (own.long() << torch.arange(rows.num_own, device=own.device)).sum(-1)
+    part = tree_part(dataclasses.replace(rows, words=words), write.shape[1])
+    return RowPlan(write.flatten(), (part,))
+
+
 # --- the batches of a step
 
 
@@ -263,27 +314,41 @@ def batch_rows(batch: Batch, tree: DraftTree) -> BatchRows:
     """Where the nodes of a batch are written, and what each of them reads: the committed rows, itself and its
     ancestors."""
     device = tree.tokens.device
+    if device.type != "cpu":
+        return _prompt_rows(batch, tree) if batch.prompt is not None else _padded_rows(batch, tree)
+    own: list[Tensor | None]
     if batch.prompt is not None:
         counts = list(batch.prompt.lengths)
-        own = [chain_bias(count, device) for count in counts]
-    elif device.type == "cpu":
+        own = [chain_bias(count) for count in counts]
+    else:
         parents = tree.parents.tolist()
         counts = [len(row) + 1 - row.count(-1) for row in parents]  # the root has no parent either
         own = [tree_bias(row[:count]) for row, count in zip(parents, counts, strict=True)]
-    else:
-        return _padded_rows(batch, tree)
     spans = [
         span(seq.pages, batch.page_size, seq.kv_len, among)
         for seq, among in zip(batch.seqs, own, strict=True)
     ]
+    return _without_padding(tree, plan_spans(spans, device), counts)
+
+
+def _without_padding(tree: DraftTree, plan: RowPlan, counts: Sequence[int]) -> BatchRows:
+    """Rows of which every sequence has the first ``counts[b]`` nodes alone."""
     num_seqs, width = tree.tokens.shape
-    plan = plan_spans(spans, device)
     if min(counts) == width:
         return BatchRows((num_seqs, width), plan)
     real = torch.arange(width) < torch.tensor(counts)[:, None]
     nodes = real.flatten().nonzero()[:, 0]
     places = (real.flatten().cumsum(0) - 1).view(num_seqs, width)
+    device = tree.tokens.device
     return BatchRows((num_seqs, width), plan, nodes.to(device), places.to(device))
+
+
+def _prompt_rows(batch: Batch, tree: DraftTree) -> BatchRows:
+    """Chunks of prompts on a device."""
+    assert batch.prompt is not None
+    counts = batch.prompt.lengths
+    plan = plan_chains(batch.page_table, batch.page_size, batch.kv_lens, counts)
+    return _without_padding(tree, plan, counts)
 
 
 def _padded_rows(batch: Batch, tree: DraftTree) -> BatchRows:
@@ -294,11 +359,9 @@ def _padded_rows(batch: Batch, tree: DraftTree) -> BatchRows:
     write = torch.where(
         tree.real(), batch.slots(rows), node % batch.page_size
     )  # padding goes to the dummy page
-    read_lens = [seq.kv_len + num_nodes for seq in batch.seqs]
-    row = torch.arange(max(read_lens), device=node.device)
-    offset = row[None] - batch.kv_lens[:, None]  # [B, L]: which node a row belongs to
-    is_node = (offset >= 0) & (offset < num_nodes)
-    of_node = offset.clamp(0, num_nodes - 1)[:, None].expand(-1, num_nodes, -1)
-    visible = (offset < 0)[:, None] | (tree.ancestors().gather(2, of_node) & is_node[:, None])
-    plan = make_plan(write, batch.slots(row[None].expand(num_seqs, -1)), read_lens, visible)
-    return BatchRows((num_seqs, num_nodes), plan)
+    seen = TreeRows(batch.page_table, batch.page_size, batch.kv_lens, None, num_nodes)
+    if num_nodes > MOST_OWN:
+        longest = max(seq.kv_len for seq in batch.seqs)
+        return BatchRows((num_seqs, num_nodes), plan_own(write, seen, tree.ancestors(), longest))
+    seen = dataclasses.replace(seen, words=ancestor_words(tree.parents.contiguous()))
+    return BatchRows((num_seqs, num_nodes), RowPlan(write.flatten(), (tree_part(seen, num_nodes),)))

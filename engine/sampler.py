@@ -152,17 +152,13 @@ class Sampler:
         and in one that is -inf throughout no token is allowed. No draft agrees with that, so the path of a
         tree ends there, and with it the request (``Scheduler.commit``): it alone.
         """
-        best = scores.logits.amax(dim=-1)  # which NaN and infinity always are
-        return torch.where(best.isfinite(), self._choose(scores, batch), NO_CHOICE)
-
-    def _choose(self, scores: Scores, batch: Batch) -> Tensor:
         sampling, logits, positions = batch.sampling, scores.logits, scores.positions + 1
         if logits.device.type == "cpu":
             floors = _floors(logits, sampling) if sampling.any_filter else None
             return choose(logits, positions, sampling.temperature, sampling.top_p, floors, sampling.seed)
-        if sampling.all_greedy:
-            return logits.argmax(dim=-1)
-        return perturb(logits, positions, self._token_ids, sampling).argmax(dim=-1)
+        scaled = perturb(logits, positions, self._token_ids, sampling)  # greedy rows pass unchanged
+        # The largest logit is what NaN and infinity always are.
+        return torch.where(logits.amax(dim=-1).isfinite(), scaled.argmax(dim=-1), NO_CHOICE)
 
     def forget(self, seq: Sequence) -> None:
         """Drop everything kept for a sequence that ended or was preempted."""

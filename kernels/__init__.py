@@ -1,26 +1,34 @@
 """Tensors in, tensors out. Knows nothing of requests.
 
-Callers import the operations from here; which implementation runs follows from the tensors (``kernels.ops``).
-The plain torch reference in ``kernels.ref``, ``kernels.mla`` and ``kernels.quant`` runs everywhere and is the
-specification; ``kernels.cpu`` has small compiled kernels for a CPU.
+Callers import the operations from here; which implementation runs follows from the tensors
+(``kernels.dispatch``). The plain torch reference in ``kernels.ref``, ``kernels.mla`` and ``kernels.quant``
+runs everywhere and is the specification; ``kernels.cpu`` has small compiled kernels for a CPU, and
+``kernels.triton`` those for a GPU, which ``kernels.ops`` lists.
 """
 
 from kernels.cpu import kernels_for
 from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
-from kernels.ops import (
+from kernels.dispatch import (
     add_rms_norm,
+    ancestor_words,
     best,
     choose,
+    compact_path,
     half_linear,
     layer_rows,
+    mha_tree_attention,
+    mla_tree_attention,
     pack_bytes,
     pack_half,
     panel_linear,
     rms_norm,
+    rope_latent_write,
     rope_write,
     silu_mul,
     tree_attention,
 )
+from kernels.errors import UnsupportedError
+from kernels.paged import MOST_OWN, TreeRows
 from kernels.quant import (
     dequantise_fp8,
     dequantise_nvfp4,
@@ -41,12 +49,17 @@ from kernels.ref import (
 )
 
 __all__ = [
+    "MOST_OWN",
     "FusedLayer",
     "LayerRows",
     "LayerSizes",
+    "TreeRows",
+    "UnsupportedError",
     "add_rms_norm",
+    "ancestor_words",
     "best",
     "choose",
+    "compact_path",
     "compact_rows",
     "dequantise_fp8",
     "dequantise_nvfp4",
@@ -57,6 +70,8 @@ __all__ = [
     "has_fast_bfloat16",
     "kernels_for",
     "layer_rows",
+    "mha_tree_attention",
+    "mla_tree_attention",
     "nucleus",
     "nvfp4_linear",
     "pack_bytes",
@@ -68,6 +83,7 @@ __all__ = [
     "quantise_nvfp4",
     "rms_norm",
     "rope",
+    "rope_latent_write",
     "rope_write",
     "silu_mul",
     "tree_attention",

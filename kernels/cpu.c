@@ -11,6 +11,7 @@
  * multiply-adds are left to the compiler (-ffp-contract=fast); nothing else may be reordered.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels import ref
+from kernels.large_pages import on_large_pages
 
 log = logging.getLogger("haast")
 
@@ -354,7 +355,7 @@ def _in_panels(weight: Tensor) -> Tensor:
     num_panels = -(-num_outputs // PANEL)
     padded = weight.new_zeros(num_panels * PANEL, num_inputs)
     padded[:num_outputs] = weight
-    return padded.view(num_panels, PANEL, num_inputs).transpose(1, 2).contiguous()
+    return on_large_pages(padded.view(num_panels, PANEL, num_inputs).transpose(1, 2))
 
 
 def panel_linear(x: Tensor, matrix: PanelMatrix) -> Tensor:

@@ -95,8 +95,28 @@ static float mass_above(const float *logits, int64_t vocab, float temperature, f
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-/* least: the smallest logit / temperature that is kept. */
+/* Whether the largest of a row is a number: not if one is NaN or infinity, or all are -infinity. */
+static int is_choosable(const float *logits, int64_t vocab) {
+    vec most = splat(-INFINITY);
+    ivec strange = {0};
+    int64_t at = 0;
+    for (; at + WIDTH <= vocab; at += WIDTH) {
+        vec row = load(logits + at);
+        ivec larger = row > most;
+        most = (vec)(((ivec)row & larger) | ((ivec)most & ~larger));
+        strange |= ~(row <= FLT_MAX);
+    }
+    int numbers = any(most > -INFINITY);
+    for (; at < vocab; at++) {
+        if (!(logits[at] <= FLT_MAX)) return 0;
+        numbers |= logits[at] > -INFINITY;
+    }
+    return numbers && !any(strange);
+}
+
+/* least: the smallest logit / temperature that is kept. -1: there is nothing to choose. */
 static int64_t choose_row(const float *logits, int64_t vocab, float temperature, float top_p, float least, dice d) {
+    if (!is_choosable(logits, vocab)) return -1;
     if (temperature == 0) return best_token(logits, vocab, 1, -INFINITY, d, 0);
     float floor = nextafterf(least, -INFINITY);
     int64_t token = best_token(logits, vocab, temperature, floor, d, 1);

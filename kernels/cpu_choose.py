@@ -32,7 +32,7 @@ def choose(
     floors: Tensor | None,
     seeds: Tensor,
 ) -> Tensor:
-    """As ``ref.choose``; logits contiguous. What is not a number is never chosen."""
+    """As ``ref.choose``; logits contiguous."""
     num_seqs, num_nodes, vocab_size = logits.shape
     choice = torch.empty(num_seqs, num_nodes, dtype=torch.int64)
     positions, seeds = positions.contiguous(), seeds.contiguous()

@@ -43,8 +43,10 @@ static inline void look_again(int64_t *looks) {
 
 /* for (int64_t at, end; claim(&self, count, least, &at, &end);) { items at to end - 1 }
  *
- * All threads of a crew go through the same phases in the same order, with the same count > 0 of items. Claims shrink
- * from an even share's half to `least` items, so that threads end together. Returns 0 when the phase is over. */
+ * All threads of a crew go through the same phases in the same order, with the same count > 0 of items. Claims
+ * shrink from an even share's half to `least` items, of which they are multiples, so that threads end together.
+ * Returns 0 when the phase is over.
+ */
 static int claim(worker *self, int64_t count, int64_t least, int64_t *at, int64_t *end) {
     crew *crew = self->crew;
     if (self->held) {
@@ -65,7 +67,7 @@ static int claim(worker *self, int64_t count, int64_t least, int64_t *at, int64_
             next = atomic_load_explicit(&crew->next, memory_order_acquire);
             continue;
         }
-        if (size < least) size = least;
+        size = size < least ? least : size - size % least;
         if (size > count - first) size = count - first;
         if (atomic_compare_exchange_weak_explicit(&crew->next, &next, next + size, memory_order_acq_rel,
                                                   memory_order_acquire)) {

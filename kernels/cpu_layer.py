@@ -219,7 +219,7 @@ def fused_layer(
 
     norms: before attention (None if what it reads is always given) and before the feed-forward block,
     [hidden] float32; matrices: query, key and value together, output, gate and up together, down, each as
-    packed by ``ops.pack_half`` or ``ops.pack_bytes``; scale: of the scores.
+    packed by ``dispatch.pack_half`` or ``dispatch.pack_bytes``; scale: of the scores.
     """
     functions = cpu.threaded("decoder_layer", _SIGNATURE)
     packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.PanelMatrix))

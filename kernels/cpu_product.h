@@ -17,7 +17,7 @@
 #define MOST_ROWS 6     /* of a tile: 12 sums, 2 weights and an input fit 16 registers */
 #define ROWS_AT_ONCE 96 /* of a long product, whose inputs then stay in the second-level cache */
 #define AHEAD 4096      /* elements by which a panel is fetched ahead */
-#define FEW_PANELS 2    /* the fewest that a thread claims at once */
+#define FEW_PANELS 4    /* the fewest that a thread claims at once: a tile's */
 
 typedef uint16_t half; /* the bits */
 

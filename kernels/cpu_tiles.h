@@ -43,7 +43,7 @@ static void WITH(few_rows)(const float *x, const WEIGHT *w, float *out, int64_t 
     for (; last - first >= P; first += P)                                                      \
         WITH(tile)(x, w + first * inputs * PANEL, out + first * PANEL, out_stride, inputs, R, P);
     switch (rows) {
-    case 1: TILES(1, 4) TILES(1, 1) break;
+    case 1: TILES(1, 4) TILES(1, 2) TILES(1, 1) break;
     case 2: TILES(2, 3) TILES(2, 1) break;
     case 3: TILES(3, 1) break;
     case 4: TILES(4, 1) break;

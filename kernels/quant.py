@@ -54,10 +54,10 @@ def dequantise_nvfp4(codes: Tensor, block_scales: Tensor, divisor: Tensor, dtype
     code * block_scale is exact, so the division is the only rounding in float32; then once to dtype.
     """
     assert divisor.shape == codes.shape[:-2], (divisor.shape, codes.shape)
-    return _undivided(codes, block_scales, torch.float32).div_(divisor[..., None, None]).to(dtype)
+    return undivided(codes, block_scales, torch.float32).div_(divisor[..., None, None]).to(dtype)
 
 
-def _undivided(codes: Tensor, block_scales: Tensor, dtype: torch.dtype) -> Tensor:
+def undivided(codes: Tensor, block_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """code * block_scale, [.., out, in]; exact in every dtype of at least 6 significant bits."""
     assert codes.dtype == torch.uint8, codes.dtype
     assert block_scales.dtype == torch.float8_e4m3fn, block_scales.dtype
@@ -97,9 +97,9 @@ def nvfp4_linear(x: Tensor, codes: Tensor, block_scales: Tensor, divisor: Tensor
     the scale of ``fp8_linear``.
     """
     if x.dtype == torch.float16:  # see fp8_linear
-        weight = _undivided(codes, block_scales, torch.float32).div_(divisor.reshape(-1, 1))
+        weight = undivided(codes, block_scales, torch.float32).div_(divisor.reshape(-1, 1))
         return F.linear(x, weight.to(x.dtype))
-    return (F.linear(x, _undivided(codes, block_scales, x.dtype)).float() / divisor).to(x.dtype)
+    return (F.linear(x, undivided(codes, block_scales, x.dtype)).float() / divisor).to(x.dtype)
 
 
 # --- writers

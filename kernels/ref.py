@@ -246,18 +246,18 @@ def half_linear(x: Tensor, packed: Any) -> Tensor:
 
 # --- choosing a token
 
-_GOLDEN = -1640531527  # 0x9E3779B9 as int32
+GOLDEN = -1640531527  # 0x9E3779B9 as int32
 # multipliers and shifts of the low-bias 32-bit mixer published by C. Wellons (hash-prospector)
-_ODD_1 = 0x21F0AAAD
-_ODD_2 = 0x735A2D97
+ODD_1 = 0x21F0AAAD
+ODD_2 = 0x735A2D97
 
 
 def _finalise(x: Tensor, key: Tensor) -> Tensor:
     """A keyed 32-bit mix on int32 tensors; multiplication wraps, right shifts are made logical by a mask."""
     x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _ODD_1
+    x = x * ODD_1
     x = x ^ key ^ ((x >> 15) & 0x1FFFF)
-    x = x * _ODD_2
+    x = x * ODD_2
     return x ^ ((x >> 16) & 0xFFFF)
 
 
@@ -269,10 +269,10 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     logits + noise is a draw from softmax(logits) (the Gumbel-max trick).
     """
     low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
-    key = _finalise(low * _GOLDEN, high)[:, None].expand(positions.shape)
-    first = _finalise(positions.to(torch.int32) * _GOLDEN + 1, key)
-    second = _finalise(first + _GOLDEN, ~key)
-    ids = token_ids.to(torch.int32) * _GOLDEN
+    key = _finalise(low * GOLDEN, high)[:, None].expand(positions.shape)
+    first = _finalise(positions.to(torch.int32) * GOLDEN + 1, key)
+    second = _finalise(first + GOLDEN, ~key)
+    ids = token_ids.to(torch.int32) * GOLDEN
     bits = _finalise(ids + first[..., None], second[..., None])
     # 23 bits and the half fill a float32 mantissa: (0, 1) without its ends (of 24 bits the last would round
     # to 1)
@@ -285,18 +285,37 @@ def nucleus(scaled: Tensor, ordered: Tensor, top_p: Tensor) -> Tensor:
 
     scaled: [B, R, V] float32; ordered: the same, sorted along V, best first; top_p: [B], 1 is off.
     """
+    last = _last_kept(ordered, top_p)[..., None]  # what is tied with it stays too
+    return torch.where((top_p < 1)[:, None, None], scaled.masked_fill(scaled < last, float("-inf")), scaled)
+
+
+def _last_kept(ordered: Tensor, top_p: Tensor) -> Tensor:
+    """[B, R]: the score of the last token of the nucleus; see ``nucleus``."""
     probs = ordered.softmax(dim=-1)
     kept = probs.cumsum(dim=-1) - probs < top_p[:, None, None]
     kept[..., 0] = True
-    last = ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)  # what is tied with it stays too
-    return torch.where((top_p < 1)[:, None, None], scaled.masked_fill(scaled < last, float("-inf")), scaled)
+    return ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)[..., 0]
+
+
+def nucleus_floors(logits: Tensor, temperature: Tensor, top_p: Tensor, floors: Tensor | None) -> Tensor:
+    """The least logit / temperature that ``top_p`` keeps of what ``floors`` keep, [B, R]; as in ``choose``.
+
+    For devices: nothing is asked of them, and rows without a nucleus are sorted with the others.
+    """
+    scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None, None]
+    if floors is None:
+        floors = torch.full(scaled.shape[:2], float("-inf"), device=logits.device)
+    ordered = (
+        scaled.masked_fill(scaled < floors[..., None], float("-inf")).sort(dim=-1, descending=True).values
+    )
+    return torch.where((top_p < 1)[:, None], torch.maximum(floors, _last_kept(ordered, top_p)), floors)
 
 
 def choose(
     logits: Tensor,
     positions: Tensor,
     temperature: Tensor,
-    top_p: Tensor,
+    top_p: Tensor | None,
     floors: Tensor | None,
     seeds: Tensor,
 ) -> Tensor:
@@ -304,19 +323,21 @@ def choose(
     temperature is 0, with the largest logit. Of equals the lowest.
 
     logits: [B, R, V] float32; positions: [B, R] int64, of the tokens to be chosen; temperature, top_p: [B]
-    float32; floors: [B, R] float32, the least logit / temperature that is kept, before ``top_p`` looks at
-    what is left; seeds: [B] int64. Returns [B, R] int64.
+    float32, or None for a ``top_p`` of 1 everywhere; floors: [B, R] float32, the least logit / temperature
+    that is kept, before ``top_p`` looks at what is left; seeds: [B] int64. Returns [B, R] int64, -1 where the
+    largest logit is no finite number: a row with NaN or infinity in it says nothing, and in one that is -inf
+    throughout nothing may be chosen.
     """
     choice = logits.argmax(dim=-1)
     rows = (temperature > 0).nonzero()[:, 0]
     scaled = logits[rows] / temperature[rows, None, None]
     if floors is not None:
         scaled = scaled.masked_fill(scaled < floors[rows][..., None], float("-inf"))
-    if bool((top_p[rows] < 1).any()):
+    if top_p is not None and bool((top_p[rows] < 1).any()):
         scaled = nucleus(scaled, scaled.sort(dim=-1, descending=True).values, top_p[rows])
     token_ids = torch.arange(logits.shape[-1], device=logits.device)
     choice[rows] = (scaled + gumbel_noise(seeds[rows], positions[rows], token_ids)).argmax(dim=-1)
-    return choice
+    return torch.where(logits.amax(dim=-1).isfinite(), choice, -1)
 
 
 def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

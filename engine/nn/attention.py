@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.nn.linear import Linear
 from engine.rows import Part, RowPlan
-from kernels import rope_write, tree_attention
+from kernels import mha_tree_attention, rope_write, tree_attention
 
 
 class Attention:
@@ -25,6 +25,8 @@ class Attention:
         q = rope_write(heads, self.num_heads, *cos_sin, *pool, plan.write)
 
         def attention(q: Tensor, part: Part) -> Tensor:
+            if part.tree is not None:
+                return mha_tree_attention(q, *pool, part.tree, self.scale)
             return tree_attention(q, *pool, part.read, part.bias, self.scale)
 
         return self.out(plan.attend(q, attention))

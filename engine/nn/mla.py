@@ -21,6 +21,7 @@ from engine.config import Mistral4Config
 from engine.nn.linear import Linear
 from engine.nn.rope import PairRotation
 from engine.rows import Part, RowPlan
+from kernels import mla_tree_attention as paged_attention
 from kernels import rms_norm, write_rows
 from kernels.mla import absorb_queries, expand_values, mla_prompt_attention, mla_tree_attention, rope_pairs
 
@@ -82,6 +83,10 @@ class MultiHeadLatentAttention:
         write_rows(pool[None], plan.write, rows.unsqueeze(1))
 
         def attention(q: Tensor, part: Part) -> Tensor:
+            if part.tree is not None:
+                q = absorb_queries(q, self.key_up)
+                latents = paged_attention(q, pool, part.tree, self.scale, self.kv_rank)
+                return expand_values(latents, self.value_up)
             if part.num_nodes > self.most_absorbed:
                 ups = self.key_up, self.value_up
                 return mla_prompt_attention(q, pool, *ups, part.read, part.bias, self.scale)

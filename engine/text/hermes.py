@@ -47,8 +47,8 @@ from engine.text.tools import Function, ToolUse
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _OPENINGS = ("\n" + OPEN, OPEN)
-_MAY_BE_OBJECT = re.compile(rf"\s*{OPEN}\s*(?:\{{|$)")
-_HEAD = re.compile(rf'\s*{OPEN}\s*\{{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
+_NO_OBJECT = re.compile(rf"\s*{OPEN}\s*(?=[^\s{{])")
+_HEAD = re.compile(rf'\s*{OPEN}\s*\{{\s*"name"\s*:\s*("(?:[^"\\<]|\\[^<])*")\s*,\s*"arguments"\s*:\s*')
 
 
 def answer_grammar(use: ToolUse, special_tokens: Mapping[str, int], answer: str | None = None) -> str:
@@ -169,13 +169,16 @@ class CallTextParser:
         if match is not None:
             self._state, self._value = _State.ARGUMENTS, _ValueScanner()
             return [self._start(_unquoted(match[1]))], self._head[match.end() :]
-        end = self._head.find(CLOSE)
-        if end >= 0 or not _MAY_BE_OBJECT.match(self._head):
-            end = len(self._head) if end < 0 else end + len(CLOSE)
-            events = self._whole_call(self._head[:end])
-            self._open_text(is_margin=not isinstance(events[0], TextDelta))
-            return events, self._head[end:]
-        return [], ""
+        no_object = _NO_OBJECT.match(self._head)
+        if no_object is not None:
+            self._open_text(is_margin=False)
+            return [TextDelta(no_object[0])], self._head[no_object.end() :]
+        end = self._head.find(CLOSE) + len(CLOSE)
+        if end < len(CLOSE):
+            return [], ""
+        events = self._whole_call(self._head[:end])
+        self._open_text(is_margin=not isinstance(events[0], TextDelta))
+        return events, self._head[end:]
 
     def _read_arguments(self, text: str) -> tuple[list[Event], str]:
         value, rest = self._value.take(text)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from draft.head import FeatureDraft
-from engine.core import Batch, DraftTree, SamplingParams, Speculation
+from engine.core import Batch, DraftMask, DraftTree, SamplingParams, Speculation
 from kernels import gumbel_noise
 from tests.engine.rig import FEATURE_LAYERS, PLAIN, TREE, Model, make_engine, prompts_of, random_model, record
 from tests.engine.state import eagle_rows
@@ -39,10 +39,10 @@ class Drafted:
 
 def watch(draft: FeatureDraft, kept: list[Drafted]) -> None:
     """Keep every tree that ``propose`` returns; values are checked at once, as the calibration moves on."""
-    propose: Callable[[Batch], DraftTree] = draft.propose
+    propose: Callable[[Batch, DraftMask | None], DraftTree] = draft.propose
 
-    def watched(batch: Batch) -> DraftTree:
-        tree = propose(batch)
+    def watched(batch: Batch, mask: DraftMask | None = None) -> DraftTree:
+        tree = propose(batch, mask)
         if tree.scores is None:
             return tree
         for row, seq in enumerate(batch.seqs):

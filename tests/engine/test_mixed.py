@@ -10,14 +10,29 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 from torch import Tensor
 
 import engine.scheduler
-from engine.core import Batch, DraftTree, SamplingParams, Scores, Speculation
+from draft import head
+from draft.head import FeatureDraft
+from engine.core import Batch, DraftTree, SamplingParams, Scores, Speculation, Verdict
+from engine.kvcache import KVPool, LatentPool, own_slots
 from engine.models import decoder
 from engine.models.decoder import Decoder
-from engine.rows import BatchRows, Part, RowPlan, _join_slots, _padded_rows, batch_rows, join_plans
+from engine.rows import (
+    BatchRows,
+    Part,
+    RowPlan,
+    _join_slots,
+    _own_words,
+    _padded_rows,
+    _prompt_rows,
+    join_plans,
+    plan_chains,
+)
 from engine.step import Engine
+from kernels import compact_path
 from tests.engine import mistral_rig
 from tests.engine.rig import (
     PLAIN,
@@ -123,12 +138,25 @@ def no_mistake(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_device_keeps_its_padding(patch: pytest.MonkeyPatch) -> None:
-    """No mistake but what a device does, whose trees are planned without being asked how large they are."""
+    """No mistake but what a device does, whose trees are planned without being asked how large they are, and
+    whose nodes find their rows through page tables."""
     patch.setattr(
         decoder,
         "batch_rows",
-        lambda batch, tree: batch_rows(batch, tree) if batch.is_prefill else _padded_rows(batch, tree),
+        lambda batch, tree: (_prompt_rows if batch.is_prefill else _padded_rows)(batch, tree),
     )
+
+    def chains(
+        self: FeatureDraft, batch: Batch, index: list[int], firsts: list[int], counts: list[int]
+    ) -> RowPlan:
+        return plan_chains(batch.page_table[index], batch.page_size, torch.tensor(firsts), counts, start=1)
+
+    def by_path(pool: KVPool | LatentPool, batch: Batch, verdict: Verdict) -> None:
+        compact_path(pool.rows, verdict.path, own_slots(batch, verdict))
+
+    patch.setattr(decoder, "compact", by_path)
+    patch.setattr(FeatureDraft, "_chains", chains)
+    patch.setattr(head, "plan_own", lambda write, rows, own, longest: _own_words(write, rows, own))
 
 
 def rows_of_another_sequence(patch: pytest.MonkeyPatch) -> None:

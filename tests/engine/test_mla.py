@@ -103,7 +103,7 @@ def test_pairs_are_rotated() -> None:
     for seq in range(2):
         for node in range(3):
             for head in range(2):
-                truth = oracle.turn(config, x[seq, node, head], int(positions[seq, node]))
+                truth = oracle.turned(config, x[seq, node, head][None], [int(positions[seq, node])])[0]
                 torch.testing.assert_close(turned[seq, node, head], truth, atol=2e-5, rtol=1e-5)
     assert rope_pairs(x.bfloat16(), rotation.cos, rotation.sin).dtype == torch.float32
 

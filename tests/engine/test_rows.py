@@ -18,17 +18,22 @@ from engine.core import Batch, DraftTree, PromptChunk, Request, SamplingParams, 
 from engine.rows import (
     BatchRows,
     RowPlan,
+    _own_words,
     _padded_rows,
+    _prompt_rows,
     batch_rows,
     chain_bias,
     first_slot,
     join_plans,
+    plan_chains,
+    plan_own,
     plan_spans,
     span,
     tree_bias,
 )
 from engine.sampler import sampling_tensors
 from engine.step import prompt_chain
+from kernels.paged import TreeRows, seen_rows
 
 Meaning = list[tuple[int, set[int]]]  # of every row: where it is written, what it sees
 
@@ -76,13 +81,16 @@ def meaning(plan: RowPlan) -> Meaning:
     slots = list(range(write.start, write.stop)) if isinstance(write, slice) else write.tolist()
     found: Meaning = []
     for part in plan.parts:
+        read_of, bias_of = part.read, part.bias
+        if part.tree is not None:
+            read_of, bias_of = seen_rows(part.tree, part.num_nodes)
         for seq in range(part.num_seqs):
-            read = part.read[seq]
+            read = read_of[seq]
             readable = list(range(read.start, read.stop)) if isinstance(read, slice) else read.tolist()
             for node in range(part.num_nodes):
                 seen = readable
-                if part.bias is not None:
-                    row = part.bias[seq, node, : len(readable)].tolist()
+                if bias_of is not None:
+                    row = bias_of[seq, node, : len(readable)].tolist()
                     assert set(row) <= {0.0, float("-inf")}
                     seen = [slot for slot, bias in zip(readable, row, strict=True) if bias == 0]
                 found.append((slots[len(found)], set(seen)))
@@ -175,9 +183,43 @@ def test_ragged_chunks(draw: random.Random, sizes: list[int]) -> None:
     batch = batch_of(
         [s.kv_len for s in seqs.seqs], [s.pages for s in seqs.seqs], seqs.page_size, chunk_of(sizes)
     )
-    found = batch_rows(batch, prompt_chain(batch))
-    assert found.num_rows == sum(sizes)
-    assert meaning(found.plan) == expected(batch, [list(range(-1, size - 1)) for size in sizes])
+    for rows in (batch_rows, _prompt_rows):  # on a host, on a device
+        found = rows(batch, prompt_chain(batch))
+        assert found.num_rows == sum(sizes)
+        assert meaning(found.plan) == expected(batch, [list(range(-1, size - 1)) for size in sizes])
+
+
+@given(st.randoms(use_true_random=False), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_chains_of_a_head(draw: random.Random, sizes: list[int]) -> None:
+    """Through page tables as through slots: from any row on, and never from row 0, which a head has not."""
+    batch = random_batch(draw, len(sizes), sizes)
+    firsts = [seq.kv_len or 1 for seq in batch.seqs]
+    counts = [size if seq.kv_len else 1 for seq, size in zip(batch.seqs, sizes, strict=True)]
+    spans = [
+        span(seq.pages, batch.page_size, first, chain_bias(count), start=1)
+        for seq, first, count in zip(batch.seqs, firsts, counts, strict=True)
+        if first + count <= len(seq.pages) * batch.page_size
+    ]
+    if len(spans) < len(sizes):
+        return
+    found = plan_chains(batch.page_table, batch.page_size, torch.tensor(firsts), counts, start=1)
+    assert meaning(found) == meaning(plan_spans(spans, torch.device("cpu")))
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 3), st.integers(1, 4), st.integers(1, 20))
+@settings(max_examples=40, deadline=None)
+def test_own_rows_in_words_and_in_a_mask(
+    draw: random.Random, num_seqs: int, num_nodes: int, num_own: int
+) -> None:
+    batch = random_batch(draw, num_seqs, [num_own] * num_seqs)
+    rows = TreeRows(batch.page_table, batch.page_size, batch.kv_lens, None, num_own, start=draw.randint(0, 1))
+    own = torch.tensor(
+        [[[draw.random() < 0.5 for _ in range(num_own)] for _ in range(num_nodes)] for _ in range(num_seqs)]
+    )
+    write = torch.arange(num_seqs * num_nodes).view(num_seqs, num_nodes)
+    longest = max(seq.kv_len for seq in batch.seqs)
+    assert meaning(_own_words(write, rows, own)) == meaning(plan_own(write, rows, own, longest))
 
 
 def test_padding_is_packed_away_and_comes_back_as_the_last_node() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from draft.head import FeatureDraft
 from draft.tree import graft
-from engine.core import Batch, DraftTree, Request, SamplingParams, Speculation
+from engine.core import Batch, DraftMask, DraftTree, Request, SamplingParams, Speculation
 from tests.engine.rig import (
     CHAIN,
     PLAIN,
@@ -171,8 +171,8 @@ def test_chains_beside_larger_trees_stay_in_their_own_rows(
     engine = make_engine(echo, draft, page_size=1, num_pages=200)
     propose, grafted = engine.draft.propose, []
 
-    def checked(batch: Batch) -> DraftTree:
-        tree = propose(batch)
+    def checked(batch: Batch, mask: DraftMask | None = None) -> DraftTree:
+        tree = propose(batch, mask)
         for row, (seq, real) in enumerate(zip(batch.seqs, tree.real().tolist(), strict=True)):
             assert seq.kv_len + max(node for node, is_real in enumerate(real) if is_real) < len(seq.pages)
             assert real == sorted(real, reverse=True), "padding comes last"

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu_choose, gumbel_noise, ops, ref
+from kernels import cpu_choose, gumbel_noise, ref
+from kernels import dispatch as ops
 
 KERNEL = cpu_choose.choose_kernel()
 needs_compiler = pytest.mark.skipif(KERNEL is None, reason="no C compiler")
@@ -86,19 +87,23 @@ def test_of_equals_the_lowest() -> None:
             logits[..., [first, second]] = 1.0
             assert compiled(logits, *given).item() == first
     assert compiled(torch.zeros(1, 1, 70), *given).item() == 0
-    assert compiled(torch.full((1, 1, 70), float("-inf")), *given).item() == 0
 
 
 @needs_compiler
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("top_p", [0.5, 1.0])
-def test_what_is_not_a_number_ends_somewhere(temperature: float, top_p: float) -> None:
+def test_a_row_that_says_nothing_has_no_choice(temperature: float, top_p: float) -> None:
+    """-1 where there is NaN or infinity, wherever in the row it is, or nothing but -infinity."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    options = torch.tensor([temperature]), torch.tensor([top_p])
     for bad in (float("nan"), float("inf"), float("-inf")):
-        for logits in (torch.full((1, 1, 50), bad), torch.arange(50.0).view(1, 1, 50)):
-            logits[0, 0, 20] = bad
-            zero = torch.zeros(1, dtype=torch.int64)
-            options = torch.tensor([temperature]), torch.tensor([top_p])
-            assert 0 <= compiled(logits, zero[None], *options, None, zero).item() < 50
+        for place in (0, 20, 48, 49):
+            for logits in (torch.full((1, 1, 50), bad), torch.arange(50.0).view(1, 1, 50)):
+                logits[0, 0, place] = bad
+                given = logits, zero[None], *options, None, zero
+                found = compiled(*given).item()
+                assert found == ref.choose(*given).item()
+                assert (found == -1) == (bad != float("-inf") or bool(logits.isneginf().all()))
 
 
 def test_rows_that_do_not_lie_in_a_row_take_the_reference() -> None:

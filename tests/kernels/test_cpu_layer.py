@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, cpu_layer, ops
+from kernels import cpu, cpu_layer
+from kernels import dispatch as ops
 
 pytestmark = pytest.mark.skipif(
     cpu.panel_kernels() is None, reason="no C compiler with OpenMP, or no float16"

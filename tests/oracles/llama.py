@@ -62,15 +62,12 @@ def rotate(rows: Tensor, positions: Sequence[int], freqs: Tensor) -> Tensor:
 def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Row t attends to rows 0..t. query: [T, H, D]; keys, values: [T, Hkv, D]; returns [T, H * D]."""
     length, num_heads, head_dim = query.shape
-    group = num_heads // keys.shape[1]
-    rows = []
-    for t in range(length):
-        heads = []
-        for head in range(num_heads):
-            scores = keys[: t + 1, head // group] @ query[t, head] / math.sqrt(head_dim)
-            heads.append(torch.softmax(scores, dim=0) @ values[: t + 1, head // group])
-        rows.append(torch.cat(heads))
-    return torch.stack(rows)
+    group = num_heads // keys.shape[1]  # query heads that share a key head lie side by side
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    scores = torch.einsum("thd,shd->hts", query, keys) / math.sqrt(head_dim)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    shares = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
+    return torch.einsum("hts,shd->thd", shares, values).reshape(length, -1)
 
 
 def swiglu(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

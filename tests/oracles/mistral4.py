@@ -1,7 +1,7 @@
 """Mistral Small 4 and its Eagle head over a whole token list: no cache, no batch, no absorbing, no fusing.
 
-Written from the formulas: one row, one head, one pair and one expert at a time, angles in float64. Weights by
-their native names, plain tensors.
+Written from the formulas: one head, one pair of components and one expert at a time, angles in float64.
+Weights by their native names, plain tensors.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def frequency(config: Mistral4Config, pair: int) -> float:
     return plain / yarn.factor * share + plain * (1 - share)
 
 
-def turn(config: Mistral4Config, row: Tensor, position: int) -> Tensor:
-    """Rotate neighbouring components against each other. row: [P]."""
-    numbers, turned = row.tolist(), []
+def turned(config: Mistral4Config, rows: Tensor, positions: Sequence[int]) -> Tensor:
+    """Rotate neighbouring components of every row against each other. rows: [T, P]."""
+    columns = []
     for pair in range(config.qk_rope_head_dim // 2):
-        angle = position * frequency(config, pair)
-        number = complex(*numbers[2 * pair : 2 * pair + 2]) * complex(math.cos(angle), math.sin(angle))
-        turned += [number.real, number.imag]
-    return torch.tensor(turned, dtype=row.dtype)
+        angles = torch.tensor(positions, dtype=torch.float64) * frequency(config, pair)
+        even, odd = rows[:, 2 * pair].double(), rows[:, 2 * pair + 1].double()
+        columns += [even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()]
+    return torch.stack(columns, dim=1).to(rows.dtype)
 
 
 def query_scale(config: Mistral4Config, position: int) -> float:
@@ -80,27 +80,23 @@ def softmax_scale(config: Mistral4Config) -> float:
 def attention(config: Mistral4Config, w: Tensors, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Row t at position t attends to rows 0..t. rows: [T, hidden]; returns as many and latents [T, R + P]."""
     rank, content, rotated = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
-    value, eps = config.v_head_dim, config.rms_norm_eps
-    latents = []
-    for t, row in enumerate(rows):
-        low = w[name + "wkv_a_with_mqa.weight"] @ row
-        key = turn(config, low[rank:], t)
-        latents.append(torch.cat([rms_norm(low[:rank], w[name + "kv_a_norm.weight"], eps), key]))
-    latent = torch.stack(latents)
+    value, eps, positions = config.v_head_dim, config.rms_norm_eps, range(len(rows))
+    low = rows @ w[name + "wkv_a_with_mqa.weight"].T
+    normed = rms_norm(low[:, :rank], w[name + "kv_a_norm.weight"], eps)
+    latent = torch.cat([normed, turned(config, low[:, rank:], positions)], dim=1)
     low = rms_norm(rows @ w[name + "wq_a.weight"].T, w[name + "q_a_norm.weight"], eps)
     queries = low @ w[name + "wq_b.weight"].T
+    scales = torch.tensor([query_scale(config, t) for t in positions]) * softmax_scale(config)
+    future = torch.ones(len(rows), len(rows), dtype=torch.bool).triu(1)
     heads = []
     for head in range(config.num_heads):
         query = queries[:, head * (content + rotated) : (head + 1) * (content + rotated)]
         up = w[name + "wkv_b.weight"][head * (content + value) : (head + 1) * (content + value)]
         keys = torch.cat([latent[:, :rank] @ up[:content].T, latent[:, rank:]], dim=1)
         values = latent[:, :rank] @ up[content:].T
-        out = []
-        for t in range(len(rows)):
-            turned = torch.cat([query[t, :content], turn(config, query[t, content:], t)])
-            scores = keys[: t + 1] @ turned * (query_scale(config, t) * softmax_scale(config))
-            out.append(torch.softmax(scores, dim=0) @ values[: t + 1])
-        heads.append(torch.stack(out))
+        query = torch.cat([query[:, :content], turned(config, query[:, content:], positions)], dim=1)
+        scores = (query @ keys.T * scales[:, None]).masked_fill(future, -math.inf)
+        heads.append(torch.softmax(scores, dim=1) @ values)
     return torch.cat(heads, dim=1) @ w[name + "wo.weight"].T, latent
 
 

@@ -17,7 +17,7 @@ from engine.errors import RequestError
 from engine.text import grammar as module
 from engine.text.compile_guard import CompileGuard
 from engine.text.conversation import AnyTokenizer
-from engine.text.grammar import MAX_GRAMMAR_BYTES, MAX_REGEX_LEN, GrammarCompiler
+from engine.text.grammar import MAX_GRAMMAR_BYTES, MAX_REGEX_LEN, MAX_SCHEMA_DEPTH, GrammarCompiler
 from engine.text.mistral import MistralTokenizer
 from tests.text.tekken import tekken_data
 from tests.text.toy import CONTROL, toy_tokenizer
@@ -36,6 +36,14 @@ FREE = {"whitespace_flexible": True, "item_separator": ",", "key_separator": ":"
 
 def schema(value: Any) -> Grammar:
     return Grammar("json_schema", json.dumps(value))
+
+
+def nested(count: int) -> dict[str, Any]:
+    """2 * count + 1 objects inside one another."""
+    inner: dict[str, Any] = {}
+    for _ in range(count):
+        inner = {"properties": {"a": inner}}
+    return inner
 
 
 def matches(grammar: Grammar, text: str) -> bool:
@@ -57,6 +65,7 @@ def allowed(matcher: LLMatcher, tokenizer: AnyTokenizer) -> set[int]:
         (schema(PERSON), '{"name": "ann"}', '{"name":"ann"}'),
         (schema(PERSON | {"x-guidance": FREE}), '{ "name":"ann" }', '{"age":1}'),
         (schema({}), "[1, null, {}]", "[1 ,null]"),
+        (schema(nested(MAX_SCHEMA_DEPTH // 2 - 1)), '{"a": {}}', "1 2"),
         (Grammar("json_object", ""), '{"a": [true, 1.5]}', "[1]"),
         (Grammar("regex", "[ab]+|c"), "abba", "abc"),
         (Grammar("regex", r"^\d{2}$"), "12", "123"),
@@ -117,6 +126,7 @@ def test_the_name_of_a_control_token_in_a_text_is_text() -> None:
         (Grammar("regex", r"(a)\1"), "backreferences"),
         (Grammar("regex", "a" * (MAX_REGEX_LEN + 1)), str(MAX_REGEX_LEN)),
         (Grammar("regex", "\ud800"), "surrogate"),
+        (schema(nested(MAX_SCHEMA_DEPTH // 2)), f"{MAX_SCHEMA_DEPTH + 1} levels"),
         (Grammar("choice", '{"a": 1}'), "list of strings"),
         (Grammar("choice", "[1]"), "list of strings"),
         (Grammar("choice", "[]"), "found 0 choices"),

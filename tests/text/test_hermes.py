@@ -98,11 +98,13 @@ PIECES = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.sampled_from(PIECES), max_size=8), st.integers(1, 9), st.sampled_from([(), ("END", "<tool")])
 )
 @example([ROME, "END", ROME], 2, ("END",))
+@example([OPEN, OPEN, '{"name": "f", "arguments": '], 1, ())
+@example([OPEN, '{"name": "', CLOSE, '", "arguments": {}}', CLOSE], 1, ())
 def test_the_size_of_steps_changes_nothing(pieces: list[str], size: int, stop: tuple[str, ...]) -> None:
     text = "".join(pieces)
     whole = read(text, 10_000, stop)

@@ -16,7 +16,14 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.checkpoint import open_checkpoint
 from engine.errors import CheckpointError, RequestError
 from engine.text.tokenizer import BREAK, Tokenizer, byte_alphabet
-from tests.checkpoint.files import TEMPLATE, byte_level_backend, default_gguf, vocabulary, write_tokenizer
+from tests.checkpoint.files import (
+    TEMPLATE,
+    arrays_for_mappings,
+    byte_level_backend,
+    default_gguf,
+    vocabulary,
+    write_tokenizer,
+)
 
 SAMPLES = [
     "",
@@ -76,7 +83,8 @@ def transformers_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     path = default_gguf()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with arrays_for_mappings():
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")

@@ -1,18 +1,23 @@
-"""Which implementation an operation takes: the compiled CPU kernels where they apply, else plain torch.
+"""Which implementation an operation takes: the kernel registered for GPUs where the tensors lie on one, the
+compiled CPU kernels where they apply, else plain torch.
 
-Every function has the signature and meaning of its twin in ``kernels.ref``.
+Every function has the signature and meaning of its twin in ``kernels.ref`` or ``kernels.paged``. What a GPU's
+kernel does not take it refuses (``kernels.errors``); plain torch does not step in behind the caller's back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_choose, ref
+from kernels import cpu, cpu_choose, paged, ref
 from kernels.cpu_layer import FusedLayer, LayerRows, Part
+from kernels.ops import OPERATIONS
+from kernels.paged import TreeRows
 
 # Past this many multiply-adds of one sequence's attention, torch's products on all cores beat ours. A tree
 # gets there at a shorter context than its tokens alone; between the two their results agree but for rounding.
@@ -24,6 +29,18 @@ def _kernels_for(x: Tensor) -> cpu.Kernels | None:
     if not (x.is_cpu and x.is_contiguous()) or (x.requires_grad and torch.is_grad_enabled()):
         return None
     return cpu.kernels_for(x.dtype)
+
+
+@functools.cache
+def _registered(name: str) -> Callable[..., Any]:
+    """The kernel of a registered operation. The first one imports triton."""
+    (operation,) = (operation for operation in OPERATIONS if operation.name == name)
+    return operation.load()
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether a tensor lies on a GPU and needs no gradient, which no kernel there has."""
+    return x.is_cuda and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
@@ -38,6 +55,9 @@ def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension."""
+    if _on_gpu(x):
+        normed: Tensor = _registered("rms_norm")(x, weight, eps)
+        return normed
     kernels = _kernels_for(x)
     if kernels is None or not _is_plain(weight, x.dtype):
         return ref.rms_norm(x, weight, eps)
@@ -46,6 +66,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + delta, rms_norm of it)."""
+    if _on_gpu(x):
+        total, normed = _registered("add_rms_norm")(x, delta, weight, eps)
+        return total, normed
     kernels = _kernels_for(x)
     if kernels is None or not (_is_plain(delta, x.dtype) and _is_plain(weight, x.dtype)):
         return ref.add_rms_norm(x, delta, weight, eps)
@@ -68,6 +91,11 @@ def rope_write(
     slots: Tensor | slice,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values; returns the queries [.., H, D]."""
+    if _on_gpu(heads):
+        if isinstance(slots, slice):
+            slots = torch.arange(slots.start, slots.stop, device=heads.device)
+        queries: Tensor = _registered("rope_write")(heads, num_heads, cos, sin, k_pool, v_pool, slots)
+        return queries
     kernels = _kernels_for(heads)
     if kernels is None or not _rotation_applies(heads, num_heads, cos, sin, k_pool, v_pool, slots):
         return ref.rope_write(heads, num_heads, cos, sin, k_pool, v_pool, slots)
@@ -125,18 +153,83 @@ def choose(
     logits: Tensor,
     positions: Tensor,
     temperature: Tensor,
-    top_p: Tensor,
+    top_p: Tensor | None,
     floors: Tensor | None,
     seeds: Tensor,
 ) -> Tensor:
     """The tokens chosen after some nodes, [B, R]; see the reference."""
+    if logits.is_cuda:
+        choice: Tensor = _registered("choose")(logits, positions, temperature, top_p, floors, seeds)
+        return choice
     kernel = cpu_choose.choose_kernel() if _is_plain(logits, torch.float32) else None
+    if top_p is None:
+        top_p = torch.ones_like(temperature)
     given = (logits, positions, temperature, top_p, floors, seeds)
     return ref.choose(*given) if kernel is None else cpu_choose.choose(kernel, *given)
 
 
+# --- over paged rows, as a GPU takes them
+
+
+def mha_tree_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    rows: TreeRows,
+    scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """Grouped-query attention of tree nodes over paged K and V, [B, N, H, D]."""
+    run = _registered("mha_tree_attention") if q.is_cuda else paged.mha_tree_attention
+    out: Tensor = run(q, k_pool, v_pool, rows, scale, k_scale, v_scale)
+    return out
+
+
+def mla_tree_attention(
+    q: Tensor, pool: Tensor, rows: TreeRows, scale: float, value_dim: int, pool_scale: float = 1.0
+) -> Tensor:
+    """Attention of tree nodes over paged latent rows, absorbed, [B, N, H, R]."""
+    run = _registered("mla_tree_attention") if q.is_cuda else paged.mla_tree_attention
+    out: Tensor = run(q, pool, rows, scale, value_dim, pool_scale)
+    return out
+
+
+def rope_latent_write(
+    q: Tensor,
+    latents: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    query_scale: Tensor | None,
+    pool: Tensor,
+    slots: Tensor,
+    pool_scale: float = 1.0,
+) -> Tensor:
+    """Rotate MLA's queries, norm and rotate its latent rows and store them; returns the queries."""
+    run = _registered("rope_latent_write") if q.is_cuda else paged.rope_latent_write
+    queries: Tensor = run(q, latents, weight, eps, cos, sin, query_scale, pool, slots, pool_scale)
+    return queries
+
+
+def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:
+    """Move the accepted rows of every sequence to the front of its own rows, in all layers."""
+    (_registered("compact_path") if pools.is_cuda else paged.compact_path)(pools, path, slots)
+
+
+def ancestor_words(parents: Tensor) -> Tensor:
+    """Which nodes every node of a tree sees, [B, N]."""
+    run = _registered("ancestor_words") if parents.is_cuda else paged.ancestor_words
+    words: Tensor = run(parents)
+    return words
+
+
 def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest of logits [.., V], and the logarithm of their mass; see the reference."""
+    if _on_gpu(logits):
+        values, columns, mass = _registered("best")(logits, count)
+        return values, columns, mass
     kernel = cpu_choose.best_kernel() if _is_plain(logits, torch.float32) else None
     return ref.best(logits, count) if kernel is None else cpu_choose.best(kernel, logits, count)
 

@@ -1,0 +1,194 @@
+"""Products of a few tokens: linear layers, the router, and the experts that it chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import moe, stored
+from kernels.moe import Routing
+from kernels.ops.base import BFLOAT16, Arguments, Case, Cost, Operation, Source, Tolerance, size_of
+from kernels.stored import Stored
+
+_EPS = 1e-6
+_KINDS = ("plain", "fp8", "nvfp4", "e4m3")
+_INPUT_SCALE = 2.0**-4
+_BF16 = torch.bfloat16
+
+# Mistral Small 4: experts, shared ones, chosen a token, hidden and inner width
+_REAL = (128, 1, 4, 4096, 2048)
+_TOKENS = (1, 2, 4, 8, 16, 64)
+
+
+def weight(source: Source, kind: str, *shape: int, groups: int) -> Stored:
+    """A random stored matrix or stack that maps unit-variance inputs to outputs of about one."""
+    *stack, rows, width = shape
+    gain = source.uniform(*stack, groups) + 0.5
+    if kind == "plain":
+        return Stored(source.normal(*shape, dtype=_BF16, scale=width**-0.5))
+    if kind == "nvfp4":
+        codes = source.integers(0, 256, *stack, rows, width // 2, dtype=torch.uint8)
+        blocks = source.normal(*stack, rows, width // 16, dtype=torch.float8_e4m3fn)
+        return Stored(codes, gain * (3 * width**0.5), blocks)
+    codes = source.normal(*shape, dtype=torch.float8_e4m3fn)
+    inputs = source.uniform(*stack) * 0 + _INPUT_SCALE if kind == "e4m3" else None
+    return Stored(codes, gain * width**-0.5, None, inputs)
+
+
+def _rows(source: Source, *shape: int, exact: bool) -> Tensor:
+    """Activations in bfloat16. exact: e4m3 numbers times the input scale, which any rounding leaves alone."""
+    x = source.normal(*shape)
+    if exact:
+        x = (x / _INPUT_SCALE).to(torch.float8_e4m3fn).float() * _INPUT_SCALE
+    return x.to(_BF16)
+
+
+def _norm(source: Source, width: int) -> Tensor:
+    return source.normal(width, scale=0.2).add_(1).to(_BF16)
+
+
+def _route(source: Source, num_tokens: int, sizes: tuple[int, ...], normed: bool, tile: int) -> Arguments:
+    num_experts, num_shared, num_chosen, hidden, _ = sizes
+    x = source.normal(num_tokens, hidden, dtype=_BF16)
+    gate = source.normal(num_experts, hidden, dtype=_BF16, scale=hidden**-0.5)
+    norm = _norm(source, hidden) if normed else None
+    return x, gate, num_chosen, 1.5, num_shared, norm, _EPS, tile
+
+
+def routing(source: Source, num_tokens: int, sizes: tuple[int, ...], tile: int) -> Routing:
+    """Every token chooses on its own, and all experts are as likely."""
+    return moe.route(*_route(source, num_tokens, sizes, normed=False, tile=tile))
+
+
+def _gate_up(
+    source: Source, kind: str, num_tokens: int, sizes: tuple[int, ...], normed: bool, tile: int = 16
+) -> Arguments:
+    num_experts, num_shared, _, hidden, inner = sizes
+    x = _rows(source, num_tokens, hidden, exact=kind == "e4m3")
+    matrices = weight(source, kind, num_experts + num_shared, 2 * inner, hidden, groups=2)
+    norm = _norm(source, hidden) if normed and kind != "e4m3" else None
+    return x, matrices, routing(source, num_tokens, sizes, tile), norm, _EPS, tile
+
+
+def _down(source: Source, kind: str, num_tokens: int, sizes: tuple[int, ...], tile: int = 16) -> Arguments:
+    num_experts, num_shared, num_chosen, hidden, inner = sizes
+    y = _rows(source, num_tokens * (num_chosen + num_shared), inner, exact=kind == "e4m3")
+    matrices = weight(source, kind, num_experts + num_shared, hidden, inner, groups=1)
+    residual = source.normal(num_tokens, hidden, dtype=_BF16)
+    return y, matrices, routing(source, num_tokens, sizes, tile), residual, tile
+
+
+def _linear(
+    source: Source, kind: str, num_tokens: int, rows: int, width: int, fused: bool, groups: int = 1
+) -> Arguments:
+    x = _rows(source, num_tokens, width, exact=kind == "e4m3")
+    norm = _norm(source, width) if fused and kind != "e4m3" else None
+    residual = source.normal(num_tokens, rows, dtype=_BF16) if fused else None
+    return x, weight(source, kind, rows, width, groups=groups), norm, _EPS, residual
+
+
+# --- what has to be moved
+
+
+def _route_cost(x: Tensor, gate: Tensor, num_chosen: int, *rest: Any) -> Cost:
+    return Cost(size_of(x, gate), 2 * x.shape[0] * gate.numel())
+
+
+def _expert_cost(matrices: Stored, routed: Routing, *moved: Tensor | None) -> Cost:
+    """Each expert that is used is read once."""
+    num_used = len(set(routed.tiles[: int(routed.num_tiles), 0].tolist()))
+    read = size_of(*matrices.tensors) * num_used // len(matrices.codes)
+    return Cost(read + size_of(*moved), 2 * len(routed.entries) * matrices.shape[1] * matrices.shape[2])
+
+
+def _gate_up_cost(x: Tensor, matrices: Stored, routed: Routing, *rest: Any) -> Cost:
+    written = len(routed.entries) * matrices.shape[1] // 2 * x.element_size()
+    cost = _expert_cost(matrices, routed, x)
+    return Cost(cost.num_bytes + written, cost.flops)
+
+
+def _down_cost(y: Tensor, matrices: Stored, routed: Routing, residual: Tensor, *rest: Any) -> Cost:
+    return _expert_cost(matrices, routed, y, residual, residual)
+
+
+def _linear_cost(x: Tensor, matrix: Stored, norm: Tensor | None, eps: float, residual: Tensor | None) -> Cost:
+    rows, width = matrix.shape
+    written = len(x) * rows * x.element_size()
+    return Cost(size_of(x, norm, residual, *matrix.tensors) + written, 2 * len(x) * rows * width)
+
+
+# --- cases
+
+_SMALL = (16, 1, 2, 128, 64)
+_WIDE_SHARED = (32, 2, 4, 64, 32)
+_LOGITS = Tolerance(1e-5, 1e-4)  # softmax weights; ids and places are whole numbers and so exact
+
+
+def _routes(tiny: bool) -> tuple[Case, ...]:
+    def case(num_tokens: int, sizes: tuple[int, ...], normed: bool, tile: int = 16) -> Case:
+        name = f"{num_tokens} tokens{', normed' if normed else ''}, tiles of {tile}"
+        return Case(name, lambda source: _route(source, num_tokens, sizes, normed, tile), _LOGITS)
+
+    if tiny:
+        return (
+            case(1, _SMALL, True),
+            case(5, _SMALL, False),
+            case(37, _WIDE_SHARED, True),
+            case(40, _SMALL, False, 32),
+        )
+    return tuple(case(num, _REAL, True) for num in _TOKENS)
+
+
+def _expert_cases(kernel: str, make: Any, tiny: bool, *rest: Any) -> tuple[Case, ...]:
+    def case(kind: str, num_tokens: int, sizes: tuple[int, ...]) -> Case:
+        wgmma = () if tiny else (kernel,)
+        name = f"{kind}, {num_tokens} tokens"
+        return Case(name, lambda source: make(source, kind, num_tokens, sizes, *rest), BFLOAT16, wgmma)
+
+    if tiny:
+        few = tuple(case(kind, 3, _SMALL) for kind in _KINDS)
+        return (*few, case("fp8", 1, _SMALL), case("nvfp4", 20, _WIDE_SHARED))
+    return tuple(case(kind, num, _REAL) for kind in _KINDS for num in _TOKENS)
+
+
+def _linears(tiny: bool) -> tuple[Case, ...]:
+    def case(kind: str, num_tokens: int, rows: int, width: int, fused: bool, groups: int = 1) -> Case:
+        name = f"{kind}, {num_tokens} x {width} -> {rows}{', fused' if fused else ''}"
+        wgmma = () if tiny else ("_linear",)
+
+        def make(source: Source) -> Arguments:
+            return _linear(source, kind, num_tokens, rows, width, fused, groups)
+
+        return Case(name, make, BFLOAT16, wgmma)
+
+    if tiny:
+        fused = tuple(case(kind, 3, 128, 128, fused=True, groups=128) for kind in _KINDS)
+        return (
+            *fused,
+            case("plain", 1, 48, 96, False),
+            case("fp8", 17, 64, 256, False, 2),
+            case("nvfp4", 70, 64, 64, True),
+        )
+    shapes = (1344, 4096, True), (4096, 1024, True), (4096, 4096, True), (131072, 4096, False)
+    return tuple(
+        case(kind, num, rows, width, fused, 1)
+        for rows, width, fused in shapes
+        for kind in (("plain",) if rows == 131072 else _KINDS)
+        for num in (1, 4, 16, 64)
+    )
+
+
+OPERATIONS = (
+    Operation("route", moe.route, "router:route", _routes(True), _routes(False), _route_cost),
+    Operation(
+        "gate_up", moe.gate_up, "experts:gate_up", _expert_cases("_gate_up", _gate_up, True, True),
+        _expert_cases("_gate_up", _gate_up, False, False), _gate_up_cost,
+    ),
+    Operation(
+        "down", moe.down, "experts:down", _expert_cases("_down", _down, True),
+        _expert_cases("_down", _down, False), _down_cost,
+    ),
+    Operation("linear", stored.linear, "linear:linear", _linears(True), _linears(False), _linear_cost),
+)  # fmt: skip

@@ -1,0 +1,226 @@
+"""The small operations around attention and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import paged, ref
+from kernels.ops.base import (
+    BFLOAT16,
+    EXACT,
+    FLOAT32,
+    Arguments,
+    Case,
+    Cost,
+    Operation,
+    Source,
+    Tolerance,
+    size_of,
+)
+
+_HIDDEN = 4096  # of Mistral Small 4
+_EPS = 1e-6
+
+
+def _case(name: str, tolerance: Tolerance, make: Callable[..., Arguments], *arguments: Any) -> Case:
+    return Case(name, lambda source: make(source, *arguments), tolerance)
+
+
+def _norm(source: Source, num_rows: int, width: int, dtype: torch.dtype, adds: bool) -> Arguments:
+    x = source.normal(num_rows, width, dtype=dtype)
+    weight = source.normal(width, dtype=dtype)
+    return (x, source.normal(num_rows, width, dtype=dtype), weight, _EPS) if adds else (x, weight, _EPS)
+
+
+def _norm_cases(adds: bool) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    def case(num_rows: int, width: int, dtype: torch.dtype) -> Case:
+        tolerance = FLOAT32 if dtype == torch.float32 else BFLOAT16
+        return _case(f"{num_rows}x{width}", tolerance, _norm, num_rows, width, dtype, adds)
+
+    tiny = case(3, 40, torch.float32), case(1, 64, torch.float32)
+    return tiny, tuple(case(rows, _HIDDEN, torch.bfloat16) for rows in (1, 4, 8, 64))
+
+
+def _norm_cost(*arguments: Any) -> Cost:
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    return Cost(size_of(*tensors) + size_of(*tensors[:-1]))  # everything but the weight is written as well
+
+
+def _slots(source: Source, num: int, num_slots: int) -> Tensor:
+    """Some of a pool's slots, in any order, each once."""
+    return source.permutation(num_slots)[:num]
+
+
+def _angles(source: Source, num_rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles at random, [rows, 1, width] each."""
+    angles = source.normal(num_rows, 1, width, scale=3.0)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rope(
+    source: Source, num_rows: int, heads: tuple[int, int], dim: int, dtype: torch.dtype, pool: torch.dtype
+) -> Arguments:
+    given = source.normal(num_rows, heads[0] + 2 * heads[1], dim, dtype=dtype)
+    pools = [source.normal(heads[1], 2 * num_rows + 16, dim, dtype=pool) for _ in range(2)]
+    slots = _slots(source, num_rows, 2 * num_rows + 16)
+    scales = (0.05, 0.1) if pool == torch.float8_e4m3fn else (1.0, 1.0)
+    return (given, heads[0], *_angles(source, num_rows, dim, dtype), *pools, slots, *scales)
+
+
+def _rope_cost(heads: Tensor, num_heads: int, cos: Tensor, sin: Tensor, *rest: Any) -> Cost:
+    stored = (heads.shape[-2] - num_heads) * heads[..., 0, :].numel() * rest[0].element_size()
+    return Cost(size_of(heads, heads[..., :num_heads, :], cos, sin) + stored)
+
+
+def _latent(
+    source: Source,
+    num_rows: int,
+    heads: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    pool_dtype: torch.dtype,
+    scales: bool = True,
+) -> Arguments:
+    content, rank, turned = sizes
+    q = source.normal(num_rows, heads, content + turned, dtype=dtype)
+    beside = source.normal(num_rows, 24 + rank + turned, dtype=dtype)  # as the projections leave them
+    pool = source.normal(2 * num_rows + 16, rank + turned, dtype=pool_dtype)
+    return (
+        *(q, beside[:, 24:], source.normal(rank, dtype=dtype), _EPS),
+        *_angles(source, num_rows, turned // 2, torch.float32),
+        source.uniform(num_rows, 1, 1) + 1.0 if scales else None,
+        *(pool, _slots(source, num_rows, len(pool)), 0.05 if pool_dtype == torch.float8_e4m3fn else 1.0),
+    )
+
+
+def _latent_cost(q: Tensor, latents: Tensor, *rest: Any) -> Cost:
+    return Cost(2 * size_of(q) + size_of(latents) + latents.numel() * rest[5].element_size())
+
+
+def _paths(source: Source, num_seqs: int, num_nodes: int, accepted: int, pools: tuple[int, ...]) -> Arguments:
+    """The last ``accepted`` nodes of a tree and its root; every other sequence accepts the root alone."""
+    last = range(num_nodes - accepted, num_nodes)
+    path = [[0, *(last if seq % 2 == 0 else ())] for seq in range(num_seqs)]
+    padded = [nodes + [-1] * (num_nodes - len(nodes)) for nodes in path]
+    layers, kinds, heads, width = pools
+    num_slots = 2 * num_seqs * num_nodes + 16
+    rows = source.normal(layers, kinds, heads, num_slots, width, dtype=torch.bfloat16)
+    slots = _slots(source, num_seqs * num_nodes, num_slots).view(num_seqs, num_nodes)
+    return rows, source.tensor(padded), slots
+
+
+def _path_cost(pools: Tensor, path: Tensor, slots: Tensor) -> Cost:
+    order = torch.arange(path.shape[1], device=path.device)
+    row = pools[..., 0, :].numel() * pools.element_size()
+    return Cost(2 * row * int((path > order).sum()) + size_of(path, slots))
+
+
+def _parents(source: Source, num_seqs: int, num_nodes: int) -> Arguments:
+    """Random trees, the last two nodes of each being padding."""
+    parents = (source.uniform(num_seqs, num_nodes) * source.tensor(range(num_nodes))).long()
+    parents[:, -2:] = -1
+    parents[:, 0] = -1
+    return (parents,)
+
+
+def _logits(source: Source, num_seqs: int, num_rows: int, width: int, filters: bool) -> Arguments:
+    """Every third sequence is greedy. Few different logits, so that many are equal, where they are."""
+    logits = source.normal(num_seqs, num_rows, width, scale=3.0)
+    logits[::3] = (logits[::3] * 0.5).round()
+    temperature = source.uniform(num_seqs) + 0.5
+    temperature[::3] = 0.0
+    return (
+        logits,
+        source.integers(0, 1 << 40, num_seqs, num_rows),
+        temperature,
+        source.uniform(num_seqs) if filters else None,
+        source.normal(num_seqs, num_rows) if filters else None,
+        source.integers(-(1 << 62), 1 << 62, num_seqs),
+    )
+
+
+def _scores(source: Source, shape: tuple[int, ...], count: int) -> Arguments:
+    return source.normal(*shape, scale=3.0), count
+
+
+def _first_cost(*arguments: Any) -> Cost:
+    return Cost(size_of(arguments[0]))
+
+
+_FP8, _BF16, _F32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
+_CODES = Tolerance(0.0, 0.15)  # of FP8: the next code where both round from nearly the same number
+_TURNED = Tolerance(1e-5, 1e-4)
+
+_ROPE_TINY = (
+    _case("3 tokens", _TURNED, _rope, 3, (4, 2), 16, _F32, _F32),
+    _case("wide of 24", _TURNED, _rope, 2, (3, 1), 24, _F32, _F32),
+)
+_ROPE_REAL = (
+    *(_case(f"{rows} tokens", BFLOAT16, _rope, rows, (32, 8), 128, _BF16, _BF16) for rows in (1, 8, 512)),
+    _case("fp8, 8 tokens", _CODES, _rope, 8, (32, 8), 128, _BF16, _FP8),
+)
+_SIZES = 64, 256, 64  # of Mistral Small 4
+_LATENT_TINY = (
+    _case("3 tokens", _TURNED, _latent, 3, 2, (8, 32, 8), _F32, _F32),
+    _case("odd sizes", _TURNED, _latent, 2, 3, (6, 20, 4), _F32, _F32, False),
+)
+_LATENT_REAL = (
+    *(_case(f"{rows} tokens", BFLOAT16, _latent, rows, 32, _SIZES, _BF16, _BF16) for rows in (1, 8, 512)),
+    _case("fp8, 8 tokens", _CODES, _latent, 8, 32, _SIZES, _BF16, _FP8),
+)
+_PATH_TINY = (
+    _case("overlapping", EXACT, _paths, 3, 5, 3, (2, 1, 1, 20)),
+    _case("wide rows", EXACT, _paths, 2, 9, 4, (1, 2, 2, 130)),
+)
+_PATH_REAL = (
+    _case("latents", EXACT, _paths, 1, 8, 3, (36, 1, 1, 320)),
+    _case("K and V", EXACT, _paths, 8, 64, 5, (32, 2, 8, 128)),
+)
+_CHOOSE_TINY = (
+    _case("no filters", EXACT, _logits, 4, 3, 5000, False),
+    _case("filters", EXACT, _logits, 5, 2, 700, True),
+)
+_CHOOSE_REAL = (
+    _case("1x4", EXACT, _logits, 1, 4, 131072, False),
+    _case("8x8", EXACT, _logits, 8, 8, 131072, False),
+    _case("8x8, filters", EXACT, _logits, 8, 8, 131072, True),
+)
+_BEST_TINY = (
+    _case("3 of 5000", FLOAT32, _scores, (2, 2, 5000), 3),
+    _case("all of 8", FLOAT32, _scores, (3, 8), 8),
+)
+_BEST_REAL = (
+    _case("4 of 32k", FLOAT32, _scores, (1, 1, 32768), 4),
+    _case("8 of 32k", FLOAT32, _scores, (8, 8, 32768), 8),
+    _case("64 of 131k", FLOAT32, _scores, (4, 131072), 64),
+)
+
+OPERATIONS = (
+    Operation("rms_norm", ref.rms_norm, "norm:rms_norm", *_norm_cases(adds=False), _norm_cost),
+    Operation("add_rms_norm", ref.add_rms_norm, "norm:add_rms_norm", *_norm_cases(adds=True), _norm_cost),
+    Operation(
+        *("rope_write", paged.rope_write, "rope:rope_write", _ROPE_TINY, _ROPE_REAL, _rope_cost),
+        changes=(4, 5),
+    ),
+    Operation(
+        *("rope_latent_write", paged.rope_latent_write, "rope:rope_latent_write"),
+        *(_LATENT_TINY, _LATENT_REAL, _latent_cost),
+        changes=(7,),
+    ),
+    Operation(
+        *("compact_path", paged.compact_path, "tree:compact_path", _PATH_TINY, _PATH_REAL, _path_cost),
+        changes=(0,),
+    ),
+    Operation(
+        *("ancestor_words", paged.ancestor_words, "tree:ancestor_words"),
+        tuple(_case(f"{num} nodes", EXACT, _parents, 3, num) for num in (2, 9, 64)),
+        tuple(_case(f"{num} nodes", EXACT, _parents, 8, num) for num in (8, 64)),
+        _first_cost,
+    ),
+    Operation("choose", ref.choose, "choose:choose", _CHOOSE_TINY, _CHOOSE_REAL, _first_cost),
+    Operation("best", ref.best, "choose:best", _BEST_TINY, _BEST_REAL, _first_cost),
+)
