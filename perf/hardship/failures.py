@@ -14,7 +14,7 @@ from perf.hardship.stage import Findings, Stage
 
 async def broken_step(stage: Stage, findings: Findings) -> None:
     """A step raises: what ran fails and says so, what waited goes on, and so does the server."""
-    outcomes = await _beside(stage, BREAK_STEP)
+    outcomes = await _beside(stage, BREAK_STEP, findings)
     fates = Counter("request_failed" if outcome.code else "complete" for _, outcome in outcomes)
     for number, outcome in outcomes:
         if outcome.code != "request_failed":
@@ -38,7 +38,7 @@ async def broken_step(stage: Stage, findings: Findings) -> None:
 async def dead_engine(stage: Stage, findings: Findings) -> None:
     """The engine's thread ends: everything in flight is told, nothing new is taken, and the exit code says
     it."""
-    outcomes = await _beside(stage, END_THREAD)
+    outcomes = await _beside(stage, END_THREAD, findings)
     fates = Counter(outcome.code or "complete" for _, outcome in outcomes)
     for number, outcome in outcomes:
         if outcome.code not in ("engine_failed", "engine_dead"):
@@ -58,7 +58,7 @@ async def dead_engine(stage: Stage, findings: Findings) -> None:
     findings.figures |= {"others": dict(fates), "health": status}
 
 
-async def _beside(stage: Stage, fault: int) -> list[tuple[int, Outcome]]:
+async def _beside(stage: Stage, fault: int, findings: Findings) -> list[tuple[int, Outcome]]:
     """Ask all questions that find a place at once, the fault among the first; returns what became of the
     others."""
     others = [number for number, question in enumerate(stage.questions) if "n" not in question.body]
@@ -67,5 +67,5 @@ async def _beside(stage: Stage, fault: int) -> list[tuple[int, Outcome]]:
     first, *outcomes = await asyncio.gather(
         ask(stage.http, faulty, stream=True), *(stage.ask(number) for number in others)
     )
-    assert first.code is not None, "the engine was not broken"
+    findings.expect(first.code is not None, "the request that broke the engine ended without an error")
     return list(zip(others, outcomes, strict=True))

@@ -222,7 +222,7 @@ def test_what_is_no_http_gets_our_error_and_is_not_sent_back(
             writer.write(sent)
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             writer.close()
-            assert head.startswith(b"HTTP/1.1 400 ")
+            assert head.split()[1] == b"400"
             assert b"aiohttp" not in head
             error = msgspec.json.decode(body)["error"]
             assert (error["code"], error["type"]) == ("invalid_http", "invalid_request_error")
