@@ -70,7 +70,7 @@ def run_round(
     _, before = served.engine.prefix_counts()
     second = answer(prompts[1], salt)
     _, after = served.engine.prefix_counts()
-    return Round(first, second, answer(prompts[1], f"{salt}, reference"), after - before)
+    return Round(first, second, answer(prompts[1], f"{salt}-reference"), after - before)
 
 
 def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def measure(served: Served, prefix_tokens: int, max_tokens: int, num_rounds: int
     rounds: dict[str, list[Round]] = {mode: [] for mode in MODES}
     for number in range(num_rounds):
         for mode, done in rounds.items():
-            done.append(run_round(served, prompts, mode, f"{mode} {number}", ids, max_tokens))
+            done.append(run_round(served, prompts, mode, f"{mode}-{number}", ids, max_tokens))
     modes = {mode: summarise(done) for mode, done in rounds.items()}
     least = prefix_tokens // config.page_size * config.page_size - 1
     return {
