@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Barrier
 from typing import TypeVar
 
 from aiohttp import web
@@ -43,7 +44,11 @@ class ServerOptions:
 
 
 def _threads(count: int, name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=count, thread_name_prefix=name)
+    """A pool whose threads all exist from the start: what a server holds does not depend on what it met."""
+    pool, all_there = ThreadPoolExecutor(max_workers=count, thread_name_prefix=name), Barrier(count)
+    for _ in range(count):
+        pool.submit(all_there.wait)
+    return pool
 
 
 @dataclass(slots=True)

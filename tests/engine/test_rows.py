@@ -213,12 +213,13 @@ def test_own_rows_in_words_and_in_a_mask(
     draw: random.Random, num_seqs: int, num_nodes: int, num_own: int
 ) -> None:
     batch = random_batch(draw, num_seqs, [num_own] * num_seqs)
-    rows = TreeRows(batch.page_table, batch.page_size, batch.kv_lens, None, num_own, start=draw.randint(0, 1))
+    longest = max(seq.kv_len for seq in batch.seqs)
+    start = draw.randint(0, min([1] + [seq.kv_len for seq in batch.seqs]))  # a head has no row 0
+    rows = TreeRows(batch.page_table, batch.page_size, batch.kv_lens, None, num_own, start=start)
     own = torch.tensor(
         [[[draw.random() < 0.5 for _ in range(num_own)] for _ in range(num_nodes)] for _ in range(num_seqs)]
     )
     write = torch.arange(num_seqs * num_nodes).view(num_seqs, num_nodes)
-    longest = max(seq.kv_len for seq in batch.seqs)
     assert meaning(_own_words(write, rows, own)) == meaning(plan_own(write, rows, own, longest))
 
 
