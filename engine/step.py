@@ -81,7 +81,7 @@ class Engine:
         self.config, self.target, self.draft = config, target, draft
         self.grammars = Grammars(grammar_compiler, target.vocab_size)
         edits = sampling_edits(target.vocab_size, config.device, eos_token_ids)
-        self.sampler = Sampler(target.vocab_size, config.device, [*edits, self.grammars])
+        self.sampler = Sampler([*edits, self.grammars])
         prefixes = PrefixCache(
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )

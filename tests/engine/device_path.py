@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from engine.config import Mistral4Config
-from engine.core import Batch, DraftTree, Scores
+from engine.core import NO_CHOICE, Batch, DraftTree, SamplingParams, Scores
 from engine.models import decoder
 from engine.nn import linear
 from engine.nn.weight import Weight
 from engine.rows import BatchRows, _padded_rows, _prompt_rows
-from kernels import device
+from engine.sampler import Sampler
+from kernels import device, ref
 from tests.engine.mistral_rig import is_matrix, tiny_mistral4, to_fp8, to_nvfp4
 from tests.engine.rig import prompts_of, slots_of_pages
 from tests.engine.test_mistral4 import Sheet, pages_for
+from tests.engine.test_sampler import batch_of
 from tests.kernels.test_attention import random_tree
 
 # As small as the kernels for GPUs take: rows in multiples of 16, widths in multiples of 32.
@@ -34,6 +36,7 @@ SIZES = {
     "num_experts": 16,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
+    "num_layers": 1,
     "routed_scaling_factor": 1.5,
 }
 KINDS = ("plain", "fp8", "nvfp4")
@@ -104,7 +107,30 @@ def test_a_prompt_and_a_tree_step_equal_those_of_a_cpu(kind: str, request: pytes
     called = request.getfixturevalue("on_device")
     found = dict(two_steps(config, weights))
     for name, truth in expected.items():
-        torch.testing.assert_close(found[name], truth, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    layer = ["linear", "linear", "rope_latent_write", "mla_tree_attention", "linear", "route", "gate_up", "down"]
-    tree_step = called[-2 - config.num_layers * len(layer) :]
-    assert tree_step == [*layer * config.num_layers, "rms_norm", "linear"]
+        torch.testing.assert_close(found[name], truth, atol=1e-4, rtol=1e-4, msg=f"{kind}: {name} differ")
+    attention = ["linear", "linear", "rope_latent_write", "mla_tree_attention", "linear"]
+    tree_step = [*attention, "route", "gate_up", "down", "rms_norm", "linear"]
+    assert called[-len(tree_step) :] == tree_step
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.6, "top_k": 40}], ids=str)
+def test_choices_are_those_of_a_cpu(
+    filters: dict[str, Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A greedy request, one without filters and one with them, a row without a choice; nobody sorts in vain."""
+    params = [
+        SamplingParams(temperature=heat, seed=seed, **(filters if seed else {}))
+        for seed, heat in enumerate((0.0, 0.7, 1.3))
+    ]
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(3, 4, 96, generator=generator)
+    logits[1, 2, 7] = float("nan")
+    positions = torch.randint(0, 9999, (3, 4), generator=generator)
+    scores, batch = Scores(logits, positions, logits[..., :0]), batch_of(params)
+    expected = Sampler().choose(scores, batch)
+    assert int((expected == NO_CHOICE).sum()) == 1
+    called = request.getfixturevalue("on_device")
+    if "top_p" not in filters:
+        monkeypatch.delattr(ref, "nucleus_floors")
+    assert torch.equal(Sampler().choose(scores, batch), expected)
+    assert called == ["choose"]
