@@ -15,7 +15,8 @@ from torch import Tensor
 
 from draft.masking import has_grammar, num_allowed
 from draft.none import Unplanned, root_tokens
-from engine.core import Batch, DraftMask, DraftTree, Sequence, Speculation, Verdict
+from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
+from engine.roles import DraftMask
 
 _SIZES = (4, 3, 2)  # lengths of the n-gram to look for, longest first
 
@@ -57,7 +58,7 @@ class NgramIndex:
 
 
 class NgramDraft(Unplanned):
-    """A draft (core.Draft) that proposes one chain from the sequence's own tokens.
+    """A draft (roles.Draft) that proposes one chain from the sequence's own tokens.
 
     It is as long as the deepest path of the tree it stands for, or as ``lookup`` if that is more.
     """
