@@ -42,6 +42,7 @@ from engine.grammar import Grammars
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.roles import Draft
+from kernels import MOST_OWN
 
 _MOST_FORESEEN = 64  # tokens that a grammar may add to a step's: others wait for it meanwhile
 _NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
@@ -251,7 +252,9 @@ class Scheduler:
         insort(self.waiting, seq, key=_order)
 
     def _speculation(self, request: Request) -> Speculation:
-        return self.config.speculation if request.speculation is None else request.speculation
+        """What a request may have drafted; of a tree's nodes no more than the kernels' words have bits."""
+        asked = self.config.speculation if request.speculation is None else request.speculation
+        return asked.within(MOST_OWN)
 
     def _step_speculation(self, seq: Sequence) -> Speculation:
         """What to draft now: never more tokens than the request may still emit, the bonus not counted."""

@@ -112,8 +112,8 @@ class Mistral4(Decoder):
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after
-    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear); routed
-    experts stay as they are.
+    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear); experts
+    stay as they are. kv_dtype: of the rows, the model's if None.
     """
 
     layers: list[DecoderLayer]
@@ -125,6 +125,7 @@ class Mistral4(Decoder):
         num_slots: int,
         feature_layers: tuple[int, ...] = (),
         half_weights: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
         self.feature_layers = feature_layers
@@ -138,4 +139,5 @@ class Mistral4(Decoder):
         ]
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
         self.rope = PairRope(config, self.device)
-        self.pool = LatentPool(config.num_layers, config.latent_dim, num_slots, self.dtype, self.device)
+        rows = kv_dtype or self.dtype
+        self.pool = LatentPool(config.num_layers, config.latent_dim, num_slots, rows, self.device)

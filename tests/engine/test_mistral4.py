@@ -78,9 +78,12 @@ class Sheet:
         feature_layers: tuple[int, ...] = (POST_NORM,),
         half_weights: bool = False,
         most_absorbed: int | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.page_size = page_size
-        self.target = Mistral4(config, owned(weights), num_pages * page_size, feature_layers, half_weights)
+        self.target = Mistral4(
+            config, owned(weights), num_pages * page_size, feature_layers, half_weights, kv_dtype
+        )
         if most_absorbed is not None:
             for layer in self.target.layers:
                 layer.attention.most_absorbed = most_absorbed

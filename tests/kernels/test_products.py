@@ -25,22 +25,23 @@ BF16 = torch.bfloat16
 
 
 def test_promises_in_the_interpreter() -> None:
-    keep_promises("1")
+    interpreted("tests/kernels/promises.py")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_promises_on_a_gpu() -> None:
-    keep_promises("0")
+    interpreted("tests/kernels/promises.py", "0")
 
 
-def keep_promises(interpret: str) -> None:
-    """Triton reads the switch when a kernel is decorated, so each setting has a process of its own."""
+def interpreted(file: str, switch: str = "1") -> None:
+    """Run the tests of a file in Triton's interpreter, or without. Triton reads the switch when a kernel is
+    decorated, so each setting has a process of its own."""
     done = subprocess.run(
         # Triton's interpreter makes numpy warn
-        [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=", "tests/kernels/promises.py"],
+        [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=", file],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": switch, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
