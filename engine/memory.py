@@ -140,8 +140,8 @@ def activation_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) 
     queries   of a chunk, mapped into the latent space where attention is over latents, and its results there,
               each twice while they change places
     stream    of a chunk: residual, projections and a dense MLP, together below 20 widths a token
-    experts   of a chunk: of each choice, shared experts among them, the inner numbers, and what comes of these
-              in float32
+    experts   of a chunk: of each choice, shared experts among them, its inner numbers, and in float32 what
+              comes of those
     logits    of the trees of all sequences, chains of prompt lookup with them: float32, and four such copies
               while tokens are chosen
 

@@ -81,7 +81,7 @@ _BLACKWELL: Final[dict[tuple[Use, Kind], Rows]] = _HOPPER | {
 }
 
 # Activations in float32 run on no matrix unit: small enough for registers, wide enough for NVFP4's quarters.
-_FLOAT32: Final = Tile(16, 64, stages=1)
+_FLOAT32: Final = Tile(32, 64, stages=1)
 
 # By compute capability, times ten. A GPU that is not listed takes Hopper's.
 _TABLES: Final = {90: _HOPPER, 100: _BLACKWELL}

@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "routed_scaling_factor": 1.5,
 }
-TEXTS = prompts_of([8, 4], 3, SIZES["vocab_size"])
+TEXTS = prompts_of([6, 3], 3, SIZES["vocab_size"])
 PAGES = [pages_for(8), [20, 11, 12, 9, 30, 31, 14, 15]]
 NUM_NODES = 4
 

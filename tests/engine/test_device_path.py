@@ -44,8 +44,5 @@ def test_rows_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_in_fp8_are_refused_on_a_cpu() -> None:
-    message = (
-        "kv_cache_dtype is float8_e4m3fn on cpu, expected a CUDA device: only its kernels read rows in FP8"
-    )
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="kv_cache_dtype is float8_e4m3fn on cpu, expected a CUDA device"):
         EngineConfig(kv_cache_dtype=FP8)
