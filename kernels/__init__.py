@@ -29,7 +29,7 @@ from kernels.dispatch import (
 )
 from kernels.errors import UnsupportedError
 from kernels.paged import MOST_OWN, TreeRows
-from kernels.products import down, gate_up, linear, route
+from kernels.products import absorb_queries, down, expand_values, gate_up, linear, route
 from kernels.quant import dequantise_fp8, dequantise_nvfp4, quantise_fp8, quantise_nvfp4
 from kernels.ref import (
     compact_rows,
@@ -51,6 +51,7 @@ __all__ = [
     "Stored",
     "TreeRows",
     "UnsupportedError",
+    "absorb_queries",
     "add_rms_norm",
     "ancestor_words",
     "best",
@@ -60,6 +61,7 @@ __all__ = [
     "dequantise_fp8",
     "dequantise_nvfp4",
     "down",
+    "expand_values",
     "fused_layer",
     "gate_up",
     "gumbel_noise",

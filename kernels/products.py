@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import device, moe
+from kernels import device, mla, moe
 from kernels.dispatch import rms_norm
 from kernels.moe import TILE_TOKENS, Routing
 from kernels.quant import fp8_linear, nvfp4_linear
@@ -61,6 +61,25 @@ def _by_torch(x: Tensor, weight: Stored) -> Tensor:
     if weight.block_scales is None:
         return fp8_linear(x, weight.codes, scale)
     return nvfp4_linear(x, weight.codes, weight.block_scales, scale)
+
+
+def absorb_queries(q: Tensor, key_up: Tensor) -> Tensor:
+    """Queries into MLA's latent space, [B, N, H, R + P]; see ``kernels.mla.absorb_queries``."""
+    run = device.registered("absorb_queries") if _is_few(q) else mla.absorb_queries
+    absorbed: Tensor = run(q, key_up)
+    return absorbed
+
+
+def expand_values(latents: Tensor, value_up: Tensor) -> Tensor:
+    """Results out of it, [B, N, H, V]; see ``kernels.mla.expand_values``."""
+    run = device.registered("expand_values") if _is_few(latents) else mla.expand_values
+    values: Tensor = run(latents, value_up)
+    return values
+
+
+def _is_few(x: Tensor) -> bool:
+    """Whether a GPU holds the heads of few tokens, [B, N, H, D]."""
+    return device.on_gpu(x) and x.shape[:2].numel() <= FEW
 
 
 def route(

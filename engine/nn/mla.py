@@ -21,9 +21,9 @@ from engine.nn.linear import Linear
 from engine.nn.norm import Norm
 from engine.nn.rope import PairRotation
 from engine.rows import Part, RowPlan
+from kernels import absorb_queries, expand_values, rope_latent_write
 from kernels import mla_tree_attention as paged_attention
-from kernels import rope_latent_write
-from kernels.mla import absorb_queries, expand_values, mla_prompt_attention, mla_tree_attention
+from kernels.mla import mla_prompt_attention, mla_tree_attention
 
 
 def softmax_scale(config: Mistral4Config) -> float:
@@ -78,8 +78,8 @@ class MultiHeadLatentAttention:
         down = self.down(x, norm)
         low, latents = down[:, : self.q_rank], down[:, self.q_rank :]
         q = self.q_b(low, self.q_norm).view(len(x), self.num_heads, -1)
-        turn = rotation.cos, rotation.sin, rotation.query_scale
-        q = rope_latent_write(q, latents, *self.kv_norm, *turn, pool, plan.write)
+        turn, scale = (rotation.cos, rotation.sin), rotation.query_scale
+        q = rope_latent_write(q, latents, *self.kv_norm, *turn, scale, pool, plan.write)
 
         def attention(q: Tensor, part: Part) -> Tensor:
             if part.tree is not None:

@@ -53,10 +53,10 @@ def split_experts(w1: Weight, w3: Weight, w2: Weight, num: int) -> tuple[list[We
     over its inner width. Returns gate and up [num, I, H] each, and down [num, H, I] alone."""
 
     def rows(codes: Tensor) -> Tensor:
-        return codes.unflatten(0, (num, -1))
+        return codes.view(num, -1, codes.shape[1])
 
     def columns(codes: Tensor) -> Tensor:
-        return codes.unflatten(1, (num, -1)).transpose(0, 1)
+        return codes.view(codes.shape[0], num, -1).transpose(0, 1)
 
     def split(weight: Weight, cut: Callable[[Tensor], Tensor]) -> Weight:
         match weight:

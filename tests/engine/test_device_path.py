@@ -16,8 +16,8 @@ from tests.kernels.test_products import interpreted
 
 FP8 = torch.float8_e4m3fn
 LAYER = (
-    *("linear", "linear", "rope_latent_write", "mla_tree_attention", "linear"),
-    *("route", "gate_up", "down"),
+    *("linear", "linear", "rope_latent_write", "absorb_queries", "mla_tree_attention", "expand_values"),
+    *("linear", "route", "gate_up", "down"),
 )
 
 

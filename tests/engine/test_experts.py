@@ -69,9 +69,8 @@ def test_experts_stacked_with_shared_ones(kind: str) -> None:
     up, low = stack([routed[0], routed[1]], below), stack([routed[2]], alone)
     assert (up.kind, up.shape, low.shape) == (kind, (10, 32, 32), (10, 32, 16))
     wide, block = ([dequantise(weight, torch.float32) for weight in part] for part in (routed, shared))
-    exact = {"atol": 1e-6, "rtol": 1e-6}
-    torch.testing.assert_close(dense(up)[:8], torch.cat(wide[:2], 1), **exact)
-    torch.testing.assert_close(dense(low)[:8], wide[2], **exact)
+    torch.testing.assert_close(dense(up)[:8], torch.cat(wide[:2], 1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(dense(low)[:8], wide[2], atol=1e-6, rtol=1e-6)
 
     gate = weights["layers.1.gate.weight"]
     x, residual = (torch.randn(9, config.hidden_size, generator=generator) for _ in range(2))

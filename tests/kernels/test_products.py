@@ -44,7 +44,7 @@ def interpreted(file: str, switch: str = "1") -> None:
         env={**os.environ, "TRITON_INTERPRET": switch, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
