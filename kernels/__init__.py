@@ -7,6 +7,7 @@ runs everywhere and is the specification; ``kernels.cpu`` has small compiled ker
 """
 
 from kernels.cpu import kernels_for
+from kernels.cpu_head import FusedHead, fused_head
 from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
 from kernels.dispatch import (
     add_rms_norm,
@@ -45,6 +46,7 @@ from kernels.stored import Stored
 
 __all__ = [
     "MOST_OWN",
+    "FusedHead",
     "FusedLayer",
     "LayerRows",
     "LayerSizes",
@@ -62,6 +64,7 @@ __all__ = [
     "dequantise_nvfp4",
     "down",
     "expand_values",
+    "fused_head",
     "fused_layer",
     "gate_up",
     "gumbel_noise",

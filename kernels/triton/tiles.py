@@ -67,7 +67,8 @@ _HOPPER: Final[dict[tuple[Use, Kind], Rows]] = {
     ("down", "plain"): ((64, Tile(64, 128, swap=True)),),
     ("down", "fp8"): ((64, Tile(64, 256, swap=True)),),
     ("down", "e4m3"): ((64, Tile(64, 256, swap=True)),),
-    ("down", "nvfp4"): ((64, Tile(64, 256, swap=True)),),
+    # tiles of 64 tokens, as chunks of prompts have, leave fewer registers for so many nibbles
+    ("down", "nvfp4"): ((1024, Tile(64, 256, swap=True)), (2048, Tile(64, 128, swap=True))),
     ("linear", "plain"): ((16, Tile(64, 128, swap=True, splits=4)), (64, _MANY)),
     ("linear", "fp8"): ((16, _FEW), (64, _MANY)),
     ("linear", "e4m3"): ((16, _FEW), (64, _MANY)),
