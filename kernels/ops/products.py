@@ -74,10 +74,15 @@ def routing(source: Source, num_tokens: int, sizes: tuple[int, ...], tile: int) 
 
 
 def _gate_up(
-    source: Source, kind: str, num_tokens: int, sizes: tuple[int, ...], dtype: torch.dtype, normed: bool
+    source: Source,
+    kind: str,
+    num_tokens: int,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    tile: int,
+    normed: bool,
 ) -> Arguments:
     num_experts, num_shared, _, hidden, inner = sizes
-    tile = moe.tile_tokens_for(num_tokens)
     x = _rows(source, num_tokens, hidden, exact=kind == "e4m3", dtype=dtype)
     matrices = weight(source, kind, num_experts + num_shared, 2 * inner, hidden, groups=2, dtype=dtype)
     norm = _norm(source, hidden, dtype) if normed and kind != "e4m3" else None
@@ -85,10 +90,9 @@ def _gate_up(
 
 
 def _down(
-    source: Source, kind: str, num_tokens: int, sizes: tuple[int, ...], dtype: torch.dtype
+    source: Source, kind: str, num_tokens: int, sizes: tuple[int, ...], dtype: torch.dtype, tile: int
 ) -> Arguments:
     num_experts, num_shared, num_chosen, hidden, inner = sizes
-    tile = moe.tile_tokens_for(num_tokens)
     y = _rows(source, num_tokens * (num_chosen + num_shared), inner, exact=kind == "e4m3", dtype=dtype)
     matrices = weight(source, kind, num_experts + num_shared, hidden, inner, groups=1, dtype=dtype)
     residual = source.normal(num_tokens, hidden, dtype=dtype)
@@ -175,17 +179,23 @@ def _routes(tiny: bool) -> tuple[Case, ...]:
 
 
 def _expert_cases(kernel: str, make: Any, tiny: bool, *rest: Any) -> tuple[Case, ...]:
-    def case(kind: str, num_tokens: int, sizes: tuple[int, ...], dtype: torch.dtype = _BF16) -> Case:
+    def case(
+        kind: str, num_tokens: int, sizes: tuple[int, ...], dtype: torch.dtype = _BF16, tile: int = 0
+    ) -> Case:
         wgmma = () if tiny else (kernel,)
-        name = f"{_prefix(dtype)}{kind}, {num_tokens} tokens"
+        name = f"{_prefix(dtype)}{kind}, {num_tokens} tokens{f', tiles of {tile}' if tile else ''}"
+        given = kind, num_tokens, sizes, dtype, tile or moe.tile_tokens_for(num_tokens), *rest
         tolerance = _FLOAT32 if dtype == _F32 else BFLOAT16
-        return Case(
-            name, lambda source: make(source, kind, num_tokens, sizes, dtype, *rest), tolerance, wgmma
-        )
+        return Case(name, lambda source: make(source, *given), tolerance, wgmma)
 
     if tiny:
         few = tuple(case(kind, 3, _SMALL, dtype) for dtype in (_BF16, _F32) for kind in _KINDS)
-        return (*few, case("fp8", 1, _SMALL), case("nvfp4", 20, _WIDE_SHARED))
+        return (
+            *few,
+            case("fp8", 1, _SMALL),
+            case("nvfp4", 20, _WIDE_SHARED),
+            case("fp8", 20, _WIDE_SHARED, tile=32),
+        )
     return tuple(case(kind, num, _REAL) for kind in _KINDS for num in (*_TOKENS, *_CHUNKS))
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from kernels.products import FEW
 from tests.engine.device_rig import model, pretend, reference, two_steps
+from tests.engine.rig import prompts_of
+from tests.engine.test_mistral4 import Sheet, pages_for
 from tests.kernels.test_products import interpreted
 
 FP8 = torch.float8_e4m3fn
@@ -32,6 +35,21 @@ def test_a_tree_step_is_these_kernels(kind: str, monkeypatch: pytest.MonkeyPatch
     two_steps(config, weights)
     tree_step = [*LAYER * 2, "rms_norm", "linear"]
     assert called[-len(tree_step) :] == tree_step
+
+
+def test_a_chunk_of_many_tokens_equals_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past what the kernels for few tokens take, linear layers and the routing are torch's."""
+    config, weights = model("fp8")
+    tokens = prompts_of([FEW + 6], 4, config.vocab_size)[0]
+    chunk = [(tokens, 0, pages_for(20))]
+    expected = Sheet(config, weights).prefill(chunk)
+    called = pretend(monkeypatch, reference)
+    found = Sheet(config, weights).prefill(chunk)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.features, expected.features, atol=1e-4, rtol=1e-4)
+    norms = ["rms_norm"] * 2
+    layer = [*norms, "rope_latent_write", "mla_tree_attention", "gate_up", "down"]
+    assert called == [*layer, "rms_norm", "linear"], "the last row alone is scored"
 
 
 def test_rows_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
