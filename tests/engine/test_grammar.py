@@ -300,6 +300,20 @@ def test_a_forced_token_comes_whatever_other_edits_say() -> None:
     assert spec.token_ids == plain.token_ids
 
 
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 20])
+def test_a_forced_stop_token_stops_behind_min_tokens(min_tokens: int) -> None:
+    """Whether it is forced behind a choice or as the choice itself; the grammar's own end always counts."""
+    (true,) = TOY.encode("true")
+    sampling = params(
+        Grammar("regex", "[ab]true[cd]true"), stop_token_ids=(true,), min_tokens=min_tokens, ignore_eos=True
+    )
+    plain = engine_for().generate([[1]], sampling)[0]
+    assert text(plain.token_ids).count("true") == (1 if min_tokens < 2 else 2)
+    assert plain.finish_reason == "stop"
+    spec = engine_for("eagle3", speculation=TREE).generate([[1]], sampling)[0]
+    assert spec.token_ids == plain.token_ids
+
+
 # --- what goes wrong
 
 
