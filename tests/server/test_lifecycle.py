@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from engine.build import Served
+from engine.core import Delta
 from engine.errors import CheckpointError, ConfigError
 from engine.server import lifecycle
 from engine.server.runner import EngineRunner
@@ -144,15 +145,35 @@ def test_dead_engine_is_an_exit_code_and_one_line_of_log(caplog: pytest.LogCaptu
         async with aiohttp.ClientSession(url) as http:
             await get_ready(http)
             assert [(await http.post(CHAT, json=BODY)).status for _ in range(3)] == [500] * 3
-            assert [(await http.post(CHAT, json=BODY)).status for _ in range(3)] == [503] * 3
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    assert run_lifecycle(FakeEngine(fail_at=0), during) == 1
+    assert run_lifecycle(FakeEngine(fail_at=0), during) == 1  # and no signal
     *steps, line = [record for record in caplog.records if record.levelname == "ERROR"]
     assert [step.message.partition(":")[0] for step in steps] == ["a step failed"] * 2
     assert line.message.startswith("the engine failed")
-    assert "503 until the server is restarted" in line.message
+    assert "503 until the server ends" in line.message
     assert line.exc_info is not None
+
+
+def test_a_dead_engine_ends_the_server_once_everybody_is_told() -> None:
+    """Streams have their error and their end mark, and nobody waits for the shutdown timeout."""
+    engine = FakeEngine(LONG, fail_at=5, step_time=0.02)
+
+    def broken(why: str) -> list[Delta]:
+        raise AssertionError("pages are missing")
+
+    engine.fail_running = broken  # type: ignore[method-assign]
+
+    async def during(url: str) -> None:
+        async with aiohttp.ClientSession(url) as http:
+            await get_ready(http)
+            streams = [await http.post(CHAT, json={**BODY, "stream": True}) for _ in range(2)]
+            for text in [await stream.text() for stream in streams]:
+                assert '"code":"engine_failed"' in text
+                assert text.endswith("data: [DONE]\n\n")
+
+    started = time.monotonic()
+    assert run_lifecycle(engine, during, shutdown_timeout=60) == 1
+    assert time.monotonic() - started < 10
 
 
 def test_an_engine_that_does_not_stop_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
