@@ -28,6 +28,7 @@ from engine.canary import CanaryCounts
 from engine.errors import ConfigError
 from engine.server.app import create_app
 from engine.server.framing import ApiRunner
+from engine.server.held import rehearse
 from engine.server.runner import EngineRunner
 from engine.server.state import ServerOptions, ServerState
 
@@ -62,7 +63,7 @@ async def serve(options: ServerOptions, load: Callable[[], Served], parent: int 
         await web.SockSite(runner, listening).start()
         url = _url(options.host, listening.getsockname()[1])
         log.info("Listening on %s, loading the model", url)
-        served = await signals.unless_stopped(_on_thread(load))
+        served = await signals.unless_stopped(_on_thread(lambda: _rehearsed(load())))
         if served is None:
             return 0
         serving = state.begin(served)
@@ -218,6 +219,11 @@ def _on_thread(load: Callable[[], Served]) -> asyncio.Future[Served]:
 
     threading.Thread(target=work, name="load", daemon=True).start()
     return future
+
+
+def _rehearsed(served: Served) -> Served:
+    rehearse(served.tokenizer, served.grammar_compiler)
+    return served
 
 
 def _bind(options: ServerOptions) -> socket.socket:

@@ -6,11 +6,13 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from typing import Any
 
 import aiohttp
 import pytest
+from llguidance import LLTokenizer
 
 from engine.build import Served
 from engine.core import Delta
@@ -18,7 +20,9 @@ from engine.errors import CheckpointError, ConfigError
 from engine.server import lifecycle
 from engine.server.runner import EngineRunner
 from engine.server.state import ServerOptions
-from tests.server.fakes import FakeEngine, script, serve_fake, until
+from engine.text import grammar
+from engine.text.conversation import AnyTokenizer
+from tests.server.fakes import ByteTokenizer, FakeEngine, script, serve_fake, until
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -31,6 +35,7 @@ def run_lifecycle(
     load_error: Exception | None = None,
     load_time: float = 0.0,
     parent: int | None = None,
+    tokenizer: AnyTokenizer | None = None,
     **options: Any,
 ) -> int:
     """lifecycle.serve with the fake model, while ``during(url)`` acts as a client."""
@@ -44,7 +49,7 @@ def run_lifecycle(
             time.sleep(load_time)
             if load_error is not None:
                 raise load_error
-            return serve_fake(engine)
+            return serve_fake(engine, tokenizer=tokenizer)
 
         serving = asyncio.create_task(lifecycle.serve(ServerOptions(port=port, **options), load, parent))
         client = asyncio.create_task(during(f"http://127.0.0.1:{port}"))
@@ -82,6 +87,28 @@ def test_port_answers_while_the_model_loads_and_signal_ends_it() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert run_lifecycle(FakeEngine(), during, load_time=0.3) == 0
+
+
+def test_what_grammars_need_is_made_before_the_server_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not on the event loop."""
+    makers: list[str] = []
+
+    def recorded(*args: Any, **more: Any) -> LLTokenizer:
+        makers.append(threading.current_thread().name)
+        return LLTokenizer(*args, **more)
+
+    monkeypatch.setattr(grammar, "LLTokenizer", recorded)
+
+    async def during(url: str) -> None:
+        async with aiohttp.ClientSession(url) as http:
+            await get_ready(http)
+            assert makers == ["load"]
+            asked = {**BODY, "structured_outputs": {"regex": "[a-z]+"}}
+            assert (await http.post(CHAT, json=asked)).status == 200
+            assert makers == ["load"]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run_lifecycle(FakeEngine(), during, tokenizer=ByteTokenizer()) == 0
 
 
 def test_signal_while_loading_ends_at_once() -> None:
