@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="KEY",
         default=argparse.SUPPRESS,
-        help="a key that clients must send; may be repeated",
+        help="a key that clients must send; may be repeated, and then prompts are cached for each key apart",
     )
     group.add_argument(
         "--served-model-name",

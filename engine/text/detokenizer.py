@@ -71,14 +71,11 @@ class StopSearch:
     def _held_len(self, text: str) -> int:
         """Length of the longest suffix that begins one of the strings."""
         longest = max(map(len, self._strings), default=1) - 1
-        return next(
-            (
-                size
-                for size in range(min(longest, len(text)), 0, -1)
-                if any(each.startswith(text[-size:]) for each in self._strings)
-            ),
-            0,
-        )
+        for size in range(min(longest, len(text)), 0, -1):
+            suffix = text[-size:]
+            if any(each.startswith(suffix) for each in self._strings):
+                return size
+        return 0
 
 
 class Detokenizer:
