@@ -120,9 +120,9 @@ def test_cve_2025_46570_each_of_several_keys_has_a_salt_of_its_own() -> None:
     async def salts_of(*keys: str) -> list[list[str]]:
         async with server(api_keys=keys) as api:
             for key in keys:
-                for salt in ({}, {"cache_salt": "mine"}, {"cache_salt": "mine"}):
+                for more in ({}, {"cache_salt": "mine"}, {"cache_salt": "mine"}):
                     headers = {"Authorization": f"Bearer {key}"}
-                    assert (await api.post(CHAT, BODY | salt, **headers))[0] == 200
+                    assert (await api.post(CHAT, BODY | more, **headers))[0] == 200
             salts = [request.cache_salt for request in api.engine.added]
             for salt in salts[3:]:  # what another client has, should it become known
                 body = BODY | {"cache_salt": salt}
