@@ -141,6 +141,8 @@ def build_engine(
     pages = PagePool(num_pages(model, draft, config), config.page_size)
     num_slots = pages.num_pages * config.page_size
     target = _target(checkpoint, config, num_slots, feature_layers, progress)
+    if config.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # weights that were put together are free, in pieces that nothing else fits
     proposer: Draft
     if isinstance(draft, HeadCheckpoint):
         proposer = draft.build(target, num_slots, planner=_planner(config))
