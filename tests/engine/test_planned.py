@@ -149,6 +149,22 @@ def test_every_stream_is_that_of_the_lone_request(
     assert_idle(engine)
 
 
+def test_a_step_costs_what_its_own_rows_do(echo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that also says of requests that they were aborted has no rows of theirs."""
+    engine = make_engine(echo, "eagle3", planner=Planner())
+    sizes: list[int] = []
+    monkeypatch.setattr(engine.draft, "account", lambda cost: sizes.append(cost.num_rows))
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    for number in range(4):
+        engine.add(Request(number, (1, 2, 3), params, PLAIN if number < 3 else Speculation(3, 2, 1)))
+    for aborted in ((), (), (0, 1), ()):
+        for number in aborted:
+            engine.abort(number)
+        drafted = {delta.request_id: delta.num_draft_tokens for delta in engine.step()}[3]
+    assert drafted > 0
+    assert sizes == [4 + 2, 2 + 2, 2 + 2]
+
+
 def test_the_real_planner_learns_and_says_why(echo: Model) -> None:
     planner = Planner(stops_early=True)
     engine = make_engine(echo, "eagle3", speculation=LIMITS, planner=planner)
