@@ -163,18 +163,19 @@ class Growth:
 
         def children(depth: int) -> list[Children]:
             offers = self._offers(frontier, rows, depth, spec.top_k)
-            both = zip(offers.tokens[0].tolist(), offers.raw[0].tolist(), strict=True)
+            both = zip(*offers.tokens.tolist(), *offers.raw.tolist(), strict=True)
             return [list(zip(tokens, raw, strict=True)) for tokens, raw in both]
 
         def expand(tokens: list[int], parents: list[int], depth: int) -> list[Children]:
             nonlocal frontier
             frontier = self.model.forward(
                 torch.tensor(tokens),
-                frontier[0, parents],
+                frontier[0] if parents == list(range(frontier.shape[1])) else frontier[0, parents],
                 torch.full((len(tokens),), seq.kv_len + depth - 1),
                 places.expand(parents),
             )[None]
-            self.masked.descend(torch.tensor([tokens]), torch.tensor([parents]))
+            if self.masked.applies:
+                self.masked.descend(torch.tensor([tokens]), torch.tensor([parents]))
             return children(depth)
 
         return grow_one(
