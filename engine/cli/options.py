@@ -75,8 +75,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         choices=tuple(KV_DTYPES),
         default="auto",
         metavar="KIND",
-        help="of the model's KV rows: auto is that of --dtype; fp8 (fp8_e4m3), for CUDA devices, takes half of "
-        "bfloat16's memory and changes answers a little",
+        help="of the model's KV rows: auto is that of --dtype; fp8 (fp8_e4m3), for CUDA devices, takes "
+        "half of bfloat16's memory and changes answers a little",
     )
     group.add_argument(
         "--quantization",
