@@ -1,4 +1,4 @@
-"""The same engine on a GPU, with the plain torch operations: equal tokens, equal to those of the host."""
+"""The same engine on a GPU: tokens equal those of the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from draft.eagle3 import Eagle3Model
 from draft.head import FeatureDraft
@@ -13,9 +14,12 @@ from draft.none import NoDraft
 from engine.config import EngineConfig
 from engine.core import SamplingParams
 from engine.models.llama import Llama
+from engine.models.mistral4 import Mistral4
+from engine.nn.weight import Fp8Weight, Weight
 from engine.pages import PagePool
 from engine.roles import Draft
 from engine.step import Engine
+from tests.engine import device_rig
 from tests.engine.rig import FEATURE_LAYERS, TREE, Model, copies, echo_model, prompts_of
 
 pytestmark = [
@@ -48,3 +52,34 @@ def test_speculative_tokens_equal_plain_tokens_and_those_of_the_host(temperature
     fast = [c.token_ids for c in engine_on("cuda", model, with_head=True).generate(prompts, params)]
     assert plain == host
     assert fast == plain
+
+
+def mistral_on(device: str, kv_dtype: torch.dtype | None = None) -> Engine:
+    """Experts and attention in FP8, on a GPU all through its kernels."""
+    shape, weights = device_rig.model("fp8", num_layers=2)
+    on_device = {name: moved(weight, device) for name, weight in weights.items()}
+    target = Mistral4(shape, on_device, 480, kv_dtype=kv_dtype)
+    config = EngineConfig(
+        device=device, kv_cache_dtype=kv_dtype, max_model_len=200, max_num_batched_tokens=96, page_size=4
+    )
+    return Engine(config, target, NoDraft(), PagePool(120, 4), ())
+
+
+def moved(weight: Weight, device: str) -> Weight:
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    assert isinstance(weight, Fp8Weight)
+    return Fp8Weight(weight.codes.to(device), weight.scale.to(device))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mixture_of_experts_on_latents(temperature: float) -> None:
+    """Prompts of more and of fewer tokens than the kernels for few tokens take. Rows in FP8 change tokens,
+    and nothing else."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    prompts = prompts_of([3, 80, 1], 5, device_rig.SIZES["vocab_size"])
+    params = [SamplingParams(temperature=temperature, seed=i, max_tokens=16) for i in range(len(prompts))]
+    host = [done.token_ids for done in mistral_on("cpu").generate(prompts, params)]
+    assert [done.token_ids for done in mistral_on("cuda").generate(prompts, params)] == host
+    narrow = mistral_on("cuda", torch.float8_e4m3fn).generate(prompts, params)
+    assert [len(done.token_ids) for done in narrow] == [16, 16, 16]
