@@ -1,0 +1,236 @@
+"""A GPU that is not there: tensors that claim to lie on a device and are computed on the host.
+
+To the code under test they are a GPU's (``is_cuda``, a device of another type than "cpu"), so it takes the
+road it would take there; kernels are their references. And the device insists on what a GPU insists on:
+
+- Tensors of host and device do not meet in one operation.
+- Whoever looks at a tensor's numbers waits for the device: ``num_reads`` counts that.
+- What is captured may do neither, nor anything whose shape depends on numbers, nor fetch a tensor.
+
+``capture`` runs a function once and records every operation with the very tensors that it took. A replay runs
+the record again, on the same memory: what the function looked up elsewhere while it was captured stays what
+it was then, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from kernels.ops import OPERATIONS
+
+DEVICE = "simulated"
+
+# Of these a GPU waits for the numbers: for the result itself, or for its shape.
+_READS = frozenset(
+    (
+        *("item", "_local_scalar_dense", "is_nonzero", "equal", "allclose"),
+        *("nonzero", "nonzero_numpy", "argwhere", "masked_select", "bincount", "repeat_interleave"),
+        *("_unique2", "unique_dim", "unique_consecutive"),
+    )
+)
+_MOVES = frozenset(("to", "_to_copy", "copy_"))
+
+T = TypeVar("T")
+
+
+class GraphError(Exception):
+    """Something that a graph cannot hold."""
+
+
+class SimulatedTensor(Tensor):
+    """Claims to lie on the device; ``numbers`` has what it holds."""
+
+    numbers: Tensor
+    is_cuda = property(lambda self: True)
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> Self:
+        made: Self = Tensor._make_wrapper_subclass(
+            cls,
+            numbers.shape,
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=torch.device(DEVICE, 0),
+        )
+        made.numbers = numbers
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"simulated {self.numbers!r}"
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise GraphError(f"{func} outside of ``with Simulated()``")
+
+
+Record = list[tuple[Callable[[], Any], list[Tensor]]]  # what to run, and where the results belong
+
+
+class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The device (engine.graphs.Device), there while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_reads = 0
+        self.num_captures = self.num_replays = 0
+        self._record: Record | None = None  # of what is being captured
+
+    # --- operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        wanted = _device_of(args, kwargs)
+        on_device = any(isinstance(one, SimulatedTensor) for one in given)
+        if not on_device and (wanted is None or wanted.type != DEVICE):
+            return func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        self._judge(name, args, given, wanted)
+        inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda one: one.numbers, (args, kwargs))
+        inner_args, inner_kwargs = tree_map_only(
+            torch.device, lambda one: torch.device("cpu"), (inner_args, inner_kwargs)
+        )
+
+        def run() -> Any:
+            return func(*inner_args, **inner_kwargs)
+
+        results = self._run(run)
+        if name in _MOVES:
+            source, destination = _ends(name, args, wanted)
+            if source is not destination and name != "copy_":
+                results = results.clone()  # memory is not shared across
+            if destination == "host":
+                return args[0] if name == "copy_" else results
+        return _wrapped(results, given)
+
+    def _run(self, run: Callable[[], Any]) -> Any:
+        results = run()
+        if self._record is not None:
+            self._record.append((run, _tensors(results)))
+        return results
+
+    def _judge(self, name: str, args: Any, given: list[Tensor], wanted: torch.device | None) -> None:
+        """Count what a GPU would wait for; GraphError for what it refuses."""
+        reads = name in _READS or (name.startswith("index") and _has_mask(args))
+        crosses = False
+        if name in _MOVES:
+            source, destination = _ends(name, args, wanted)
+            crosses = source != destination
+            reads = reads or (crosses and destination == "host")
+        else:
+            foreign = [one for one in given if not isinstance(one, SimulatedTensor) and one.dim() > 0]
+            crosses = bool(foreign)
+            if foreign and not name.startswith("index"):  # a GPU fetches indices from the host by itself
+                raise GraphError(
+                    f"{name}: tensors of host and device, {[list(one.shape) for one in foreign]}"
+                )
+        if self._record is not None and (reads or crosses):
+            what = "waits for the device" if reads else "moves tensors between host and device"
+            raise GraphError(f"{name} {what}, and cannot be captured")
+        self.num_reads += reads
+
+    def kernel(self, reference: Callable[..., Any]) -> Callable[..., Any]:
+        """A kernel of which nobody sees more than its arguments: it runs as one operation."""
+
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            assert all(isinstance(one, SimulatedTensor) for one in given), (
+                "a kernel takes the device's tensors"
+            )
+            inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda one: one.numbers, (args, kwargs))
+            return _wrapped(self._run(lambda: reference(*inner_args, **inner_kwargs)), given)
+
+        return launch
+
+    # --- graphs
+
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        assert self._record is None, "one capture within another"
+        record: Record = []
+        self._record = record
+        try:
+            results = function()
+        finally:
+            self._record = None
+        self.num_captures += 1
+
+        def replay() -> None:
+            self.num_replays += 1
+            for run, places in record:
+                for place, found in zip(places, _tensors(run()), strict=True):
+                    if place.untyped_storage().data_ptr() != found.untyped_storage().data_ptr():
+                        place.copy_(found)
+
+        return replay, results
+
+    def num_free_bytes(self) -> int:
+        return 0
+
+
+@contextmanager
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
+    """The device, with a kernel for every registered operation."""
+    device = Simulated()
+    kernels = {operation.name: device.kernel(operation.reference) for operation in OPERATIONS}
+    monkeypatch.setattr("kernels.dispatch._registered", kernels.__getitem__)
+    with device:
+        yield device
+
+
+def _device_of(args: Any, kwargs: Any) -> torch.device | None:
+    """Where an operation is told to leave its results."""
+    named = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
+    return named[0] if named else None
+
+
+def _ends(name: str, args: Any, wanted: torch.device | None) -> tuple[str, str]:
+    """Where a move begins and ends."""
+
+    def side(of: Tensor) -> str:
+        return DEVICE if isinstance(of, SimulatedTensor) else "host"
+
+    if name == "copy_":
+        return side(args[1]), side(args[0])
+    if wanted is None:
+        destination = side(args[1]) if len(args) > 1 and isinstance(args[1], Tensor) else side(args[0])
+    else:
+        destination = DEVICE if wanted.type == DEVICE else "host"
+    return side(args[0]), destination
+
+
+def _has_mask(args: Any) -> bool:
+    """Whether an index is a mask: how many places it names, only its numbers say."""
+    indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+    return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in indices)
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+
+
+def _wrapped(results: Any, given: list[Tensor]) -> Any:
+    """Results on the device; an argument that was changed in place stays the tensor that it is."""
+    same = {id(one.numbers): one for one in given if isinstance(one, SimulatedTensor)}
+    return tree_map_only(
+        Tensor, lambda one: same[id(one)] if id(one) in same else SimulatedTensor(one), results
+    )
+
+
+if torch._C._get_privateuse1_backend_name() != DEVICE:
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
