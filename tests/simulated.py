@@ -14,6 +14,7 @@ it was then, as on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
@@ -55,14 +56,15 @@ class SimulatedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> Self:
-        made: Self = Tensor._make_wrapper_subclass(
-            cls,
-            numbers.shape,
-            strides=numbers.stride(),
-            storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype,
-            device=torch.device(DEVICE, 0),
-        )
+        with torch.inference_mode(False):  # else torch would refuse views of what was made outside of it
+            made: Self = Tensor._make_wrapper_subclass(
+                cls,
+                numbers.shape,
+                strides=numbers.stride(),
+                storage_offset=numbers.storage_offset(),
+                dtype=numbers.dtype,
+                device=torch.device(DEVICE, 0),
+            )
         made.numbers = numbers
         return made
 
@@ -148,20 +150,29 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def kernel(self, reference: Callable[..., Any]) -> Callable[..., Any]:
         """A kernel of which nobody sees more than its arguments: it runs as one operation."""
 
-        def launch(*args: Any, **kwargs: Any) -> Any:
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        def launch(*args: Any) -> Any:
+            parts = [_parts(arg) for arg in args]
+            given = _tensors(parts)
             assert all(isinstance(one, SimulatedTensor) for one in given), (
-                "a kernel takes the device's tensors"
+                "a kernel takes its device's tensors"
             )
-            inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda one: one.numbers, (args, kwargs))
-            return _wrapped(self._run(lambda: reference(*inner_args, **inner_kwargs)), given)
+            inner = tree_map_only(SimulatedTensor, lambda one: one.numbers, parts)
+            inner_args = [
+                dataclasses.replace(arg, **part) if dataclasses.is_dataclass(arg) else part
+                for arg, part in zip(args, inner, strict=True)
+            ]
+            return _wrapped(self._run(lambda: reference(*inner_args)), given)
 
         return launch
 
     # --- graphs
 
+    @property
+    def is_capturing(self) -> bool:
+        return self._record is not None
+
     def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
-        assert self._record is None, "one capture within another"
+        assert not self.is_capturing, "one capture within another"
         record: Record = []
         self._record = record
         try:
@@ -183,14 +194,19 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return 0
 
 
+_ENTERED: list[Simulated] = []
+
+
 @contextmanager
 def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     """The device, with a kernel for every registered operation."""
     device = Simulated()
     kernels = {operation.name: device.kernel(operation.reference) for operation in OPERATIONS}
     monkeypatch.setattr("kernels.dispatch._registered", kernels.__getitem__)
+    _ENTERED.append(device)
     with device:
         yield device
+    _ENTERED.remove(device)
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device | None:
@@ -220,6 +236,13 @@ def _has_mask(args: Any) -> bool:
     return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in indices)
 
 
+def _parts(argument: Any) -> Any:
+    """The fields of a dataclass, anything else itself."""
+    if not dataclasses.is_dataclass(argument):
+        return argument
+    return {field.name: getattr(argument, field.name) for field in dataclasses.fields(argument)}
+
+
 def _tensors(results: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
 
@@ -232,5 +255,21 @@ def _wrapped(results: Any, given: list[Tensor]) -> Any:
     )
 
 
-if torch._C._get_privateuse1_backend_name() != DEVICE:
-    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
+# --- what torch knows of the device. ``torch.tensor(.., device=..)`` passes by modes, and asks for these two.
+
+
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+    return SimulatedTensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _copy_from(source: Tensor, destination: SimulatedTensor, non_blocking: bool = False) -> Tensor:
+    if any(device.is_capturing for device in _ENTERED):
+        raise GraphError("a tensor made on the host cannot be captured")
+    destination.numbers.copy_(source)
+    return destination
+
+
+backend_registration._setup_privateuseone_for_python_backend(DEVICE)
+_LIBRARY = torch.library.Library("aten", "IMPL")
+_LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
+_LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")

@@ -80,6 +80,7 @@ def test_a_number_of_pythons_stays_what_it_was(gpu: Simulated) -> None:
         lambda x: x.tolist(),
         lambda x: x.cpu(),
         lambda x: x + torch.tensor([1.0, 2.0]).to(DEVICE),
+        lambda x: x + torch.tensor([1.0, 2.0], device=DEVICE),
         lambda x: x[torch.tensor([0, 0])],
         lambda x: x + torch.tensor([1.0, 2.0]),
         lambda x: torch.zeros(2).copy_(x),
