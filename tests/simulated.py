@@ -157,10 +157,7 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "a kernel takes its device's tensors"
             )
             inner = tree_map_only(SimulatedTensor, lambda one: one.numbers, parts)
-            inner_args = [
-                dataclasses.replace(arg, **part) if dataclasses.is_dataclass(arg) else part
-                for arg, part in zip(args, inner, strict=True)
-            ]
+            inner_args = [_whole(arg, part) for arg, part in zip(args, inner, strict=True)]
             return _wrapped(self._run(lambda: reference(*inner_args)), given)
 
         return launch
@@ -243,6 +240,13 @@ def _parts(argument: Any) -> Any:
     return {field.name: getattr(argument, field.name) for field in dataclasses.fields(argument)}
 
 
+def _whole(argument: Any, parts: Any) -> Any:
+    """The argument with other parts."""
+    if not dataclasses.is_dataclass(argument) or isinstance(argument, type):
+        return parts
+    return dataclasses.replace(argument, **parts)
+
+
 def _tensors(results: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
 
@@ -270,6 +274,5 @@ def _copy_from(source: Tensor, destination: SimulatedTensor, non_blocking: bool 
 
 
 backend_registration._setup_privateuseone_for_python_backend(DEVICE)
-_LIBRARY = torch.library.Library("aten", "IMPL")
-_LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
-_LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
+torch.library.impl("aten::empty_strided", "PrivateUse1", _empty_strided)
+torch.library.impl("aten::_copy_from", "PrivateUse1", _copy_from)
