@@ -12,8 +12,7 @@ from engine.core import Batch, Decision, DraftMask, DraftTree, Sequence, Specula
 
 def root_tokens(batch: Batch) -> Tensor:
     """[B, 1] int64: the last committed token of every sequence."""
-    device = batch.kv_lens.device
-    return torch.tensor([seq.tokens[-1] for seq in batch.seqs], dtype=torch.int64).to(device)[:, None]
+    return batch.roots[:, None]
 
 
 class Unplanned:

@@ -139,6 +139,10 @@ class Sampler:
         """Returns [B, R] int64, as ``choose``."""
         return self.choose(self.edited(scores, batch, tree), batch)
 
+    def edits(self, batch: Batch) -> bool:
+        """Whether scores of the batch are edited at all."""
+        return self._edits.apply_to(batch)
+
     def edited(self, scores: Scores, batch: Batch, tree: DraftTree) -> Scores:
         """The scores as the requests edit them: what is to be chosen from. The raw ones stay as they are."""
         logits = self._edits.edited(scores.logits, batch, tree)
