@@ -27,7 +27,7 @@ from kernels import rms_norm
 
 
 class MistralEagleModel:
-    """The network (draft.head.HeadModel).
+    """The network (draft.growth.HeadModel).
 
     config: the head's own, without experts; weights: native names, consumed, plain or quantised whatever the
     target's are; embedding: [V, H], and output: [.., H] -> [.., Vd] float32, usually the target's own;
