@@ -298,13 +298,12 @@ class Batch:
     """The decodes of one step, or its chunks of prompts, and all that the step needs of them; built whole by
     the scheduler.
 
-    Decodes that may be captured (``engine.graphs``) lie in tensors that are there for good, filled anew for
-    every step. Of these B is a bucket: rows behind those of the sequences are padding, whose pages are all
-    the dummy page.
+    Decodes that may be captured (``engine.graphs``) are *fixed*: their tensors are there for good, and are
+    filled anew for every step. There B is a bucket: rows behind those of the sequences are padding, whose
+    pages are all the dummy page.
     """
 
     seqs: tuple[Sequence, ...]
-    roots: Tensor  # [B] int64: the last committed tokens
     kv_lens: Tensor  # [B] int64
     page_table: Tensor  # [B, P] int64, padded with page 0, the dummy page
     page_size: int
@@ -312,7 +311,11 @@ class Batch:
     speculation: tuple[Speculation, ...]  # what to draft for each sequence
     prompt: PromptChunk | None = None  # set for chunks of prompts
     decisions: tuple[Decision, ...] = ()  # of decodes: why they draft what they draft
-    is_fixed: bool = False  # the tensors are there for good: see above
+    roots: Tensor | None = None  # [B] int64: the last committed tokens, of a fixed batch
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.roots is not None
 
     @property
     def is_prefill(self) -> bool:

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.core import Batch, DraftScores, DraftTree, Scores, Target, TokenLogprob, Verdict
+from engine.core import Batch, DraftScores, DraftTree, Scores, TokenLogprob, Verdict
 from engine.graphs import NODE_BUCKETS, Graphs, Reader, bucket
 from engine.logprobs import emitted_logprobs
+from engine.roles import Target
 from engine.sampler import Sampler
 from verify.accept import accept, accept_all
 
@@ -138,9 +139,7 @@ def padded(tree: DraftTree, num_nodes: int) -> DraftTree:
             F.pad(tree.scores.value, (0, missing)),
             F.pad(tree.scores.rank, (0, missing)),
         )
-    return DraftTree(
-        F.pad(tree.tokens, (0, missing)), F.pad(tree.parents, (0, missing), value=-1), scores
-    )
+    return DraftTree(F.pad(tree.tokens, (0, missing)), F.pad(tree.parents, (0, missing), value=-1), scores)
 
 
 def pack(tree: DraftTree, verdict: Verdict) -> Tensor:
@@ -156,7 +155,8 @@ def pack(tree: DraftTree, verdict: Verdict) -> Tensor:
 def unpack(packed: Tensor, *, has_scores: bool) -> tuple[DraftTree, Verdict]:
     """What ``pack`` made one of."""
     num_nodes = (packed.shape[1] - 2) // (6 if has_scores else 3)
-    columns, (length, bonus) = packed[:, :-2].split(num_nodes, dim=1), packed[:, -2:].unbind(1)
+    columns = torch.split(packed[:, :-2], num_nodes, dim=1)
+    length, bonus = packed[:, -2:].unbind(1)
     scores = None
     if has_scores:
         raw, value = (column.int().view(torch.float32) for column in columns[4:])
