@@ -10,12 +10,14 @@ is interpolated between bucket centres, so that ties among candidates stay rare.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.core import DraftTree, SamplingTensors, Verdict
+from engine.core import DraftTree, Verdict
 
 NUM_BUCKETS = 12
 _MAX_DEPTH, _MAX_RANK = 16, 8  # deeper and later ones share the last entry
@@ -46,8 +48,14 @@ class Calibration:
         self._centres = (np.arange(NUM_BUCKETS) + 0.5) / NUM_BUCKETS
         self._rates = np.broadcast_to(self._centres, shape).copy()
         self._touched: set[tuple[int, int, int]] = set()
-        self._map = torch.from_numpy(self._rates).float().to(device)
-        self._device = device
+        self._map = torch.from_numpy(self._rates).float().to(device)  # stays there: graphs read it
+        self._observed = 0
+
+    def start_over(self) -> None:
+        """Forget what was observed."""
+        self.trials[:], self.hits[:], self._rates[:] = 0.0, 0.0, self._centres
+        self._touched.clear()
+        self._map.copy_(torch.from_numpy(self._rates))
         self._observed = 0
 
     def __call__(self, raw: Tensor, depth: int, sampled: Tensor) -> Tensor:
@@ -74,13 +82,13 @@ class Calibration:
         left, right = float(curve[low]), float(curve[low + 1])
         return left + (right - left) * (place - low)
 
-    def observe(self, tree: DraftTree, verdict: Verdict, sampling: SamplingTensors) -> None:
-        """Count every node whose parent was accepted: only there did the target judge it.
+    def observe(self, tree: DraftTree, verdict: Verdict, sampled: Sequence[bool]) -> None:
+        """Count every node whose parent was accepted: only there did the target judge it. All of it on the
+        host; sampled: of each sequence.
 
         Grafted nodes, which have no score, are none of the head's.
         """
         assert tree.scores is not None
-        modes = (sampling.temperature > 0).long().tolist()
         parents, depths = tree.parents.tolist(), tree.depths().tolist()
         raws, ranks = tree.scores.raw.tolist(), tree.scores.rank.tolist()
         self.trials *= _DECAY
@@ -90,7 +98,7 @@ class Calibration:
             for node in range(1, len(parents[row])):
                 if parents[row][node] in accepted and raws[row][node] > 0:
                     key = (
-                        modes[row],
+                        int(sampled[row]),
                         min(depths[row][node], _MAX_DEPTH) - 1,
                         min(ranks[row][node], _MAX_RANK - 1),
                         min(int(raws[row][node] * NUM_BUCKETS), NUM_BUCKETS - 1),
@@ -111,4 +119,4 @@ class Calibration:
                 rates = isotonic(rates, weights)
             self._rates[curve] = rates
         self._touched.clear()
-        self._map = torch.from_numpy(self._rates).float().to(self._device)
+        self._map.copy_(torch.from_numpy(self._rates))

@@ -89,13 +89,11 @@ class Planning:
         return is_worth
 
     def note(self, tree: DraftTree, marks: tuple[Mark, Mark]) -> None:
-        """The head's own trees, of the active places in order, and when it began and ended."""
-        assert tree.scores is not None
+        """The head's own trees, of the active places in order, and when it began and ended. A device is not
+        asked how they look; there they come with what became of them."""
         self._step.marks = marks
-        self._step.levels = [
-            _by_level(parents, values)
-            for parents, values in zip(tree.parents.tolist(), tree.scores.value.tolist(), strict=True)
-        ]
+        if tree.tokens.device.type == "cpu":
+            self._step.levels = _by_level(tree)
 
     def cut(self, tree: DraftTree) -> DraftTree:
         """The best nodes of the batch's trees, as many as pay for their rows."""
@@ -111,7 +109,10 @@ class Planning:
         """Learn what became of the trees; accepted: draft tokens, for each place."""
         step = self._step
         expected = step.chances if tree.scores is None else _values(tree)
-        levels = dict(zip(step.active, step.levels, strict=True)) if step.levels else {}
+        if step.active and not step.levels:
+            levels_of_all = _by_level(tree)
+            step.levels = [levels_of_all[place] for place in step.active]
+        levels = dict(zip(step.active, step.levels, strict=True))
         self.planner.observe(
             [
                 Drafted(request_id, levels.get(place, ()), sum(expected[place]), accepted[place])
@@ -162,11 +163,17 @@ def _values(tree: DraftTree) -> list[list[float]]:
     ]
 
 
-def _by_level(parents: list[int], values: list[float]) -> list[list[float]]:
-    """Values of a tree's nodes by level, best first."""
-    depths = depths_of(parents)
-    levels: list[list[float]] = [[] for _ in range(max(depths))]
-    for depth, value in zip(depths, values, strict=True):
-        if depth > 0:
-            levels[depth - 1].append(value)
-    return [sorted(level, reverse=True) for level in levels]
+def _by_level(tree: DraftTree) -> list[list[list[float]]]:
+    """Values of every tree's nodes by level, best first, those left out that a head has not offered."""
+    assert tree.scores is not None
+    found = []
+    for parents, raws, values in zip(
+        tree.parents.tolist(), tree.scores.raw.tolist(), tree.scores.value.tolist(), strict=True
+    ):
+        depths = depths_of(parents)
+        levels: list[list[float]] = [[] for _ in range(max(depths))]
+        for depth, raw, value in zip(depths, raws, values, strict=True):
+            if depth > 0 and raw > 0:
+                levels[depth - 1].append(value)
+        found.append([sorted(level, reverse=True) for level in levels if level])
+    return found

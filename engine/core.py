@@ -33,6 +33,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -243,6 +244,16 @@ class DraftTree:
         real = self.parents >= 0
         real[:, 0] = True
         return real
+
+    def padded(self, num_nodes: int) -> DraftTree:
+        """The same trees with so many nodes each."""
+        missing = (0, num_nodes - self.tokens.shape[1])
+        if missing == (0, 0):
+            return self
+        scores = self.scores
+        if scores is not None:
+            scores = DraftScores(*(pad(of, missing) for of in (scores.raw, scores.value, scores.rank)))
+        return DraftTree(pad(self.tokens, missing), pad(self.parents, missing, value=-1), scores)
 
     def depths(self) -> Tensor:
         """[B, N] int64: edges from the root; 0 for padding.

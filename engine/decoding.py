@@ -15,7 +15,6 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.core import Batch, DraftScores, DraftTree, Scores, TokenLogprob, Verdict
@@ -45,6 +44,7 @@ class _Found:
     features: Tensor
     scores: Scores | None = None
     choice: Tensor | None = None
+    columns: Tensor | None = None  # of the tree, if it has them already
 
 
 class Decoding:
@@ -58,7 +58,7 @@ class Decoding:
         """Score the trees of all batches in one forward, and accept a path of each."""
         num_nodes = bucket(trees[0].tokens.shape[1], NODE_BUCKETS)
         if len(batches) == 1 and batches[0].is_fixed and num_nodes is not None:
-            found = [self._captured(batches[0], padded(trees[0], num_nodes))]
+            found = [self._captured(batches[0], trees[0].padded(num_nodes))]
         else:
             scores = self._target.score(batches, trees)
             found = [self._settled(*of_batch) for of_batch in zip(batches, trees, scores, strict=True)]
@@ -81,6 +81,8 @@ class Decoding:
     def _captured(self, batch: Batch, tree: DraftTree) -> _Found:
         # What is captured knows no sequence: there is nothing in one that may be asked.
         bare = replace(batch, seqs=(), speculation=(), decisions=())
+        columns = tree_columns(tree)  # a copy, for what the draft's graph has left is gone with the next one
+        tree = tree_of(columns, tree.tokens.shape[1])
         shape = tuple(tree.tokens.shape)
         if _asks_for_logprobs(batch) or self._sampler.edits(batch):
 
@@ -102,17 +104,20 @@ class Decoding:
             key = ("decode", *shape, sampling.all_greedy, sampling.any_filter)
             verdict, features = self._graphs(key, decode, tree.tokens, tree.parents)
             found = _Found(tree, verdict, features)
-        return replace(found, features=found.features.clone())  # a head may keep them for many steps
+        return replace(found, columns=columns, features=found.features.clone())  # a head keeps features
 
     def _on_host(self, batches: Items[Batch], found: Items[_Found]) -> list[tuple[DraftTree, Verdict]]:
         """Trees and verdicts of the batches' sequences, where the host may look at them."""
         if found[0].tree.tokens.device.type == "cpu":
             return [(one.tree, one.verdict) for one in found]
-        packed = [pack(one.tree, one.verdict) for one in found]
+        packed = []
+        for one in found:
+            columns = tree_columns(one.tree) if one.columns is None else one.columns
+            packed.append(torch.cat((columns, *_verdict_columns(one.verdict)), dim=1))
         landed = self._read(torch.cat([part.flatten() for part in packed]))
         parts = torch.split(landed, [part.numel() for part in packed])
         return [
-            unpack(part.view(own.shape)[: len(batch.seqs)], has_scores=one.tree.scores is not None)
+            _unpacked(part.view(own.shape)[: len(batch.seqs)], one.tree.tokens.shape[1])
             for batch, one, own, part in zip(batches, found, packed, parts, strict=True)
         ]
 
@@ -127,38 +132,34 @@ def _logprobs(batch: Batch, found: _Found, verdict: Verdict) -> list[tuple[Token
     return emitted_logprobs(found.scores, found.choice, verdict, batch)
 
 
-def padded(tree: DraftTree, num_nodes: int) -> DraftTree:
-    """The trees with so many nodes each, padding last."""
-    missing = num_nodes - tree.tokens.shape[1]
-    if missing == 0:
-        return tree
-    scores = None
-    if tree.scores is not None:
-        scores = DraftScores(
-            F.pad(tree.scores.raw, (0, missing)),
-            F.pad(tree.scores.value, (0, missing)),
-            F.pad(tree.scores.rank, (0, missing)),
-        )
-    return DraftTree(F.pad(tree.tokens, (0, missing)), F.pad(tree.parents, (0, missing), value=-1), scores)
+# --- trees and verdicts as columns of whole numbers, to be copied as one
 
 
-def pack(tree: DraftTree, verdict: Verdict) -> Tensor:
-    """Trees and the verdicts on them as one [B, 3 N + 2] int64, of trees with scores [B, 6 N + 2]: tokens,
-    parents and path, rank, raw score and value, length and bonus."""
-    columns = [tree.tokens, tree.parents, verdict.path]
+def tree_columns(tree: DraftTree) -> Tensor:
+    """[B, 2 N] int64: tokens and parents; of trees with scores [B, 5 N], rank, raw score and value behind."""
+    columns = [tree.tokens, tree.parents]
     if tree.scores is not None:
         numbers = torch.cat((tree.scores.raw, tree.scores.value), dim=1)
         columns += [tree.scores.rank, numbers.view(torch.int32).long()]
-    return torch.cat([*columns, verdict.length[:, None], verdict.bonus[:, None]], dim=1)
+    return torch.cat(columns, dim=1)
 
 
-def unpack(packed: Tensor, *, has_scores: bool) -> tuple[DraftTree, Verdict]:
-    """What ``pack`` made one of."""
-    num_nodes = (packed.shape[1] - 2) // (6 if has_scores else 3)
-    columns = torch.split(packed[:, :-2], num_nodes, dim=1)
-    length, bonus = packed[:, -2:].unbind(1)
-    scores = None
-    if has_scores:
-        raw, value = (column.int().view(torch.float32) for column in columns[4:])
-        scores = DraftScores(raw, value, columns[3])
-    return DraftTree(columns[0], columns[1], scores), Verdict(columns[2], length, bonus)
+def tree_of(columns: Tensor, num_nodes: int) -> DraftTree:
+    """The trees that ``tree_columns`` was given."""
+    tokens, parents, *of_scores = torch.split(columns, num_nodes, dim=1)
+    if not of_scores:
+        return DraftTree(tokens, parents)
+    rank, raw, value = of_scores
+    return DraftTree(
+        tokens, parents, DraftScores(raw.int().view(torch.float32), value.int().view(torch.float32), rank)
+    )
+
+
+def _verdict_columns(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
+    return verdict.path, verdict.length[:, None], verdict.bonus[:, None]
+
+
+def _unpacked(columns: Tensor, num_nodes: int) -> tuple[DraftTree, Verdict]:
+    """columns: of a tree, then those of the verdict on it."""
+    of_tree, path = columns[:, : -num_nodes - 2], columns[:, -num_nodes - 2 : -2]
+    return tree_of(of_tree, num_nodes), Verdict(path, columns[:, -2], columns[:, -1])

@@ -10,8 +10,8 @@ function that is captured
 - never waits for the device, and never does one thing or another by what a tensor holds;
 - may run twice over: before it is captured it runs for real, and what it overwrites it has written itself.
 
-Its results lie in memory of the graph, and are overwritten by its next replay. All graphs share one pool of
-memory, so what one of them uses on its way is used by the next, and they run one after another.
+All graphs share one pool of memory, and what one needs on its way may lie where another has its results: they
+are there until the next replay of any graph.
 
 Sizes come in buckets, of sequences and of nodes; what is missing is padding, which lies on the dummy page.
 """

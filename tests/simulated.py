@@ -9,7 +9,7 @@ road it would take there; kernels are their references. And the device insists o
 
 ``capture`` runs a function once and records every operation with the very tensors that it took. A replay runs
 the record again, on the same memory: what the function looked up elsewhere while it was captured stays what
-it was then, as on a GPU.
+it was then, as on a GPU. And graphs share their memory: a replay overwrites what the others have left.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _READS = frozenset(
         *("_unique2", "unique_dim", "unique_consecutive"),
     )
 )
+_JUNK = 91  # a token, a node or a number, as it comes
 _MOVES = frozenset(("to", "_to_copy", "copy_"))
 
 T = TypeVar("T")
@@ -81,7 +82,8 @@ class SimulatedTensor(Tensor):
         raise GraphError(f"{func} outside of ``with Simulated()``")
 
 
-Record = list[tuple[Callable[[], Any], list[Tensor]]]  # what to run, and where the results belong
+# What operations took, how to run them, and where their results belong.
+Record = list[tuple[list[Tensor], Callable[[], Any], list[Tensor]]]
 
 
 class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -92,6 +94,7 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_reads = 0
         self.num_captures = self.num_replays = 0
         self._record: Record | None = None  # of what is being captured
+        self._memory: dict[int, list[Tensor]] = {}  # of each graph
 
     # --- operations
 
@@ -112,7 +115,7 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def run() -> Any:
             return func(*inner_args, **inner_kwargs)
 
-        results = self._run(run)
+        results = self._run(run, (inner_args, inner_kwargs))
         if name in _MOVES:
             source, destination = _ends(name, args, wanted)
             if source is not destination and name != "copy_":
@@ -121,10 +124,10 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return args[0] if name == "copy_" else results
         return _wrapped(results, given)
 
-    def _run(self, run: Callable[[], Any]) -> Any:
+    def _run(self, run: Callable[[], Any], taken: Any) -> Any:
         results = run()
         if self._record is not None:
-            self._record.append((run, _tensors(results)))
+            self._record.append((_tensors(taken), run, _tensors(results)))
         return results
 
     def _judge(self, name: str, args: Any, given: list[Tensor], wanted: torch.device | None) -> None:
@@ -158,7 +161,7 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             inner = tree_map_only(SimulatedTensor, lambda one: one.numbers, parts)
             inner_args = [_whole(arg, part) for arg, part in zip(args, inner, strict=True)]
-            return _wrapped(self._run(lambda: reference(*inner_args)), given)
+            return _wrapped(self._run(lambda: reference(*inner_args), inner), given)
 
         return launch
 
@@ -178,9 +181,16 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._record = None
         self.num_captures += 1
 
+        number = self.num_captures
+        self._memory[number] = _made(record)
+
         def replay() -> None:
             self.num_replays += 1
-            for run, places in record:
+            for other, made in self._memory.items():
+                if other != number:
+                    for tensor in made:
+                        tensor.fill_(_JUNK)
+            for _, run, places in record:
                 for place, found in zip(places, _tensors(run()), strict=True):
                     if place.untyped_storage().data_ptr() != found.untyped_storage().data_ptr():
                         place.copy_(found)
@@ -249,6 +259,17 @@ def _whole(argument: Any, parts: Any) -> Any:
 
 def _tensors(results: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+
+
+def _made(record: Record) -> list[Tensor]:
+    """What the operations of a record have allocated."""
+    made: dict[int, Tensor] = {}
+    for taken, _, places in record:
+        known = {tensor.untyped_storage().data_ptr() for tensor in taken}
+        for place in places:
+            if place.untyped_storage().data_ptr() not in known:
+                made[place.untyped_storage().data_ptr()] = place
+    return list(made.values())
 
 
 def _wrapped(results: Any, given: list[Tensor]) -> Any:

@@ -146,7 +146,7 @@ def test_only_judged_nodes_count() -> None:
         ),
     )
     verdict = Verdict(torch.tensor([[0, 3, -1, -1, -1]]), torch.tensor([2]), torch.tensor([7]))
-    calibration.observe(tree, verdict, sampling_tensors([SamplingParams(temperature=0)], "cpu"))
+    calibration.observe(tree, verdict, [False])
     assert calibration.trials.sum() == pytest.approx(2)
     assert calibration.hits.sum() == pytest.approx(1)
     assert (
@@ -201,7 +201,7 @@ def test_nodes_of_prompt_lookup_teach_nothing_about_the_head() -> None:
         ),
     )
     verdict = Verdict(torch.tensor([[0, 1, 2]]), torch.tensor([3]), torch.tensor([8]))
-    calibration.observe(tree, verdict, sampling_tensors([SamplingParams(temperature=0)], "cpu"))
+    calibration.observe(tree, verdict, [False])
     assert calibration.trials.sum() == 0
 
 
