@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 import torch
+from torch import Tensor
 
 from engine.core import Batch, Decision, PromptChunk, SamplingParams, SamplingTensors, Sequence, Speculation
 from engine.graphs import SEQ_BUCKETS, Mailbox, bucket
@@ -80,9 +81,7 @@ class Batches:
         }
         for name, column in columns.items():
             box.host[name].copy_(column)
-        table = box.host["page_table"].zero_()
-        for row, seq in enumerate(seqs):
-            table[row, : len(seq.pages)] = torch.tensor(seq.pages)
+        _fill(box.host["page_table"], [seq.pages for seq in seqs])
         box.send()
         return Batch(
             seqs=tuple(seqs),
@@ -109,3 +108,10 @@ class Batches:
         if params != self._sampling[0]:
             self._sampling = params, sampling_tensors(params, self._device)
         return self._sampling[1]
+
+
+def _fill(table: Tensor, pages: Items[list[int]]) -> None:
+    """Write the pages of each sequence; what is behind them, and behind the sequences, is the dummy page."""
+    table.zero_()
+    for row, own in enumerate(pages):
+        table[row, : len(own)] = torch.tensor(own)

@@ -23,8 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kernels.ops import OPERATIONS
 
@@ -100,17 +99,15 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        wanted = _device_of(args, kwargs)
+        leaves = list(_leaves((args, kwargs)))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        wanted = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
         on_device = any(isinstance(one, SimulatedTensor) for one in given)
         if not on_device and (wanted is None or wanted.type != DEVICE):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         self._judge(name, args, given, wanted)
-        inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda one: one.numbers, (args, kwargs))
-        inner_args, inner_kwargs = tree_map_only(
-            torch.device, lambda one: torch.device("cpu"), (inner_args, inner_kwargs)
-        )
+        inner_args, inner_kwargs = _numbers((args, kwargs))
 
         def run() -> Any:
             return func(*inner_args, **inner_kwargs)
@@ -118,7 +115,7 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = self._run(run, (inner_args, inner_kwargs))
         if name in _MOVES:
             source, destination = _ends(name, args, wanted)
-            if source is not destination and name != "copy_":
+            if source != destination and name != "copy_":
                 results = results.clone()  # memory is not shared across
             if destination == "host":
                 return args[0] if name == "copy_" else results
@@ -159,9 +156,10 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
             assert all(isinstance(one, SimulatedTensor) for one in given), (
                 "a kernel takes its device's tensors"
             )
-            inner = tree_map_only(SimulatedTensor, lambda one: one.numbers, parts)
+            inner = _numbers(parts)
             inner_args = [_whole(arg, part) for arg, part in zip(args, inner, strict=True)]
-            return _wrapped(self._run(lambda: reference(*inner_args), inner), given)
+            with _disable_current_modes():
+                return _wrapped(self._run(lambda: reference(*inner_args), inner), given)
 
         return launch
 
@@ -186,14 +184,15 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def replay() -> None:
             self.num_replays += 1
-            for other, made in self._memory.items():
-                if other != number:
-                    for tensor in made:
-                        tensor.fill_(_JUNK)
-            for _, run, places in record:
-                for place, found in zip(places, _tensors(run()), strict=True):
-                    if place.untyped_storage().data_ptr() != found.untyped_storage().data_ptr():
-                        place.copy_(found)
+            with _disable_current_modes():
+                for other, made in self._memory.items():
+                    if other != number:
+                        for tensor in made:
+                            tensor.fill_(_JUNK)
+                for _, run, places in record:
+                    for place, found in zip(places, _tensors(run()), strict=True):
+                        if place.untyped_storage().data_ptr() != found.untyped_storage().data_ptr():
+                            place.copy_(found)
 
         return replay, results
 
@@ -214,12 +213,6 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     with device:
         yield device
     _ENTERED.remove(device)
-
-
-def _device_of(args: Any, kwargs: Any) -> torch.device | None:
-    """Where an operation is told to leave its results."""
-    named = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
-    return named[0] if named else None
 
 
 def _ends(name: str, args: Any, wanted: torch.device | None) -> tuple[str, str]:
@@ -258,7 +251,38 @@ def _whole(argument: Any, parts: Any) -> Any:
 
 
 def _tensors(results: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _leaves(results) if isinstance(leaf, Tensor)]
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    """What is in lists, tuples and dicts."""
+    if isinstance(x, list | tuple):
+        for part in x:
+            yield from _leaves(part)
+    elif isinstance(x, dict):
+        yield from _leaves(list(x.values()))
+    else:
+        yield x
+
+
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """Lists, tuples and dicts of other leaves."""
+    if isinstance(x, list | tuple):
+        return type(x)([_mapped(function, part) for part in x])
+    if isinstance(x, dict):
+        return {key: _mapped(function, part) for key, part in x.items()}
+    return function(x)
+
+
+def _numbers(x: Any) -> Any:
+    """Arguments as the host takes them."""
+
+    def inner(leaf: Any) -> Any:
+        if isinstance(leaf, SimulatedTensor):
+            return leaf.numbers
+        return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+    return _mapped(inner, x)
 
 
 def _made(record: Record) -> list[Tensor]:
@@ -275,9 +299,13 @@ def _made(record: Record) -> list[Tensor]:
 def _wrapped(results: Any, given: list[Tensor]) -> Any:
     """Results on the device; an argument that was changed in place stays the tensor that it is."""
     same = {id(one.numbers): one for one in given if isinstance(one, SimulatedTensor)}
-    return tree_map_only(
-        Tensor, lambda one: same[id(one)] if id(one) in same else SimulatedTensor(one), results
-    )
+
+    def outer(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return same[id(leaf)] if id(leaf) in same else SimulatedTensor(leaf)
+
+    return _mapped(outer, results)
 
 
 # --- what torch knows of the device. ``torch.tensor(.., device=..)`` passes by modes, and asks for these two.

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from draft.calibration import Calibration, isotonic
 from draft.tree import Limits, Offers, grow
-from engine.core import DraftScores, DraftTree, SamplingParams, Speculation, Verdict
-from engine.sampler import sampling_tensors
+from engine.core import DraftScores, DraftTree, Speculation, Verdict
 
 Truth = Callable[
     [float, int, int], float
@@ -56,7 +55,6 @@ def stream(
 ) -> None:
     """Trees of two siblings, each with one child, judged by the truth."""
     draw = random.Random(seed)
-    params = sampling_tensors([SamplingParams(temperature=float(sampled))] * num_seqs, "cpu")
     parents = torch.tensor([[-1, 0, 0, 1, 2]]).repeat(num_seqs, 1)
     rank = torch.tensor([[0, 0, 1, 0, 0]]).repeat(num_seqs, 1)
     for _ in range(steps):
@@ -73,7 +71,7 @@ def stream(
                     break
         length = (paths >= 0).sum(1)
         tree = DraftTree(torch.zeros(num_seqs, 5, dtype=torch.int64), parents, DraftScores(raw, raw, rank))
-        calibration.observe(tree, Verdict(paths, length, length), params)
+        calibration.observe(tree, Verdict(paths, length, length), [sampled] * num_seqs)
 
 
 def curve(calibration: Calibration, depth: int, rank: int, sampled: bool, points: int = 100) -> Tensor:
