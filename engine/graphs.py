@@ -92,9 +92,10 @@ class Graphs:
         self._captured: dict[Hashable, _Captured] = {}
         self.seconds, self.num_bytes = 0.0, 0  # that captures have taken
 
-    def __len__(self) -> int:
-        """Functions that are captured."""
-        return len(self._captured)
+    @property
+    def keys(self) -> list[Hashable]:
+        """Of the functions that are captured."""
+        return list(self._captured)
 
     @property
     def are_on(self) -> bool:

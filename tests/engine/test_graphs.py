@@ -32,7 +32,7 @@ def test_without_a_device_functions_are_called() -> None:
     graphs = Graphs()
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
     assert torch.equal(graphs("key", softly, x, y), softly(x, y))
-    assert len(graphs) == 0
+    assert graphs.keys == []
 
 
 def test_a_replay_is_the_function_of_new_inputs(gpu: Simulated) -> None:
