@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.core import DraftTree, Verdict
+from engine.core import DraftTree, Verdict, depths_of
 
 NUM_BUCKETS = 12
 _MAX_DEPTH, _MAX_RANK = 16, 8  # deeper and later ones share the last entry
@@ -48,15 +48,22 @@ class Calibration:
         self._centres = (np.arange(NUM_BUCKETS) + 0.5) / NUM_BUCKETS
         self._rates = np.broadcast_to(self._centres, shape).copy()
         self._touched: set[tuple[int, int, int]] = set()
-        self._map = torch.from_numpy(self._rates).float().to(device)  # stays there: graphs read it
+        self._map = torch.zeros(shape, device=device)  # the rates, at an address that graphs may hold on to
+        self._is_stale = True
         self._observed = 0
 
     def start_over(self) -> None:
         """Forget what was observed."""
         self.trials[:], self.hits[:], self._rates[:] = 0.0, 0.0, self._centres
         self._touched.clear()
-        self._map.copy_(torch.from_numpy(self._rates))
+        self._is_stale = True
         self._observed = 0
+
+    def send(self) -> None:
+        """Bring the device's map up to date: before a graph runs that reads it."""
+        if self._is_stale:
+            self._map.copy_(torch.from_numpy(self._rates).float())
+            self._is_stale = False
 
     def __call__(self, raw: Tensor, depth: int, sampled: Tensor) -> Tensor:
         """Calibrated conditional acceptance of children at one depth.
@@ -66,6 +73,7 @@ class Calibration:
         """
         k = raw.shape[-1]
         rank = torch.arange(k, device=raw.device).clamp(max=_MAX_RANK - 1)
+        self.send()
         curves = self._map[sampled.long(), min(depth, _MAX_DEPTH) - 1][:, rank]  # [B, k, buckets]
         place = (raw * NUM_BUCKETS - 0.5).clamp(0, NUM_BUCKETS - 1)
         low = place.floor().long().clamp(max=NUM_BUCKETS - 2)
@@ -89,7 +97,8 @@ class Calibration:
         Grafted nodes, which have no score, are none of the head's.
         """
         assert tree.scores is not None
-        parents, depths = tree.parents.tolist(), tree.depths().tolist()
+        parents = tree.parents.tolist()
+        depths = [depths_of(own) for own in parents]
         raws, ranks = tree.scores.raw.tolist(), tree.scores.rank.tolist()
         self.trials *= _DECAY
         self.hits *= _DECAY
@@ -119,4 +128,4 @@ class Calibration:
                 rates = isotonic(rates, weights)
             self._rates[curve] = rates
         self._touched.clear()
-        self._map.copy_(torch.from_numpy(self._rates))
+        self._is_stale = True

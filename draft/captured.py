@@ -84,6 +84,7 @@ class CapturedProposals:
         if the head drafts nothing for it."""
         box = self._filled(shape, sizes, pairs, chains)
         features = self._gathered(shape, pairs)
+        self._growth.calibration.send()
         sampling = batch.sampling
         key = ("propose", shape, sampling.all_greedy, sampling.any_filter)
         return self._graphs(key, lambda: self._propose(batch, shape, box.device, features))
