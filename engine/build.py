@@ -168,7 +168,7 @@ def _target(
     progress: Progress | None,
 ) -> Llama | Mistral4:
     # Nobody but the model may hold the weights: it frees them one by one while it packs them.
-    rest = (num_slots, feature_layers, config.half_weights)
+    rest = (num_slots, feature_layers, config.half_weights, config.kv_dtype)
     if isinstance(checkpoint.config, LlamaConfig):
         return Llama(
             checkpoint.config, tensors_only(checkpoint.load(config.dtype, config.device, progress)), *rest

@@ -76,6 +76,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     page_size: int = 16
     kv_cache_memory: int = 1 << 30
+    kv_cache_dtype: torch.dtype | None = None  # of the target's rows: float8_e4m3fn, or None for ``dtype``
     prefix_caching: bool = True  # keep rows for later requests that begin with the same tokens
     gpu_memory_utilization: float | None = None  # of a GPU's memory for all; decides kv_cache_memory if given
     speculation: Speculation = field(default_factory=Speculation)
@@ -107,6 +108,11 @@ class EngineConfig:
                 f"gpu_memory_utilization is {share} on {self.device}, expected more than 0 and at most 1 "
                 "of a CUDA device's memory"
             )
+        if self.kv_cache_dtype is not None and not self.device.startswith("cuda"):
+            raise ConfigError(
+                f"kv_cache_dtype is {str(self.kv_cache_dtype).removeprefix('torch.')} on {self.device}, "
+                "expected a CUDA device: only its kernels read rows in FP8"
+            )
         if not 0 <= self.canary <= 1:
             raise ConfigError(f"canary is {self.canary}, expected a share of all steps, 0 to 1")
         if self.max_num_batched_tokens < 2:
@@ -116,6 +122,11 @@ class EngineConfig:
                 f"half_weights is for float32 on a CPU, found {self.dtype} on {self.device}; "
                 "there the weights have the dtype of everything else"
             )
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the target's KV rows."""
+        return self.kv_cache_dtype or self.dtype
 
     @property
     def dtype_name(self) -> str:

@@ -28,7 +28,7 @@ This module imports torch only; it holds no behaviour beyond what follows from a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -201,19 +201,20 @@ class SamplingTensors:
     top_p: Tensor  # [B] float32; 1 is off
     min_p: Tensor  # [B] float32; 0 is off
     seed: Tensor  # [B] int64
-    all_greedy: bool  # host facts that spare work
+    all_greedy: bool  # host facts that spare work; they say which operations run, so graphs are kept by them
     any_filter: bool
+    any_top_p: bool
+    most_top_k: int  # no less than any top_k, a power of two; 0 where all are off
 
     def select(self, rows: Tensor) -> SamplingTensors:
         """The parameters of some of the batch's sequences (rows: [b] int64)."""
-        return SamplingTensors(
-            self.temperature[rows],
-            self.top_k[rows],
-            self.top_p[rows],
-            self.min_p[rows],
-            self.seed[rows],
-            self.all_greedy,
-            self.any_filter,
+        return replace(
+            self,
+            temperature=self.temperature[rows],
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            min_p=self.min_p[rows],
+            seed=self.seed[rows],
         )
 
 

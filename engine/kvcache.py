@@ -3,6 +3,9 @@
 Example: page size 4, a sequence with pages [7, 2] and kv_len 5 scores a tree of 3 nodes. Node i is written to
 row 5 + i, so to slots 2*4 + 1, 2*4 + 2, 2*4 + 3 = 9, 10, 11. After acceptance of nodes 0 and 2, row 7 moves
 to row 6 and kv_len becomes 7. What a forward writes and reads is planned in engine.rows.
+
+On a GPU rows may be e4m3, half the bytes of bfloat16, and are stored as they are: keys, values and normed
+latents are some units large, well within its 448, and its steps grow with the numbers.
 """
 
 from __future__ import annotations

@@ -140,20 +140,21 @@ def activation_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) 
     queries   of a chunk, mapped into the latent space where attention is over latents, and its results there,
               each twice while they change places
     stream    of a chunk: residual, projections and a dense MLP, together below 20 widths a token
-    experts   of a chunk: each chosen expert's output, and twice that in float32 while they are summed
+    experts   of a chunk: of each choice, shared experts among them, its inner numbers, and in float32 what
+              comes of those
     logits    of the trees of all sequences, chains of prompt lookup with them: float32, and four such copies
               while tokens are chosen
 
     Nothing has the size of rows times rows read: nodes find their rows through page tables.
     """
     width, rows = config.dtype.itemsize, config.max_num_batched_tokens
-    num_chosen = model.num_experts_per_tok if isinstance(model, Mistral4Config) else 0
     stream = rows * model.hidden_size * 20 * width
-    experts = rows * model.hidden_size * num_chosen * (width + 8)
     num_nodes = config.max_num_seqs * (config.speculation.nodes + config.speculation.lookup)
     logits = num_nodes * model.vocab_size * 4 * 5
-    queries = 0
+    queries = experts = 0
     if isinstance(model, Mistral4Config):
+        num_choices = model.num_experts_per_tok + model.num_shared_experts
+        experts = rows * num_choices * (width * model.moe_intermediate_size + 4 * model.hidden_size)
         queries = 2 * rows * model.num_heads * (model.latent_dim + model.kv_lora_rank) * width
     return queries + stream + experts + logits
 
@@ -183,7 +184,7 @@ def _pair_bytes_per_slot(
     draft: HeadCheckpoint | MistralHead | Draft | str,
     config: EngineConfig,
 ) -> int:
-    """Of target and head together."""
+    """Of target and head together; a head's rows have the model's dtype."""
     of_head = draft.config if isinstance(draft, HeadCheckpoint | MistralHead) else None
     head_bytes = 0 if of_head is None else _bytes_per_slot(of_head, config.dtype)
-    return _bytes_per_slot(model, config.dtype) + head_bytes
+    return _bytes_per_slot(model, config.kv_dtype) + head_bytes

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.core import NO_CHOICE, Batch, DraftTree, SamplingParams, SamplingTensors, Scores, Sequence
+from engine.core import Batch, DraftTree, SamplingParams, SamplingTensors, Scores, Sequence
 from engine.edits import Edit, EditList
 from kernels import choose, gumbel_noise, nucleus
 
@@ -52,7 +52,14 @@ def tensors_of(params: Items[SamplingParams], columns: Mapping[str, Tensor]) -> 
         **{name: columns[name] for name in _COLUMNS},
         all_greedy=all(p.temperature == 0 for p in params),
         any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
+        any_top_p=any(p.top_p < 1 for p in params),
+        most_top_k=_power_of_two(max((p.top_k for p in params), default=0)),
     )
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below a number; 0 for 0."""
+    return 1 << (number - 1).bit_length() if number > 0 else 0
 
 
 def process(logits: Tensor, sampling: SamplingTensors) -> Tensor:
@@ -132,10 +139,11 @@ def candidates(logits: Tensor, sampling: SamplingTensors, num: int) -> Candidate
 
 
 def _floors(logits: Tensor, sampling: SamplingTensors) -> Tensor:
-    """[B, R]: the least logit / temperature that min_p and top_k keep, -inf where they are off."""
+    """[B, R]: the least logit / temperature that min_p and top_k keep, -inf where they are off. No device is
+    waited for."""
     temperature = torch.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None]
     floors = logits.amax(dim=-1) / temperature + torch.log(sampling.min_p)[:, None]
-    most = min(int(sampling.top_k.max()), logits.shape[-1])
+    most = min(sampling.most_top_k, logits.shape[-1])
     if most == 0:
         return floors
     best = logits.topk(most, dim=-1).values
@@ -147,8 +155,7 @@ def _floors(logits: Tensor, sampling: SamplingTensors) -> Tensor:
 class Sampler:
     """The target's choice after every scored node. edits: what requests may ask for, in order."""
 
-    def __init__(self, vocab_size: int, device: str, edits: Items[Edit] = ()) -> None:
-        self._token_ids = torch.arange(vocab_size, device=device)
+    def __init__(self, edits: Items[Edit] = ()) -> None:
         self._edits = EditList(edits)
 
     def __call__(self, scores: Scores, batch: Batch, tree: DraftTree) -> Tensor:
@@ -173,12 +180,9 @@ class Sampler:
         tree ends there, and with it the request (``Scheduler.commit``): it alone.
         """
         sampling, logits, positions = batch.sampling, scores.logits, scores.positions + 1
-        if logits.device.type == "cpu":
-            floors = _floors(logits, sampling) if sampling.any_filter else None
-            return choose(logits, positions, sampling.temperature, sampling.top_p, floors, sampling.seed)
-        scaled = perturb(logits, positions, self._token_ids, sampling)  # greedy rows pass unchanged
-        # The largest logit is what NaN and infinity always are.
-        return torch.where(logits.amax(dim=-1).isfinite(), scaled.argmax(dim=-1), NO_CHOICE)
+        floors = _floors(logits, sampling) if sampling.any_filter else None
+        top_p = sampling.top_p if sampling.any_top_p else None  # where nobody has one, nothing is sorted
+        return choose(logits, positions, sampling.temperature, top_p, floors, sampling.seed)
 
     def forget(self, seq: Sequence) -> None:
         """Drop everything kept for a sequence that ended or was preempted."""

@@ -256,7 +256,9 @@ class Scheduler:
         insort(self.waiting, seq, key=_order)
 
     def _speculation(self, request: Request) -> Speculation:
-        return self.config.speculation if request.speculation is None else request.speculation
+        """What a request may have drafted; of a tree's nodes no more than the kernels' words have bits."""
+        asked = self.config.speculation if request.speculation is None else request.speculation
+        return asked.within(MOST_OWN)
 
     def _step_speculation(self, seq: Sequence) -> Speculation:
         """What to draft now: never more tokens than the request may still emit, the bonus not counted."""

@@ -73,7 +73,7 @@ class Engine:
         self.graphs = Graphs() if graphs is None else graphs
         self.grammars = Grammars(grammar_compiler, target.vocab_size)
         edits = sampling_edits(target.vocab_size, config.device, eos_token_ids)
-        self.sampler = Sampler(target.vocab_size, config.device, [*edits, self.grammars])
+        self.sampler = Sampler([*edits, self.grammars])
         prefixes = PrefixCache(
             pages, target, draft.rows, off=not config.prefix_caching, side_by_side=config.device == "cpu"
         )

@@ -30,14 +30,8 @@ from kernels.dispatch import (
 )
 from kernels.errors import UnsupportedError
 from kernels.paged import MOST_OWN, TreeRows
-from kernels.quant import (
-    dequantise_fp8,
-    dequantise_nvfp4,
-    fp8_linear,
-    nvfp4_linear,
-    quantise_fp8,
-    quantise_nvfp4,
-)
+from kernels.products import absorb_queries, down, expand_values, gate_up, linear, route
+from kernels.quant import dequantise_fp8, dequantise_nvfp4, quantise_fp8, quantise_nvfp4
 from kernels.ref import (
     compact_rows,
     gumbel_noise,
@@ -48,6 +42,7 @@ from kernels.ref import (
     rope,
     write_rows,
 )
+from kernels.stored import Stored
 
 __all__ = [
     "MOST_OWN",
@@ -55,8 +50,10 @@ __all__ = [
     "FusedLayer",
     "LayerRows",
     "LayerSizes",
+    "Stored",
     "TreeRows",
     "UnsupportedError",
+    "absorb_queries",
     "add_rms_norm",
     "ancestor_words",
     "best",
@@ -65,18 +62,20 @@ __all__ = [
     "compact_rows",
     "dequantise_fp8",
     "dequantise_nvfp4",
-    "fp8_linear",
+    "down",
+    "expand_values",
     "fused_head",
     "fused_layer",
+    "gate_up",
     "gumbel_noise",
     "half_linear",
     "has_fast_bfloat16",
     "kernels_for",
     "layer_rows",
+    "linear",
     "mha_tree_attention",
     "mla_tree_attention",
     "nucleus",
-    "nvfp4_linear",
     "pack_bytes",
     "pack_half",
     "pack_linear",
@@ -88,6 +87,7 @@ __all__ = [
     "rope",
     "rope_latent_write",
     "rope_write",
+    "route",
     "silu_mul",
     "tree_attention",
     "write_rows",

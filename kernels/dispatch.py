@@ -7,16 +7,14 @@ kernel does not take it refuses (``kernels.errors``); plain torch does not step 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_choose, paged, ref
+from kernels import cpu, cpu_choose, device, paged, ref
 from kernels.cpu_layer import FusedLayer, LayerRows, Part
-from kernels.ops import OPERATIONS
 from kernels.paged import TreeRows
 
 # Past this many multiply-adds of one sequence's attention, torch's products on all cores beat ours. A tree
@@ -31,18 +29,6 @@ def _kernels_for(x: Tensor) -> cpu.Kernels | None:
     return cpu.kernels_for(x.dtype)
 
 
-@functools.cache
-def _registered(name: str) -> Callable[..., Any]:
-    """The kernel of a registered operation. The first one imports triton."""
-    (operation,) = (operation for operation in OPERATIONS if operation.name == name)
-    return operation.load()
-
-
-def _on_gpu(x: Tensor) -> bool:
-    """Whether a tensor lies on a GPU and needs no gradient, which no kernel there has."""
-    return x.is_cuda and not (x.requires_grad and torch.is_grad_enabled())
-
-
 def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor may be handed on together with others of a dtype."""
     return (
@@ -55,8 +41,8 @@ def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension."""
-    if _on_gpu(x):
-        normed: Tensor = _registered("rms_norm")(x, weight, eps)
+    if device.on_gpu(x):
+        normed: Tensor = device.registered("rms_norm")(x, weight, eps)
         return normed
     kernels = _kernels_for(x)
     if kernels is None or not _is_plain(weight, x.dtype):
@@ -66,8 +52,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + delta, rms_norm of it)."""
-    if _on_gpu(x):
-        total, normed = _registered("add_rms_norm")(x, delta, weight, eps)
+    if device.on_gpu(x):
+        total, normed = device.registered("add_rms_norm")(x, delta, weight, eps)
         return total, normed
     kernels = _kernels_for(x)
     if kernels is None or not (_is_plain(delta, x.dtype) and _is_plain(weight, x.dtype)):
@@ -91,15 +77,19 @@ def rope_write(
     slots: Tensor | slice,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values; returns the queries [.., H, D]."""
-    if _on_gpu(heads):
-        if isinstance(slots, slice):
-            slots = torch.arange(slots.start, slots.stop, device=heads.device)
-        queries: Tensor = _registered("rope_write")(heads, num_heads, cos, sin, k_pool, v_pool, slots)
+    if device.on_gpu(heads):
+        given = cos, sin, k_pool, v_pool, _listed(slots, heads.device)
+        queries: Tensor = device.registered("rope_write")(heads, num_heads, *given)
         return queries
     kernels = _kernels_for(heads)
     if kernels is None or not _rotation_applies(heads, num_heads, cos, sin, k_pool, v_pool, slots):
         return ref.rope_write(heads, num_heads, cos, sin, k_pool, v_pool, slots)
     return cpu.rope_write(kernels, heads, num_heads, cos, sin, k_pool, v_pool, slots)
+
+
+def _listed(slots: Tensor | slice, where: torch.device) -> Tensor:
+    """Slots one by one."""
+    return torch.arange(slots.start, slots.stop, device=where) if isinstance(slots, slice) else slots
 
 
 def tree_attention(
@@ -158,8 +148,8 @@ def choose(
     seeds: Tensor,
 ) -> Tensor:
     """The tokens chosen after some nodes, [B, R]; see the reference."""
-    if logits.is_cuda:
-        choice: Tensor = _registered("choose")(logits, positions, temperature, top_p, floors, seeds)
+    if device.on_gpu(logits):
+        choice: Tensor = device.registered("choose")(logits, positions, temperature, top_p, floors, seeds)
         return choice
     kernel = cpu_choose.choose_kernel() if _is_plain(logits, torch.float32) else None
     if top_p is None:
@@ -181,7 +171,7 @@ def mha_tree_attention(
     v_scale: float = 1.0,
 ) -> Tensor:
     """Grouped-query attention of tree nodes over paged K and V, [B, N, H, D]."""
-    run = _registered("mha_tree_attention") if q.is_cuda else paged.mha_tree_attention
+    run = device.registered("mha_tree_attention") if device.on_gpu(q) else paged.mha_tree_attention
     out: Tensor = run(q, k_pool, v_pool, rows, scale, k_scale, v_scale)
     return out
 
@@ -190,7 +180,7 @@ def mla_tree_attention(
     q: Tensor, pool: Tensor, rows: TreeRows, scale: float, value_dim: int, pool_scale: float = 1.0
 ) -> Tensor:
     """Attention of tree nodes over paged latent rows, absorbed, [B, N, H, R]."""
-    run = _registered("mla_tree_attention") if q.is_cuda else paged.mla_tree_attention
+    run = device.registered("mla_tree_attention") if device.on_gpu(q) else paged.mla_tree_attention
     out: Tensor = run(q, pool, rows, scale, value_dim, pool_scale)
     return out
 
@@ -204,31 +194,33 @@ def rope_latent_write(
     sin: Tensor,
     query_scale: Tensor | None,
     pool: Tensor,
-    slots: Tensor,
+    slots: Tensor | slice,
     pool_scale: float = 1.0,
 ) -> Tensor:
     """Rotate MLA's queries, norm and rotate its latent rows and store them; returns the queries."""
-    run = _registered("rope_latent_write") if q.is_cuda else paged.rope_latent_write
+    run = paged.rope_latent_write
+    if device.on_gpu(q):
+        run, slots = device.registered("rope_latent_write"), _listed(slots, q.device)
     queries: Tensor = run(q, latents, weight, eps, cos, sin, query_scale, pool, slots, pool_scale)
     return queries
 
 
 def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:
     """Move the accepted rows of every sequence to the front of its own rows, in all layers."""
-    (_registered("compact_path") if pools.is_cuda else paged.compact_path)(pools, path, slots)
+    (device.registered("compact_path") if device.on_gpu(pools) else paged.compact_path)(pools, path, slots)
 
 
 def ancestor_words(parents: Tensor) -> Tensor:
     """Which nodes every node of a tree sees, [B, N]."""
-    run = _registered("ancestor_words") if parents.is_cuda else paged.ancestor_words
+    run = device.registered("ancestor_words") if device.on_gpu(parents) else paged.ancestor_words
     words: Tensor = run(parents)
     return words
 
 
 def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest of logits [.., V], and the logarithm of their mass; see the reference."""
-    if _on_gpu(logits):
-        values, columns, mass = _registered("best")(logits, count)
+    if device.on_gpu(logits):
+        values, columns, mass = device.registered("best")(logits, count)
         return values, columns, mass
     kernel = cpu_choose.best_kernel() if _is_plain(logits, torch.float32) else None
     return ref.best(logits, count) if kernel is None else cpu_choose.best(kernel, logits, count)

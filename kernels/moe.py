@@ -31,6 +31,11 @@ from kernels.stored import Stored, normed, product
 TILE_TOKENS = 16
 
 
+def tile_tokens_for(num_tokens: int) -> int:
+    """How many tokens a tile should have room for: about as many as an expert of Mistral Small 4 gets."""
+    return TILE_TOKENS if num_tokens <= 512 else 32 if num_tokens <= 1024 else 64
+
+
 class Routing(NamedTuple):
     """Who goes where. T tokens, K choices each, shared experts included."""
 
@@ -79,13 +84,13 @@ def route(
     expert = torch.searchsorted(tile_ends, tile, right=True).clamp_(max=len(counts) - 1)
     tile_of_expert = tile - (tile_ends - -(-counts // tile_tokens))[expert]
     first = (ends - counts)[expert] + tile_of_expert * tile_tokens
-    tiles = torch.stack((expert, first, torch.minimum(first + tile_tokens, ends[expert])), dim=1)
-    unused = torch.tensor([-1, 0, 0], device=x.device)
+    end = torch.minimum(first + tile_tokens, ends[expert])
+    used = tile < tile_ends[-1]
     return Routing(
         ids.int(),
         weights,
         flat.argsort(stable=True).int(),
-        torch.where((tile < tile_ends[-1])[:, None], tiles, unused).int(),
+        torch.stack((torch.where(used, expert, -1), first * used, end * used), dim=1).int(),
         tile_ends[-1:].int(),
     )
 

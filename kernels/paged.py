@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.mla import mla_tree_attention as latent_attention
 from kernels.mla import rope_pairs
-from kernels.ref import compact_rows, rms_norm, rope, tree_attention
+from kernels.ref import compact_rows, rms_norm, rope, tree_attention, write_rows
 
 MOST_OWN = 64  # bits of a word
 
@@ -148,7 +148,7 @@ def rope_latent_write(
     sin: Tensor,
     query_scale: Tensor | None,
     pool: Tensor,
-    slots: Tensor,
+    slots: Tensor | slice,
     pool_scale: float = 1.0,
 ) -> Tensor:
     """What lies between MLA's projections and its attention: queries are rotated and scaled, latent rows are
@@ -156,7 +156,8 @@ def rope_latent_write(
 
     q: [T, H, K + P]; latents: [T, R + P], not yet normed, rows may lie apart; weight: [R] of the norm; cos,
     sin: [T, 1, P / 2] float32; query_scale: [T, 1, 1] float32 or None; pool: [S, R + P] in q's dtype, or
-    float8_e4m3fn, which takes rows divided by ``pool_scale``; slots: [T] int64. Returns [T, H, K + P].
+    float8_e4m3fn, which takes rows divided by ``pool_scale``; slots: [T] int64, or a run of T. Returns
+    [T, H, K + P].
     """
     rank, turned_dim = len(weight), 2 * cos.shape[-1]
     row = torch.cat(
@@ -171,13 +172,13 @@ def rope_latent_write(
     return (turned if query_scale is None else turned * query_scale).to(q.dtype)
 
 
-def _store(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+def _store(pool: Tensor, slots: Tensor | slice, rows: Tensor) -> None:
     """Float32 rows [Hkv, T, D] in a pool [Hkv, S, D] of any dtype, saturated where that is FP8."""
     if pool.dtype == torch.float8_e4m3fn:  # torch has no copies by index for this type
         most = torch.finfo(pool.dtype).max
         rows = rows.clamp(-most, most).to(pool.dtype).view(torch.uint8)
         pool = pool.view(torch.uint8)
-    pool.index_copy_(1, slots, rows.to(pool.dtype))
+    write_rows(pool, slots, rows.to(pool.dtype).transpose(0, 1))
 
 
 def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:

@@ -5,7 +5,8 @@ GPU. What is said rests on assumptions, and they are said too:
 
 - 90 % of a GPU's memory can be used, of which 2 GB are kept for CUDA, activations and the few matrices that
   are held wider than they are stored.
-- Weights are held as stored, and in bfloat16 where they are not quantised. The KV cache is bfloat16.
+- Weights are held as stored, and in bfloat16 where they are not quantised. The KV cache is bfloat16, or for
+  the target e4m3 with ``--kv-cache-dtype fp8``.
 - On several GPUs weights are split evenly; latent KV rows are whole on each of them, KV heads are split.
   haast runs on one GPU today.
 - The floor of a step is what its reads take at all of the memory's bandwidth; see ``cli/roofline.py``.
@@ -40,7 +41,7 @@ from engine.cli.footprint import (
     kv_token_bytes,
     target_footprint,
 )
-from engine.cli.options import GPU_MEMORY_UTILIZATION
+from engine.cli.options import GPU_MEMORY_UTILIZATION, KV_DTYPES
 from engine.cli.roofline import GPUS, Gpu, floor_seconds, step_bytes
 from engine.config import EngineConfig, LlamaConfig, Mistral4Config
 from engine.errors import CheckpointError, ConfigError
@@ -130,12 +131,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help=f"longest prompt plus answer that must fit (default {EngineConfig().max_model_len})",
     )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=tuple(KV_DTYPES),
+        default="auto",
+        help="of the model's KV rows, as haast serve takes it",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, count, print. Raises ConfigError or CheckpointError."""
-    report = check(args.model, args.spec_model, args.max_model_len)
+    report = check(args.model, args.spec_model, args.max_model_len, args.kv_cache_dtype)
     if args.json:
         sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
     else:
@@ -143,12 +150,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(model: str | None, head: str | None = None, max_model_len: int | None = None) -> Report:
+def check(
+    model: str | None, head: str | None = None, max_model_len: int | None = None, kv_cache_dtype: str = "auto"
+) -> Report:
     """The report on a target and its draft head, from their headers.
 
     model, head: as ``engine.build.build`` takes them. max_model_len: what must fit; ``haast serve``'s default
-    if None. Raises CheckpointError for files, ConfigError for values.
+    if None. kv_cache_dtype: as its flag. Raises CheckpointError for files, ConfigError for values.
     """
+    kv_dtype = KV_DTYPES[kv_cache_dtype] or _DTYPE
     checkpoint = open_model(default_model_path() if model is None else model)
     spoken = head
     if head is None and model is None:
@@ -156,15 +166,15 @@ def check(model: str | None, head: str | None = None, max_model_len: int | None 
     draft = None if head in (None, "none", "ngram") else open_head(head)
     needed = _tokens_needed(checkpoint, max_model_len)
     target = target_footprint(checkpoint)
-    part = _target_part(checkpoint, target, DEFAULT_MODEL if model is None else checkpoint.name)
-    configs: list[LlamaConfig | Mistral4Config] = [checkpoint.config]
+    part = _target_part(checkpoint, target, DEFAULT_MODEL if model is None else checkpoint.name, kv_dtype)
+    pools = [(checkpoint.config, kv_dtype)]
     head_part, row_bytes, copied, draft_bytes = None, 0, 0, None
     if draft is not None:
         _check_pair(draft, checkpoint.config)
         footprint = head_footprint(draft)
         head_part = _head_part(draft, footprint)
         row_bytes, copied = _output_rows(draft, footprint, checkpoint.config)
-        configs.append(draft.config)
+        pools.append((draft.config, _DTYPE))
         reads = footprint.reads(draft.config, head_part.kv_bytes_per_token)
         draft_bytes = step_bytes(reads, 1, context=CONTEXT) + row_bytes
     weights = part.memory_bytes + copied + (0 if head_part is None else head_part.memory_bytes)
@@ -172,7 +182,7 @@ def check(model: str | None, head: str | None = None, max_model_len: int | None 
     gpus = tuple(
         OnGpu(
             gpu,
-            tuple(_fit(gpu, num_gpus, weights, configs, needed) for num_gpus in NUM_GPUS),
+            tuple(_fit(gpu, num_gpus, weights, pools, needed) for num_gpus in NUM_GPUS),
             {n: 1e3 * floor_seconds(step_bytes(reads, n, context=CONTEXT), gpu) for n in NUM_TOKENS},
             None if draft_bytes is None else 1e3 * floor_seconds(draft_bytes, gpu),
         )
@@ -181,9 +191,9 @@ def check(model: str | None, head: str | None = None, max_model_len: int | None 
     smallest = min((on for on in gpus if on.fits[0].fits), key=lambda on: on.gpu.memory_bytes, default=None)
     launch = None
     if smallest is not None:
-        kv_bytes = sum(kv_token_bytes(config, 1) for config in configs)
+        kv_bytes = sum(kv_token_bytes(config, 1, dtype) for config, dtype in pools)
         length = max_model_len or _launch_len(smallest.fits[0].kv_tokens, part.context)
-        launch = _launch_line(model, spoken, length, kv_bytes, smallest.fits[0].kv_tokens)
+        launch = _launch_line(model, spoken, length, kv_bytes, smallest.fits[0].kv_tokens, kv_cache_dtype)
     return Report(
         part, head_part, copied, needed, GPU_MEMORY_UTILIZATION, GPU_RESERVE, CONTEXT, gpus,
         launch, None if smallest is None else smallest.gpu.name,
@@ -212,13 +222,15 @@ def _check_pair(head: HeadCheckpoint | MistralHead, target: LlamaConfig | Mistra
             raise CheckpointError(f"head {head.path}: its {key} is {found}, the target's {expected}")
 
 
-def _target_part(checkpoint: Checkpoint | MistralCheckpoint, footprint: Footprint, name: str) -> Part:
+def _target_part(
+    checkpoint: Checkpoint | MistralCheckpoint, footprint: Footprint, name: str, kv_dtype: torch.dtype
+) -> Part:
     if isinstance(checkpoint.config, Mistral4Config):
         native = isinstance(checkpoint, NativeCheckpoint)
         form = "Mistral's, params.json" if native else "Hugging Face's, config.json"
-        return _part(name, "Mistral Small 4", form, checkpoint.config, footprint)
+        return _part(name, "Mistral Small 4", form, checkpoint.config, footprint, kv_dtype)
     form = "GGUF" if checkpoint.path.is_file() else "Hugging Face's, config.json"
-    return _part(name, "Llama", form, checkpoint.config, footprint)
+    return _part(name, "Llama", form, checkpoint.config, footprint, kv_dtype)
 
 
 def _head_part(head: HeadCheckpoint | MistralHead, footprint: Footprint) -> Part:
@@ -230,7 +242,12 @@ def _head_part(head: HeadCheckpoint | MistralHead, footprint: Footprint) -> Part
 
 
 def _part(
-    name: str, architecture: str, form: str, config: LlamaConfig | Mistral4Config, footprint: Footprint
+    name: str,
+    architecture: str,
+    form: str,
+    config: LlamaConfig | Mistral4Config,
+    footprint: Footprint,
+    kv_dtype: torch.dtype = _DTYPE,
 ) -> Part:
     moe = config if isinstance(config, Mistral4Config) else None
     return Part(
@@ -246,7 +263,7 @@ def _part(
         parameters=footprint.parameters,
         stored_bytes=footprint.stored_bytes,
         memory_bytes=footprint.memory_bytes,
-        kv_bytes_per_token=kv_token_bytes(config, 1),
+        kv_bytes_per_token=kv_token_bytes(config, 1, kv_dtype),
         elements=dict(footprint.elements),
         groups=footprint.groups,
     )
@@ -268,9 +285,13 @@ def _output_rows(
 
 
 def _fit(
-    gpu: Gpu, num_gpus: int, weights: int, configs: list[LlamaConfig | Mistral4Config], needed: int
+    gpu: Gpu,
+    num_gpus: int,
+    weights: int,
+    pools: list[tuple[LlamaConfig | Mistral4Config, torch.dtype]],
+    needed: int,
 ) -> Fit:
-    kv_bytes = sum(kv_token_bytes(config, num_gpus) for config in configs)
+    kv_bytes = sum(kv_token_bytes(config, num_gpus, dtype) for config, dtype in pools)
     left = int(gpu.memory_bytes * GPU_MEMORY_UTILIZATION) - GPU_RESERVE - -(-weights // num_gpus)
     page_size = EngineConfig().page_size
     num_pages = max(left, 0) // (kv_bytes * page_size)
@@ -283,7 +304,9 @@ def _launch_len(kv_tokens: int, context: int) -> int:
     return length // 1024 * 1024 or length
 
 
-def _launch_line(model: str | None, head: str | None, length: int, kv_bytes: int, kv_tokens: int) -> str:
+def _launch_line(
+    model: str | None, head: str | None, length: int, kv_bytes: int, kv_tokens: int, kv_cache_dtype: str
+) -> str:
     """haast serve with the KV memory of all requests that run at once, or as much as there is."""
     default = EngineConfig()
     page_size = default.page_size
@@ -292,6 +315,7 @@ def _launch_line(model: str | None, head: str | None, length: int, kv_bytes: int
     words = ["haast", "serve", *([] if model is None else [model])]
     words += [] if head is None else ["--spec-model", head]
     words += ["--max-model-len", str(length)]
+    words += [] if kv_cache_dtype == "auto" else ["--kv-cache-dtype", kv_cache_dtype]
     words += ["--kv-cache-memory", str(num_pages * page_size * kv_bytes)]
     return shlex.join(words)
 

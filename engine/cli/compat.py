@@ -115,11 +115,6 @@ TABLE: Final[tuple[Row, ...]] = (
     _switch("refuse", _NO_LORA, "--enable-lora"),
     Row(("--lora-modules", "--lora-paths"), _NO_LORA, takes="values"),
     # memory and steps
-    Row(
-        ("--kv-cache-dtype",),
-        "the KV cache has the type of --dtype: use auto, or leave the flag out",
-        ("auto",),
-    ),
     _switch(
         "accept",
         "prompts longer than --max-num-batched-tokens always take several steps",

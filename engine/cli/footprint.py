@@ -162,12 +162,14 @@ def head_footprint(head: HeadCheckpoint | MistralHead) -> Footprint:
     return _of_tensors(stored, unloaded, 0 if table is None else table.num_elements * _WIDTH)
 
 
-def kv_token_bytes(config: LlamaConfig | Mistral4Config, num_gpus: int = 1) -> int:
-    """Bytes of a token's cached rows in bfloat16, on each of so many GPUs."""
+def kv_token_bytes(
+    config: LlamaConfig | Mistral4Config, num_gpus: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes of a token's cached rows, on each of so many GPUs."""
     if isinstance(config, Mistral4Config):
-        return LatentPool.bytes_per_slot(config.num_layers, config.latent_dim, torch.bfloat16)
+        return LatentPool.bytes_per_slot(config.num_layers, config.latent_dim, dtype)
     heads = -(-config.num_kv_heads // num_gpus)
-    return KVPool.bytes_per_slot(config.num_layers, heads, config.head_dim, torch.bfloat16)
+    return KVPool.bytes_per_slot(config.num_layers, heads, config.head_dim, dtype)
 
 
 def _check_llama_head(head: HeadCheckpoint, stored: Mapping[str, Stored]) -> None:

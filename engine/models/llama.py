@@ -6,6 +6,7 @@ their Hugging Face names; checkpoint readers deliver that dict, already checked 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from engine.config import LlamaConfig
@@ -47,7 +48,8 @@ class Llama(Decoder):
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after
-    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear).
+    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear);
+    kv_dtype: of the rows, the model's if None.
     """
 
     layers: list[DecoderLayer]
@@ -59,6 +61,7 @@ class Llama(Decoder):
         num_slots: int,
         feature_layers: tuple[int, ...] = (),
         half_weights: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.config, self.tied = config, config.tie_word_embeddings
         self.feature_layers = feature_layers
@@ -80,9 +83,8 @@ class Llama(Decoder):
             self.dtype,
             self.device,
         )
-        self.pool = KVPool(
-            config.num_layers, config.num_kv_heads, config.head_dim, num_slots, self.dtype, self.device
-        )
+        sizes = config.num_layers, config.num_kv_heads, config.head_dim
+        self.pool = KVPool(*sizes, num_slots, kv_dtype or self.dtype, self.device)
 
     def output_rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the output matrix, [n, H]; where it is the embedding, of that, which is never rounded."""

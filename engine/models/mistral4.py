@@ -17,11 +17,12 @@ from engine.models.decoder import Decoder
 from engine.nn.linear import Linear, fuse
 from engine.nn.mla import MultiHeadLatentAttention
 from engine.nn.mlp import SwiGLU
-from engine.nn.moe import Experts, MixtureOfExperts, Router
+from engine.nn.moe import MixtureOfExperts
+from engine.nn.norm import Norm
 from engine.nn.rope import PairRope, PairRotation
-from engine.nn.weight import Weights, dequantise
+from engine.nn.stack import kind_of, split_experts, stack
+from engine.nn.weight import Weight, Weights, dequantise
 from engine.rows import RowPlan
-from kernels import add_rms_norm, rms_norm
 
 
 def take_plain(weights: Weights, name: str) -> Tensor:
@@ -40,20 +41,20 @@ class DecoderLayer:
     def __init__(
         self, config: Mistral4Config, weights: Weights, prefix: str, dtype: torch.dtype, half: bool = False
     ) -> None:
-        self.eps = config.rms_norm_eps
-        self.attention_norm = take_plain(weights, f"{prefix}.attention_norm.weight")
-        self.ffn_norm = take_plain(weights, f"{prefix}.ffn_norm.weight")
+        self.attention_norm, self.ffn_norm = (
+            Norm(take_plain(weights, f"{prefix}.{name}.weight"), config.rms_norm_eps)
+            for name in ("attention_norm", "ffn_norm")
+        )
         self.attention = _attention(config, weights, f"{prefix}.attention", dtype, half)
         self.mlp: SwiGLU | MixtureOfExperts
         if config.num_experts:
             self.mlp = _mixture(config, weights, prefix, half)
         else:
-            self.mlp = _swiglu(weights, f"{prefix}.feed_forward", half)
+            self.mlp = _swiglu(_take_swiglu(weights, f"{prefix}.feed_forward"), half)
 
     def __call__(self, x: Tensor, rotation: PairRotation, pool: Tensor, plan: RowPlan) -> Tensor:
-        attended = self.attention(rms_norm(x, self.attention_norm, self.eps), rotation, pool, plan)
-        x, normed = add_rms_norm(x, attended, self.ffn_norm, self.eps)
-        return x + self.mlp(normed)
+        x = self.attention(x, self.attention_norm, rotation, pool, plan)
+        return self.mlp(x, self.ffn_norm, residual=x)
 
 
 def _attention(
@@ -72,16 +73,37 @@ def _attention(
 
 
 def _mixture(config: Mistral4Config, weights: Weights, prefix: str, half: bool) -> MixtureOfExperts:
+    """The experts of a layer as two stacks, the shared one in them if it is stored as the routed ones are.
+
+    Stacking copies: for a moment, one layer's experts are there twice.
+    """
     gate = take_plain(weights, f"{prefix}.gate.weight")
-    return MixtureOfExperts(
-        Router(gate, config.num_experts_per_tok, config.routed_scaling_factor),
-        Experts(*(weights.pop(f"{prefix}.experts.{part}") for part in ("w1", "w3", "w2"))),
-        _swiglu(weights, f"{prefix}.shared_experts", half) if config.num_shared_experts else None,
-    )
+    w1, w3, w2 = (weights.pop(f"{prefix}.experts.{part}") for part in _PARTS)
+    num_shared, apart = config.num_shared_experts, None
+    gate_up: list[list[Weight]] = [[w1, w3]]
+    down: list[list[Weight]] = [[w2]]
+    if num_shared:
+        shared = _take_swiglu(weights, f"{prefix}.shared_experts")
+        if [kind_of(weight) for weight in shared] == [kind_of(weight) for weight in (w1, w3, w2)]:
+            below, alone = split_experts(*shared, num_shared)
+            gate_up, down = [*gate_up, below], [*down, alone]
+        else:
+            apart = _swiglu(shared, half)
+    chosen, scale = config.num_experts_per_tok, config.routed_scaling_factor
+    return MixtureOfExperts(gate, stack(*gate_up), stack(*down), chosen, scale, apart)
 
 
-def _swiglu(weights: Weights, prefix: str, half: bool) -> SwiGLU:
-    w1, w3, w2 = (weights.pop(f"{prefix}.{part}.weight") for part in ("w1", "w3", "w2"))
+_PARTS = ("w1", "w3", "w2")  # gate, up and down
+_Parts = tuple[Weight, Weight, Weight]
+
+
+def _take_swiglu(weights: Weights, prefix: str) -> _Parts:
+    w1, w3, w2 = (weights.pop(f"{prefix}.{part}.weight") for part in _PARTS)
+    return w1, w3, w2
+
+
+def _swiglu(parts: _Parts, half: bool) -> SwiGLU:
+    w1, w3, w2 = parts
     return SwiGLU(fuse(w1, w3, half=half), Linear(w2, half=half))
 
 
@@ -90,8 +112,8 @@ class Mistral4(Decoder):
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after
-    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear); routed
-    experts stay as they are.
+    it. half_weights: matrices in float16 where a CPU multiplies those faster (see engine.nn.linear); experts
+    stay as they are. kv_dtype: of the rows, the model's if None.
     """
 
     layers: list[DecoderLayer]
@@ -103,6 +125,7 @@ class Mistral4(Decoder):
         num_slots: int,
         feature_layers: tuple[int, ...] = (),
         half_weights: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
         self.feature_layers = feature_layers
@@ -116,4 +139,5 @@ class Mistral4(Decoder):
         ]
         assert not weights, f"weights left over: {sorted(weights)[:3]}"
         self.rope = PairRope(config, self.device)
-        self.pool = LatentPool(config.num_layers, config.latent_dim, num_slots, self.dtype, self.device)
+        rows = kv_dtype or self.dtype
+        self.pool = LatentPool(config.num_layers, config.latent_dim, num_slots, rows, self.device)

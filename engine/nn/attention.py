@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.nn.linear import Linear
+from engine.nn.norm import Norm
 from engine.rows import Part, RowPlan
 from kernels import mha_tree_attention, rope_write, tree_attention
 
@@ -18,10 +19,17 @@ class Attention:
         self.scale = head_dim**-0.5
 
     def __call__(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor], plan: RowPlan
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        residual: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        pool: tuple[Tensor, Tensor],
+        plan: RowPlan,
     ) -> Tensor:
-        """x: [T, input size] -> [T, hidden]; K and V of all rows are written before they are read."""
-        heads = self.qkv(x).view(len(x), -1, self.head_dim)
+        """residual + attention of (x, normed). x: [T, input size]; residual: [T, hidden] -> the same. K and V
+        of all rows are written before they are read."""
+        heads = self.qkv(x, norm).view(len(x), -1, self.head_dim)
         q = rope_write(heads, self.num_heads, *cos_sin, *pool, plan.write)
 
         def attention(q: Tensor, part: Part) -> Tensor:
@@ -29,4 +37,4 @@ class Attention:
                 return mha_tree_attention(q, *pool, part.tree, self.scale)
             return tree_attention(q, *pool, part.read, part.bias, self.scale)
 
-        return self.out(plan.attend(q, attention))
+        return self.out(plan.attend(q, attention), residual=residual)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from engine.nn.attention import Attention
 from engine.nn.mlp import SwiGLU
+from engine.nn.norm import Norm
 from engine.rows import RowPlan
-from kernels import LayerSizes, add_rms_norm, fused_layer, rms_norm
+from kernels import LayerSizes, fused_layer
 
 
 class DecoderLayer:
@@ -23,8 +24,9 @@ class DecoderLayer:
     def __init__(
         self, input_norm: Tensor | None, attention: Attention, post_norm: Tensor, mlp: SwiGLU, eps: float
     ) -> None:
-        self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
-        self.eps = eps
+        self.attention, self.mlp = attention, mlp
+        self.input_norm = None if input_norm is None else Norm(input_norm, eps)
+        self.post_norm = Norm(post_norm, eps)
         sizes = LayerSizes(
             len(post_norm),
             attention.num_heads,
@@ -50,9 +52,6 @@ class DecoderLayer:
             rows = plan.for_layers(self.fused, rotation, pool)
             if rows is not None:
                 return self.fused(x, pool, rows, given)
-        if given is None:
-            assert self.input_norm is not None
-            given = rms_norm(x, self.input_norm, self.eps)
-        attended = self.attention(given, rotation, pool, plan)
-        x, normed = add_rms_norm(x, attended, self.post_norm, self.eps)
-        return x + self.mlp(normed)
+        given, norm = (x, self.input_norm) if given is None else (given, None)
+        x = self.attention(given, norm, x, rotation, pool, plan)
+        return self.mlp(x, self.post_norm, residual=x)

@@ -1,12 +1,15 @@
 """One Linear with a scheme: how the weight is stored and multiplied.
 
-dense    any dtype and device, ``F.linear``
+dense    any dtype and device
 packed   CPU: the weight reordered once for oneDNN
 half     CPU without bfloat16 units: float16 weight, float32 everything else; half the bytes of float32
 bytes    the same with 255 values an output, for a head: what it rounds changes no token that is emitted
 fp8      an Fp8Weight, W8A16: the codes as stored, one byte an element
 nvfp4    an Nvfp4Weight, W4A16: codes and block scales as stored, 0.5625 bytes an element
 mixed    several weights of different kinds: one product each, outputs side by side
+
+The first and the quantised ones are ``kernels.linear``, which on a GPU does the norm before a product of few
+rows and the addition behind it in the same launch.
 
 Quantised weights are never requantised and their activations never rounded: an ``input_scale`` is ignored,
 which is the more accurate reading of a W8A8 or W4A4 checkpoint.
@@ -18,14 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from engine.nn.weight import Fp8Weight, Nvfp4Weight, Weight
+from engine.nn.norm import Norm
+from engine.nn.stack import kind_of, stack
+from engine.nn.weight import Weight
 from kernels import (
-    fp8_linear,
+    Stored,
     half_linear,
-    nvfp4_linear,
+    linear,
     pack_bytes,
     pack_half,
     pack_linear,
@@ -36,7 +40,7 @@ from kernels import (
 # Rows that a speculative step usually has: the hint for the packed layout.
 _TYPICAL_ROWS = 8
 
-# How a weight is multiplied: (x, what is stored of the weight) -> y.
+# How a packed weight is multiplied: (x, what it was packed into) -> y.
 _Product = Callable[[Tensor, Any], Tensor]
 
 
@@ -55,17 +59,22 @@ class Linear:
         assert len({weight.shape[1] for weight in weights}) == 1, "fused weights read the same input"
         self.out_features = sum(weight.shape[0] for weight in weights)
         self.in_features = weights[0].shape[1]
-        self._multiply: _Product
+        self._multiply: _Product | None
         self.scheme, self._multiply, self._held = _choose(weights, half, coarse)
-        self.weight: Tensor | None = self._held if self.scheme == "dense" else None
+        self.weight: Tensor | None = self._held.codes if self.scheme == "dense" else None
 
     @property
     def packed(self) -> Any | None:
         """The weight as packed for products of few rows on a CPU, if it is."""
         return self._held if self.scheme in ("half", "bytes") else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self._held)
+    def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """residual + (x, normed) @ weight.T. x: [.., in] -> [.., out]."""
+        if self._multiply is None:
+            weight, eps = (None, 0.0) if norm is None else norm
+            return linear(x, self._held, weight, eps, residual)
+        y = self._multiply(x if norm is None else norm(x), self._held)
+        return y if residual is None else residual + y
 
 
 def fuse(*weights: Weight, half: bool = False, coarse: bool = False) -> Linear:
@@ -76,27 +85,18 @@ def fuse(*weights: Weight, half: bool = False, coarse: bool = False) -> Linear:
     return Linear(*weights, half=half, coarse=coarse)
 
 
-def _choose(weights: Sequence[Weight], half: bool, coarse: bool) -> tuple[str, _Product, Any]:
-    """(scheme, product, what it holds of the weights)."""
-    plain = [weight for weight in weights if isinstance(weight, Tensor)]
-    fp8 = [weight for weight in weights if isinstance(weight, Fp8Weight)]
-    nvfp4 = [weight for weight in weights if isinstance(weight, Nvfp4Weight)]
-    if len(plain) == len(weights):
-        matrix = _rows(plain)
-        for scheme, multiply, packed in _packings(matrix, half, coarse):
-            if packed is not None:  # it replaces the weight: two copies would double a CPU server's memory
-                return scheme, multiply, packed
-        return "dense", F.linear, matrix
-    if len(fp8) == len(weights):
-        held = _rows([weight.codes for weight in fp8]), _row_scales(fp8, [weight.scale for weight in fp8])
-        return "fp8", lambda x, held: fp8_linear(x, *held), held
-    if len(nvfp4) == len(weights):
-        codes = _rows([weight.codes for weight in nvfp4])
-        block_scales = _rows([weight.block_scales for weight in nvfp4])
-        divisors = _row_scales(nvfp4, [weight.divisor for weight in nvfp4])
-        return "nvfp4", lambda x, held: nvfp4_linear(x, *held), (codes, block_scales, divisors)
-    parts = tuple(Linear(weight, half=half, coarse=coarse) for weight in weights)
-    return "mixed", lambda x, parts: torch.cat([part(x) for part in parts], dim=-1), parts
+def _choose(weights: Sequence[Weight], half: bool, coarse: bool) -> tuple[str, _Product | None, Any]:
+    """(scheme, product, what it holds of the weights); the product is None where that is a ``Stored``."""
+    if len({kind_of(weight) for weight in weights}) > 1:
+        parts = tuple(Linear(weight, half=half, coarse=coarse) for weight in weights)
+        return "mixed", lambda x, parts: torch.cat([part(x) for part in parts], dim=-1), parts
+    stored: Stored = stack(weights)
+    if stored.kind != "plain":
+        return stored.kind, None, stored
+    for scheme, multiply, packed in _packings(stored.codes, half, coarse):
+        if packed is not None:  # it replaces the weight: two copies would double a CPU server's memory
+            return scheme, multiply, packed
+    return "dense", None, stored
 
 
 def _packings(weight: Tensor, half: bool, coarse: bool) -> Iterator[tuple[str, _Product, Any | None]]:
@@ -106,19 +106,3 @@ def _packings(weight: Tensor, half: bool, coarse: bool) -> Iterator[tuple[str, _
     if half:
         yield "half", half_linear, pack_half(weight)
     yield "packed", packed_linear, pack_linear(weight, _TYPICAL_ROWS)
-
-
-def _rows(matrices: Sequence[Tensor]) -> Tensor:
-    """Matrices below one another; a single one itself, without a copy."""
-    if len(matrices) == 1:
-        return matrices[0]
-    if matrices[0].dtype == torch.float8_e4m3fn:  # FP8 tensors know few operations, bytes all of them
-        return torch.cat([matrix.view(torch.uint8) for matrix in matrices]).view(torch.float8_e4m3fn)
-    return torch.cat(list(matrices))
-
-
-def _row_scales(weights: Sequence[Weight], scales: Sequence[Tensor]) -> Tensor:
-    """[] for one weight, else [out]: every output row's own scale."""
-    if len(weights) == 1:
-        return scales[0]
-    return torch.cat([scale.expand(weight.shape[0]) for weight, scale in zip(weights, scales, strict=True)])

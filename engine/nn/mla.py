@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from engine.config import Mistral4Config
 from engine.nn.linear import Linear
+from engine.nn.norm import Norm
 from engine.nn.rope import PairRotation
 from engine.rows import Part, RowPlan
+from kernels import absorb_queries, expand_values, rope_latent_write
 from kernels import mla_tree_attention as paged_attention
-from kernels import rms_norm, write_rows
-from kernels.mla import absorb_queries, expand_values, mla_prompt_attention, mla_tree_attention, rope_pairs
+from kernels.mla import mla_prompt_attention, mla_tree_attention
 
 
 def softmax_scale(config: Mistral4Config) -> float:
@@ -62,9 +62,9 @@ class MultiHeadLatentAttention:
         kv_b: Tensor,
         out: Linear,
     ) -> None:
-        self.down, self.q_norm, self.q_b, self.kv_norm, self.out = down, q_norm, q_b, kv_norm, out
-        self.num_heads, self.eps = config.num_heads, config.rms_norm_eps
-        self.q_rank, self.kv_rank = config.q_lora_rank, config.kv_lora_rank
+        self.down, self.q_b, self.out = down, q_b, out
+        self.q_norm, self.kv_norm = Norm(q_norm, config.rms_norm_eps), Norm(kv_norm, config.rms_norm_eps)
+        self.num_heads, self.q_rank, self.kv_rank = config.num_heads, config.q_lora_rank, config.kv_lora_rank
         self.content_dim = config.qk_nope_head_dim
         self.scale = softmax_scale(config)
         self.most_absorbed = most_absorbed(config)
@@ -72,15 +72,14 @@ class MultiHeadLatentAttention:
         self.key_up = heads[:, : self.content_dim].contiguous()  # [H, K, R]
         self.value_up = heads[:, self.content_dim :].contiguous()  # [H, V, R]
 
-    def __call__(self, x: Tensor, rotation: PairRotation, pool: Tensor, plan: RowPlan) -> Tensor:
-        """x: [T, hidden] -> the same; pool: [S, R + P]. The latents of all rows are written before they are
-        read."""
-        down = self.down(x)
-        key_at = self.q_rank + self.kv_rank
-        latent, key = down[..., self.q_rank : key_at], down[..., key_at:]
-        key = rope_pairs(key.unsqueeze(-2), rotation.cos, rotation.sin).squeeze(-2).to(x.dtype)
-        rows = torch.cat((rms_norm(latent, self.kv_norm, self.eps), key), dim=-1)
-        write_rows(pool[None], plan.write, rows.unsqueeze(1))
+    def __call__(self, x: Tensor, norm: Norm, rotation: PairRotation, pool: Tensor, plan: RowPlan) -> Tensor:
+        """x + attention of x, normed. x: [T, hidden] -> the same; pool: [S, R + P]. The latents of all rows
+        are written before they are read."""
+        down = self.down(x, norm)
+        low, latents = down[:, : self.q_rank], down[:, self.q_rank :]
+        q = self.q_b(low, self.q_norm).view(len(x), self.num_heads, -1)
+        turn, scale = (rotation.cos, rotation.sin), rotation.query_scale
+        q = rope_latent_write(q, latents, *self.kv_norm, *turn, scale, pool, plan.write)
 
         def attention(q: Tensor, part: Part) -> Tensor:
             if part.tree is not None:
@@ -94,13 +93,4 @@ class MultiHeadLatentAttention:
             latents = mla_tree_attention(q, pool, part.read, part.bias, self.scale, self.kv_rank)
             return expand_values(latents, self.value_up)
 
-        return self.out(plan.attend(self._queries(down[..., : self.q_rank], rotation), attention))
-
-    def _queries(self, low: Tensor, rotation: PairRotation) -> Tensor:
-        """[T, q_lora_rank] -> [T, H, K + P], rotated and scaled in float32 and rounded once."""
-        q = self.q_b(rms_norm(low, self.q_norm, self.eps)).view(len(low), self.num_heads, -1)
-        content, rotated = q[..., : self.content_dim], q[..., self.content_dim :]
-        turned = torch.cat((content.float(), rope_pairs(rotated, rotation.cos, rotation.sin)), dim=-1)
-        if rotation.query_scale is not None:
-            turned = turned * rotation.query_scale
-        return turned.to(q.dtype)
+        return self.out(plan.attend(q, attention), residual=x)

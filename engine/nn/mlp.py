@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.nn.linear import Linear
+from engine.nn.norm import Norm
 from kernels import silu_mul
 
 
@@ -14,5 +15,6 @@ class SwiGLU:
     def __init__(self, gate_up: Linear, down: Linear) -> None:
         self.gate_up, self.down = gate_up, down
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(silu_mul(self.gate_up(x)))
+    def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """residual + block of (x, normed); x: [T, H] -> the same."""
+        return self.down(silu_mul(self.gate_up(x, norm)), residual=residual)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import paged, ref
+from kernels import mla, paged, ref
 from kernels.ops.base import (
     BFLOAT16,
     EXACT,
@@ -101,6 +101,31 @@ def _latent_cost(q: Tensor, latents: Tensor, *rest: Any) -> Cost:
     return Cost(2 * size_of(q) + size_of(latents) + latents.numel() * rest[5].element_size())
 
 
+def _absorbed(source: Source, num_nodes: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Arguments:
+    """Queries of so many heads, content and rotated, and the matrices into a latent space."""
+    heads, content, turned, rank = sizes
+    q = source.normal(2, num_nodes, heads, content + turned, dtype=dtype)
+    return q, source.normal(heads, content, rank, dtype=dtype, scale=content**-0.5)
+
+
+def _absorb_cost(q: Tensor, key_up: Tensor) -> Cost:
+    _, content, rank = key_up.shape
+    written = q[..., 0].numel() * (rank + q.shape[-1] - content) * q.element_size()
+    return Cost(size_of(q, key_up) + written, 2 * q.shape[:2].numel() * key_up.numel())
+
+
+def _expanded(source: Source, num_nodes: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Arguments:
+    """Latents of so many heads, and the matrices out of their space."""
+    heads, rank, value = sizes
+    latents = source.normal(2, num_nodes, heads, rank, dtype=dtype)
+    return latents, source.normal(heads, value, rank, dtype=dtype, scale=rank**-0.5)
+
+
+def _expand_cost(latents: Tensor, value_up: Tensor) -> Cost:
+    written = latents[..., 0].numel() * value_up.shape[1] * latents.element_size()
+    return Cost(size_of(latents, value_up) + written, 2 * latents.shape[:2].numel() * value_up.numel())
+
+
 def _paths(source: Source, num_seqs: int, num_nodes: int, accepted: int, pools: tuple[int, ...]) -> Arguments:
     """The last ``accepted`` nodes of a tree and its root; every other sequence accepts the root alone."""
     last = range(num_nodes - accepted, num_nodes)
@@ -172,6 +197,20 @@ _LATENT_REAL = (
     *(_case(f"{rows} tokens", BFLOAT16, _latent, rows, 32, _SIZES, _BF16, _BF16) for rows in (1, 8, 512)),
     _case("fp8, 8 tokens", _CODES, _latent, 8, 32, _SIZES, _BF16, _FP8),
 )
+_ABSORB_TINY = (
+    _case("3 nodes", _TURNED, _absorbed, 3, (2, 16, 8, 40), _F32),
+    _case("odd sizes", _TURNED, _absorbed, 9, (3, 6, 10, 20), _F32),
+)
+_ABSORB_REAL = tuple(
+    _case(f"2 x {nodes} nodes", BFLOAT16, _absorbed, nodes, (32, 64, 64, 256), _BF16) for nodes in (1, 4, 32)
+)
+_EXPAND_TINY = (
+    _case("3 nodes", _TURNED, _expanded, 3, (2, 32, 40), _F32),
+    _case("odd sizes", _TURNED, _expanded, 9, (3, 20, 10), _F32),
+)
+_EXPAND_REAL = tuple(
+    _case(f"2 x {nodes} nodes", BFLOAT16, _expanded, nodes, (32, 256, 128), _BF16) for nodes in (1, 4, 32)
+)
 _PATH_TINY = (
     _case("overlapping", EXACT, _paths, 3, 5, 3, (2, 1, 1, 20)),
     _case("wide rows", EXACT, _paths, 2, 9, 4, (1, 2, 2, 130)),
@@ -210,6 +249,14 @@ OPERATIONS = (
         *("rope_latent_write", paged.rope_latent_write, "rope:rope_latent_write"),
         *(_LATENT_TINY, _LATENT_REAL, _latent_cost),
         changes=(7,),
+    ),
+    Operation(
+        *("absorb_queries", mla.absorb_queries, "heads:absorb_queries"),
+        *(_ABSORB_TINY, _ABSORB_REAL, _absorb_cost),
+    ),
+    Operation(
+        *("expand_values", mla.expand_values, "heads:expand_values"),
+        *(_EXPAND_TINY, _EXPAND_REAL, _expand_cost),
     ),
     Operation(
         *("compact_path", paged.compact_path, "tree:compact_path", _PATH_TINY, _PATH_REAL, _path_cost),

@@ -161,11 +161,11 @@ def gate_up(
     eps: float = 0.0,
     tile_tokens: int = TILE_TOKENS,
 ) -> Tensor:
-    """silu(gate x) * up x of every entry; x in bfloat16. See ``kernels.moe.gate_up``."""
-    operands = check_stored("gate_up", weight, 3)
+    """silu(gate x) * up x of every entry. See ``kernels.moe.gate_up``."""
+    operands = check_stored("gate_up", weight, 3, x.dtype)
     num_experts, num_rows, width = weight.shape
-    check_rows("gate_up", "x", x, width)
-    check_norm("gate_up", norm, width)
+    check_rows("gate_up", "x", x, width, x.dtype)
+    check_norm("gate_up", norm, width, x.dtype)
     require(not (operands.rounded and norm is not None), "gate_up", "a norm together with an input scale")
     require(num_rows % 32 == 0, "gate_up", f"the weight has {num_rows} rows, expected a multiple of 32")
     _check_routing("gate_up", routing, len(x), tile_tokens)
@@ -173,11 +173,11 @@ def gate_up(
     out = torch.empty(len(routing.entries), inner, dtype=x.dtype, device=x.device)
     if not len(x):
         return out
-    tile = tile_for(x.device, "gate_up", operands.kind, len(x)).fitted(num_rows, width)
+    tile = tile_for(x.device, "gate_up", operands.kind, len(x), x.dtype).fitted(num_rows, width)
     _gate_up[2 * inner // tile.rows, len(routing.tiles)](
         operands.seen(x),
         operands.seen(norm),
-        operands.seen(weight.codes),
+        operands.codes(weight),
         weight.block_scales,
         weight.scale,
         weight.input_scale,
@@ -203,26 +203,26 @@ def down(
     tile_tokens: int = TILE_TOKENS,
 ) -> Tensor:
     """residual + the weighted sum of down y over each token's choices. See ``kernels.moe.down``."""
-    operands = check_stored("down", weight, 3)
+    operands = check_stored("down", weight, 3, y.dtype)
     _, hidden, width = weight.shape
     num_tokens, num_choices = routing.ids.shape
-    check_rows("down", "y", y, width)
+    check_rows("down", "y", y, width, y.dtype)
     _check_routing("down", routing, num_tokens, tile_tokens)
     found = f"y has {len(y)} rows, expected one for each of {len(routing.entries)} entries"
     require(len(y) == len(routing.entries), "down", found)
     if residual is not None:
-        check_rows("down", "residual", residual, hidden)
+        check_rows("down", "residual", residual, hidden, y.dtype)
         found = f"residual has {len(residual)} rows, expected {num_tokens}"
         require(len(residual) == num_tokens, "down", found)
     out = torch.empty(num_tokens, hidden, dtype=y.dtype, device=y.device)
     if not num_tokens:
         return out
-    tile = tile_for(y.device, "down", operands.kind, num_tokens).fitted(hidden, width)
+    tile = tile_for(y.device, "down", operands.kind, num_tokens, y.dtype).fitted(hidden, width)
     num_blocks = hidden // tile.rows
     parts = torch.empty(len(y), hidden, dtype=torch.float32, device=y.device)
     _down[num_blocks, len(routing.tiles)](
         operands.seen(y),
-        operands.seen(weight.codes),
+        operands.codes(weight),
         weight.block_scales,
         weight.scale,
         weight.input_scale,

@@ -19,7 +19,7 @@ from kernels.stored import Stored
 from kernels.triton.host import num_processors, power_of_two
 from kernels.triton.product import arrived_last, multiply
 from kernels.triton.scratch import counters
-from kernels.triton.stored import check_norm, check_rows, check_stored
+from kernels.triton.stored import check_norm, check_row_shape, check_rows, check_stored
 from kernels.triton.tiles import Tile, tile_for
 
 
@@ -37,11 +37,11 @@ def _linear(
     counter: tl.tensor,
     out: tl.tensor,
     all_tokens: tl.tensor,
+    x_stride: tl.tensor,
     width: tl.tensor,
     all_rows: tl.tensor,
     num_groups: tl.tensor,
     eps: tl.tensor,
-    word: tl.constexpr,
     num_tokens: tl.constexpr,
     num_rows: tl.constexpr,
     num_splits: tl.constexpr,
@@ -62,7 +62,7 @@ def _linear(
     if rounded:
         inverse = 1.0 / tl.load(input_scale)
     y, squares = multiply(
-        x, norm, weight, block_scales, token * (width // word), live, row.to(tl.int64), width, split * share,
+        x, norm, weight, block_scales, token * x_stride, live, row.to(tl.int64), width, split * share,
         (split + 1) * share, inverse, num_tokens, num_rows, step, normed, nvfp4, rounded, swap, operand,
     )  # fmt: skip
     if num_splits > 1:
@@ -95,24 +95,27 @@ def _linear(
 def linear(
     x: Tensor, weight: Stored, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None
 ) -> Tensor:
-    """residual + (x, normed) @ weight.T for bfloat16 rows x [T, in]. See ``kernels.stored.linear``.
+    """residual + (x, normed) @ weight.T for rows x [T, in], which may lie apart. See
+    ``kernels.stored.linear``.
 
     Takes any number of tokens, in tiles of at most 64; past a few hundred, matrix products made for many
     rows are faster.
     """
-    operands = check_stored("linear", weight, 2)
+    operands = check_stored("linear", weight, 2, x.dtype)
     num_rows, width = weight.shape
-    check_rows("linear", "x", x, width)
-    check_norm("linear", norm, width)
+    check_row_shape("linear", "x", x, width, x.dtype)
+    check_norm("linear", norm, width, x.dtype)
+    apart = f"rows of x lie {x.stride(0)} numbers apart, expected a multiple of {operands.word}"
+    require(x.stride(0) % operands.word == 0, "linear", apart)
     require(not (operands.rounded and norm is not None), "linear", "a norm together with an input scale")
     if residual is not None:
-        check_rows("linear", "residual", residual, num_rows)
+        check_rows("linear", "residual", residual, num_rows, x.dtype)
         require(len(residual) == len(x), "linear", f"residual has {len(residual)} rows, expected {len(x)}")
     num_tokens, device = len(x), x.device
     out = torch.empty(num_tokens, num_rows, dtype=x.dtype, device=device)
     if not num_tokens:
         return out
-    tile = _split(tile_for(device, "linear", operands.kind, num_tokens), num_rows, width, device)
+    tile = _split(tile_for(device, "linear", operands.kind, num_tokens, x.dtype), num_rows, width, device)
     padded = min(tile.tokens, max(16, power_of_two(num_tokens)))
     blocks = num_rows // tile.rows, -(-num_tokens // padded)
     partial = partial_squares = counter = out  # none of them is touched by a program alone with its rows
@@ -124,7 +127,7 @@ def linear(
     _linear[*blocks, tile.splits](
         operands.seen(x),
         operands.seen(norm),
-        operands.seen(weight.codes),
+        operands.codes(weight),
         weight.block_scales,
         weight.scale,
         weight.input_scale,
@@ -134,11 +137,11 @@ def linear(
         counter,
         out,
         num_tokens,
+        x.stride(0) // operands.word,
         width,
         num_rows,
         1 if weight.scale is None else weight.scale.shape[-1],
         eps,
-        word=operands.word,
         num_tokens=padded,
         num_rows=tile.rows,
         num_splits=tile.splits,

@@ -15,7 +15,8 @@ bfloat16, and the 2^8 is paid once, at the end. One shift brings nibbles c and c
 register, so each of c = 0 .. 3 is a product of its own: of every eighth column from c and from c + 4. The
 order in which columns are added up is free, as long as activations come in the same one.
 
-Triton's interpreter computes wrongly with bfloat16, so ``operand`` is float32 there.
+Triton's interpreter computes wrongly with bfloat16, so ``operand`` is float32 there; as it is, anywhere, for
+activations in float32, which no matrix unit multiplies: right, and slow.
 """
 
 from __future__ import annotations
@@ -61,9 +62,13 @@ def _activations(
 
 @triton.jit
 def _halves(words: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The two bfloat16 of each 32-bit word, the lower one first."""
-    low = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    """The two bfloat16 of each 32-bit word, or the two float32 of each 64-bit one, the lower one first."""
+    if words.dtype == tl.int64:
+        low = words.to(tl.int32).to(tl.float32, bitcast=True)
+        high = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        low = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return low, high
 
 
@@ -132,9 +137,10 @@ def multiply(
     """Tokens times matrix rows over columns first .. last, [num_tokens, num_rows] float32, without scales;
     and the sum of x squared over them, [num_tokens], where it is normed.
 
-    For NVFP4, x, norm and weight are read as 32-bit words. x_rows: [num_tokens], where a token begins in x;
-    live: which exist; rows: [num_rows] int64, rows of the matrix; step: columns at a time, a divisor of last
-    - first. rounded: x is multiplied by ``inverse_input_scale`` and rounded to e4m3, as the matrix is stored.
+    For NVFP4, x and norm are read two columns at a time, weight by 32-bit words. x_rows: [num_tokens], where
+    a token begins in x; live: which exist; rows: [num_rows] int64, rows of the matrix; step: columns at a
+    time, a divisor of last - first. rounded: x is multiplied by ``inverse_input_scale`` and rounded to e4m3,
+    as the matrix is stored.
     """
     exact: tl.constexpr = operand == tl.float32
     kind: tl.constexpr = tl.float8e4nv if rounded else operand

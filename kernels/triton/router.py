@@ -185,12 +185,13 @@ def route(
     eps: float = 0.0,
     tile_tokens: int = TILE_TOKENS,
 ) -> Routing:
-    """The best experts of up to 64 tokens. See ``kernels.moe.route``; x in bfloat16, gate too or float32."""
-    check_dtype("route", "gate", gate.dtype, (torch.bfloat16, torch.float32))
+    """The best experts of up to 64 tokens. See ``kernels.moe.route``; x and gate in bfloat16 or float32."""
+    for name, tensor in (("x", x), ("gate", gate)):
+        check_dtype("route", name, tensor.dtype, (torch.bfloat16, torch.float32))
     check_contiguous("route", gate=gate)
     num_experts, width = gate.shape
-    check_rows("route", "x", x, width)
-    check_norm("route", norm, width)
+    check_rows("route", "x", x, width, x.dtype)
+    check_norm("route", norm, width, x.dtype)
     num_tokens, device = len(x), x.device
     require(num_tokens <= MOST_TOKENS, "route", f"{num_tokens} tokens, expected at most {MOST_TOKENS}")
     sizes = f"the gate is {num_experts} x {width}, expected multiples of 16 and 32"
@@ -212,7 +213,7 @@ def route(
     if num_tokens == 0:
         routing.num_tiles.zero_()
         return routing
-    tile = tile_for(device, "route", "plain", num_tokens).fitted(num_experts, width)
+    tile = tile_for(device, "route", "plain", num_tokens, torch.bfloat16).fitted(num_experts, width)
     padded, num_columns = max(16, power_of_two(num_tokens)), power_of_two(num_experts + num_shared)
     _route[num_experts // tile.rows, tile.splits, padded // _AT_ONCE.value](
         x,

@@ -67,7 +67,8 @@ _HOPPER: Final[dict[tuple[Use, Kind], Rows]] = {
     ("down", "plain"): ((64, Tile(64, 128, swap=True)),),
     ("down", "fp8"): ((64, Tile(64, 256, swap=True)),),
     ("down", "e4m3"): ((64, Tile(64, 256, swap=True)),),
-    ("down", "nvfp4"): ((64, Tile(64, 256, swap=True)),),
+    # tiles of 64 tokens, as chunks of prompts have, leave fewer registers for so many nibbles
+    ("down", "nvfp4"): ((1024, Tile(64, 256, swap=True)), (2048, Tile(64, 128, swap=True))),
     ("linear", "plain"): ((16, Tile(64, 128, swap=True, splits=4)), (64, _MANY)),
     ("linear", "fp8"): ((16, _FEW), (64, _MANY)),
     ("linear", "e4m3"): ((16, _FEW), (64, _MANY)),
@@ -79,6 +80,9 @@ _BLACKWELL: Final[dict[tuple[Use, Kind], Rows]] = _HOPPER | {
     ("down", "fp8"): ((64, Tile(64, 128, swap=True)),),
     ("down", "nvfp4"): ((64, Tile(64, 128, swap=True)),),
 }
+
+# Activations in float32 run on no matrix unit: small enough for registers, wide enough for NVFP4's quarters.
+_FLOAT32: Final = Tile(32, 64, stages=1)
 
 # By compute capability, times ten. A GPU that is not listed takes Hopper's.
 _TABLES: Final = {90: _HOPPER, 100: _BLACKWELL}
@@ -97,7 +101,9 @@ def _arch(device: torch.device) -> int:
     return int(driver.active.get_current_target().arch) if device.type == "meta" else 90
 
 
-def tile_for(device: torch.device, use: Use, kind: Kind, num_tokens: int) -> Tile:
-    """The table's row for so many tokens."""
+def tile_for(device: torch.device, use: Use, kind: Kind, num_tokens: int, dtype: torch.dtype) -> Tile:
+    """The table's row for so many tokens. dtype: of what is multiplied, where it has to be float32."""
+    if dtype == torch.float32:
+        return _FLOAT32
     rows = _TABLES.get(_arch(device), _HOPPER)[use, kind]
     return next((tile for most, tile in rows if num_tokens <= most), rows[-1][1])

@@ -42,9 +42,7 @@ def test_the_choice_is_that_of_the_whole_vocabulary(
     positions = torch.arange(3).expand(len(params), -1) * 100
     sampling = sampling_tensors(params, "cpu")
     whole = perturb(logits, positions + 1, torch.arange(VOCAB), sampling).argmax(-1)
-    picked = Sampler(VOCAB, "cpu").choose(
-        Scores(logits, positions, torch.zeros(len(params), 3, 0)), batch_of(params)
-    )
+    picked = Sampler().choose(Scores(logits, positions, torch.zeros(len(params), 3, 0)), batch_of(params))
     assert torch.equal(picked, whole)
 
 

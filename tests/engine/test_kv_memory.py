@@ -97,7 +97,7 @@ def test_the_published_pair(published: tuple[Layout, Path, Path], monkeypatch: p
     whole = dataclasses.replace(config, draft_vocab_size=0)
     assert weight_bytes(checkpoint, draft, whole) == weights - 32_768 * 4_096 * 2
     activations = activation_bytes(checkpoint.config, config)
-    queries, chunk = 16384 * 32 * (320 + 256) * 4, 16384 * 4096 * (20 * 2 + 4 * 10)
+    queries, chunk = 16384 * 32 * (320 + 256) * 4, 16384 * (4096 * 20 * 2 + 5 * (2048 * 2 + 4096 * 4))
     assert activations == queries + chunk + 128 * 8 * 131072 * 4 * 5
 
     on_gpu(monkeypatch, H200)
@@ -105,6 +105,9 @@ def test_the_published_pair(published: tuple[Layout, Path, Path], monkeypatch: p
         left = int(0.8 * H200) - 2_000_000_000 - weights - activations
         assert with_kv_memory(checkpoint, draft, config).kv_cache_memory == left
         assert left > 262144 * (23_040 + 1_280)
+        narrow = dataclasses.replace(config, kv_cache_dtype=torch.float8_e4m3fn, kv_cache_memory=left)
+        more = num_pages(checkpoint.config, draft, dataclasses.replace(narrow, max_num_seqs=1024))
+        assert more == left // ((23_040 // 2 + 1_280) * config.page_size), "the head's rows stay wide"
     else:
         longest, said = _refused(checkpoint, draft, config)
         assert longest == 0

@@ -1,4 +1,4 @@
-"""Parts of Mistral Small 4: rotations and their golden values, both forms of attention, experts."""
+"""Parts of Mistral Small 4: rotations and their golden values, both forms of attention."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from engine.config import Mistral4Config, YarnScaling
 from engine.core import Batch, Verdict
 from engine.kvcache import LatentPool, compact
 from engine.nn.mla import most_absorbed, softmax_scale
-from engine.nn.moe import Experts, Router, one_of
 from engine.nn.rope import PairRope, yarn_frequencies
-from engine.nn.weight import Weight, dequantise
 from engine.sampler import sampling_tensors
 from kernels.mla import absorb_queries, expand_values, mla_prompt_attention, mla_tree_attention, rope_pairs
-from tests.engine.mistral_rig import YARN, sequence, tiny_mistral4, to_fp8, to_nvfp4
+from tests.engine.mistral_rig import YARN, sequence
 from tests.kernels.test_attention import bias_of, random_tree
 from tests.oracles import mistral4 as oracle
 from tests.oracles.attention import tree_attention
-from tests.oracles.llama import swiglu
 
 SMALL_4 = Mistral4Config(
     vocab_size=131072,
@@ -225,77 +222,3 @@ def test_accepted_latents_move_to_the_front() -> None:
     pool.layer(1)[7] = 0.5
     assert bool((pool.rows[1, 0, 0, 7] == 0.5).all()), "a layer is a view"
     assert LatentPool.bytes_per_slot(36, SMALL_4.latent_dim, torch.bfloat16) == 23040
-
-
-# --- experts
-
-
-def test_router_takes_the_best_and_the_lower_of_equals() -> None:
-    config, weights = tiny_mistral4(3, num_experts_per_tok=3, routed_scaling_factor=2.5)
-    gate = weights["layers.0.gate.weight"].clone()
-    gate[6] = gate[1]
-    gate[7] = gate[1]
-    x = torch.cat((torch.randn(20, 32), 4 * gate[1:2]))  # the last row likes expert 1 best, and its equals
-    ids, shares = Router(gate, 3, 2.5)(x)
-    assert ids[-1].tolist() == [1, 6, 7]
-    for row, expert_ids, weight in zip(x, ids.tolist(), shares, strict=True):
-        truth = oracle.chosen_experts(config, gate, row)
-        assert list(truth) == expert_ids
-        torch.testing.assert_close(weight, torch.tensor(list(truth.values())))
-    torch.testing.assert_close(shares.sum(-1), torch.full((21,), 2.5))
-
-
-def test_router_decides_in_float32() -> None:
-    """Two experts that bfloat16 logits cannot tell apart: 100 + 0.25 rounds to 100."""
-    gate = torch.tensor([[100.0, 0.0], [100.0, 0.25]]).bfloat16()
-    ids, shares = Router(gate, 1, 1.0)(torch.ones(1, 2, dtype=torch.bfloat16))
-    assert ids.tolist() == [[1]]
-    assert shares.dtype == torch.float32
-    assert int((torch.ones(1, 2).bfloat16() @ gate.T).argmax()) == 0, "the test is idle"
-
-
-@pytest.mark.parametrize("kind", ["plain", "fp8", "nvfp4"])
-def test_experts_run_grouped_and_only_where_hit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, weights = tiny_mistral4(5)
-    generator = torch.Generator().manual_seed(0)
-    stacks: list[Weight] = [weights[f"layers.1.experts.{part}"] for part in ("w1", "w3", "w2")]
-    if kind == "fp8":
-        stacks = [to_fp8(stack) for stack in stacks if isinstance(stack, Tensor)]
-    elif kind == "nvfp4":
-        stacks = [to_nvfp4(stack, generator) for stack in stacks if isinstance(stack, Tensor)]
-    x = torch.randn(9, config.hidden_size, generator=generator)
-    ids = torch.tensor([[4, 2], [2, 0], [4, 0], [0, 4], [2, 4], [0, 2], [4, 2], [2, 4], [0, 4]])
-    shares = torch.rand(9, 2, generator=generator)
-    experts, seen = Experts(*stacks), []
-    run = Experts._expert
-
-    def watched(self: Experts, index: int, rows: Tensor) -> Tensor:
-        seen.append((index, len(rows)))
-        return run(self, index, rows)
-
-    monkeypatch.setattr(Experts, "_expert", watched)
-    got = experts(x, ids, shares)
-    assert seen == [(0, 5), (2, 6), (4, 7)]
-    w1, w3, w2 = (dequantise(stack, torch.float32) for stack in stacks)
-    for token in range(9):
-        truth = sum(
-            shares[token, place] * swiglu(x[token : token + 1], w1[e], w3[e], w2[e])[0]
-            for place, e in enumerate(ids[token].tolist())
-        )
-        torch.testing.assert_close(got[token], truth, atol=1e-5, rtol=1e-5)
-    alone = experts(x[3:4], ids[3:4], shares[3:4])
-    torch.testing.assert_close(alone[0], got[3], atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["plain", "fp8", "nvfp4"])
-def test_one_of_a_stack(kind: str) -> None:
-    stack = torch.randn(4, 6, 32)
-    weight: Weight = stack
-    if kind == "fp8":
-        weight = to_fp8(stack)
-    elif kind == "nvfp4":
-        weight = to_nvfp4(stack, torch.Generator().manual_seed(0))
-    whole = dequantise(weight, torch.float32)
-    assert 0.5 < float(whole.std() / stack.std()) < 2
-    for index in range(4):
-        assert torch.equal(dequantise(one_of(weight, index), torch.float32), whole[index])

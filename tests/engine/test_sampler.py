@@ -57,7 +57,7 @@ def test_rows_of_a_batch(params: list[SamplingParams], seed: int, spread: float)
     logits = torch.randn(len(params), 3, VOCAB, generator=generator) * spread
     positions = torch.randint(0, 5000, (len(params), 3), generator=generator)
     processed = process(logits, sampling_tensors(params, "cpu"))
-    chosen = Sampler(VOCAB, "cpu").choose(Scores(logits, positions, logits[..., :0]), batch_of(params))
+    chosen = Sampler().choose(Scores(logits, positions, logits[..., :0]), batch_of(params))
     for row, param in enumerate(params):
         for node in range(3):
             if param.temperature == 0:
@@ -139,7 +139,7 @@ def test_choices_follow_their_probabilities(param: SamplingParams) -> None:
     probs = np.exp(oracle_kept(logits, param))
     count = 20_000
     scores = Scores(logits.expand(1, count, -1), torch.arange(count)[None], torch.zeros(1, count, 0))
-    picked = Sampler(VOCAB, "cpu").choose(scores, batch_of([param]))
+    picked = Sampler().choose(scores, batch_of([param]))
     assert frequency_score(picked[0].numpy(), probs) < 5
 
 

@@ -52,6 +52,17 @@ def test_the_routing_of_such_a_token_stays_within_its_bounds() -> None:
     assert len(routed.tiles) == most_tiles(20, 16, 2, 1, 16)
 
 
+def test_logits_that_are_all_minus_infinity_choose_different_experts() -> None:
+    """As low as the places of experts that do not exist: without a floor the first would be chosen twice, and
+    a choice left as the memory was. So would NaN, on a GPU, whose comparisons with it are all false."""
+    gate = Source(DEVICE, 6).uniform(16, 64, dtype=BF16) + 0.5
+    x = torch.full((2, 64), -3e38, dtype=BF16, device=DEVICE)
+    assert bool(torch.isneginf(x.float() @ gate.float().T).all())
+    routed = router.route(x, gate, 2, num_shared=1)
+    assert routed.ids.tolist() == [[0, 1, 16]] * 2
+    assert sorted(routed.entries.tolist()) == list(range(6))
+
+
 def test_a_token_does_not_feel_who_else_is_there() -> None:
     x = Source(DEVICE, 4).normal(4, 64, dtype=BF16)
     torch.testing.assert_close(mixture(x[2:3]), mixture(x)[2:3], rtol=0, atol=0)

@@ -15,37 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from engine.nn.linear import Linear
-from engine.nn.mlp import SwiGLU
-from engine.nn.moe import Experts, MixtureOfExperts, Router
 from kernels import moe, stored
 from kernels.errors import UnsupportedError
 from kernels.moe import most_tiles
+from kernels.quant import fp8_linear, nvfp4_linear
 from kernels.stored import Stored
 
 BF16 = torch.bfloat16
 
 
 def test_promises_in_the_interpreter() -> None:
-    keep_promises("1")
+    interpreted("tests/kernels/promises.py")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_promises_on_a_gpu() -> None:
-    keep_promises("0")
+    interpreted("tests/kernels/promises.py", "0")
 
 
-def keep_promises(interpret: str) -> None:
-    """Triton reads the switch when a kernel is decorated, so each setting has a process of its own."""
+def interpreted(file: str, switch: str = "1") -> None:
+    """Run the tests of a file in Triton's interpreter, or without. Triton reads the switch when a kernel is
+    decorated, so each setting has a process of its own."""
     done = subprocess.run(
         # Triton's interpreter makes numpy warn
-        [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=", "tests/kernels/promises.py"],
+        [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=", file],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": switch, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,14 +60,19 @@ def test_three_operations_are_the_layer(num_tokens: int) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     w1, w3 = stack(generator, 9, 24, 32), stack(generator, 9, 24, 32)
     w2, gate = stack(generator, 9, 32, 24), torch.randn(8, 32, generator=generator)
-    shared = SwiGLU(Linear(torch.cat((w1[8], w3[8]))), Linear(w2[8]))
-    layer = MixtureOfExperts(Router(gate, 3, 1.5), Experts(w1[:8], w3[:8], w2[:8]), shared)
     x, residual = (torch.randn(num_tokens, 32, generator=generator) for _ in range(2))
 
     routing = moe.route(x, gate, 3, 1.5, num_shared=1)
     y = moe.gate_up(x, Stored(torch.cat((w1, w3), dim=1)), routing)
     found = moe.down(y, Stored(w2), routing, residual)
-    torch.testing.assert_close(found, residual + layer(x), rtol=1e-4, atol=1e-5)
+    expected = residual.clone()
+    for token, row in enumerate(x):
+        best, ids = (gate @ row).sort(descending=True)
+        shares = [*(1.5 * best[:3].softmax(0)), 1.0]
+        for share, expert in zip(shares, [*ids[:3].tolist(), 8], strict=True):
+            inner = F.silu(w1[expert] @ row) * (w3[expert] @ row)
+            expected[token] += share * (w2[expert] @ inner)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_routing_written_out_by_hand() -> None:
@@ -101,13 +105,10 @@ def test_a_stored_matrix_multiplies_as_the_engine_does() -> None:
     generator = torch.Generator().manual_seed(1)
     matrix, x = stack(generator, 32, 64), torch.randn(3, 64, generator=generator)
     codes, scale = kernels.quantise_fp8(matrix)
-    torch.testing.assert_close(
-        stored.linear(x, Stored(codes, scale.view(1))), kernels.fp8_linear(x, codes, scale)
-    )
+    torch.testing.assert_close(stored.linear(x, Stored(codes, scale.view(1))), fp8_linear(x, codes, scale))
     packed, blocks, divisor = kernels.quantise_nvfp4(matrix)
     torch.testing.assert_close(
-        stored.linear(x, Stored(packed, divisor.view(1), blocks)),
-        kernels.nvfp4_linear(x, packed, blocks, divisor),
+        stored.linear(x, Stored(packed, divisor.view(1), blocks)), nvfp4_linear(x, packed, blocks, divisor)
     )
     scales = torch.rand(4, generator=generator)
     by_group = F.linear(x, codes.float()) * scales.repeat_interleave(8)
@@ -126,8 +127,10 @@ def x_of(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 LINEAR_REFUSALS: list[tuple[tuple[Any, ...], str]] = [
-    ((x_of(2, 64, dtype=torch.float32), fp8(32, 64)), "x is float32, expected bfloat16"),
+    ((x_of(2, 64, dtype=torch.float16), fp8(32, 64)), "x is float16, expected bfloat16, float32"),
     ((x_of(2, 128)[:, ::2], fp8(32, 64)), "x has strides"),
+    ((x_of(2, 64, dtype=torch.float32), Stored(x_of(32, 64))), "weight is bfloat16, expected float32"),
+    ((x_of(2, 64), fp8(32, 64), torch.zeros(64)), "norm is float32, expected bfloat16"),
     ((x_of(2, 32), fp8(32, 64)), r"x has shape \[2, 32\], expected \[tokens, 64\]"),
     ((x_of(2, 64), fp8(24, 64)), "24 x 64, expected multiples of 16 and 32"),
     ((x_of(2, 48), fp8(32, 48)), "32 x 48, expected multiples of 16 and 32"),

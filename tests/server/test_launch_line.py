@@ -240,7 +240,6 @@ VERDICTS: dict[str, str] = {  # written by hand, from what people launch: "", "n
     "--seed 0": "note",
     "--trust-remote-code": "no code from a checkpoint is ever run",
     "--kv-cache-dtype auto": "",
-    "--kv-cache-dtype fp8": "the type of --dtype",
     "--enable-lora": "merge them",
     "--lora-modules a=b c=d": "merge them",
     "--chat-template my.jinja": "the checkpoint's own",
