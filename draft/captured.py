@@ -85,8 +85,7 @@ class CapturedProposals:
         box = self._filled(shape, sizes, pairs, chains)
         features = self._gathered(shape, pairs)
         self._growth.calibration.send()
-        sampling = batch.sampling
-        key = ("propose", shape, sampling.all_greedy, sampling.any_filter)
+        key = ("propose", shape, batch.sampling.facts)
         return self._graphs(key, lambda: self._propose(batch, shape, box.device, features))
 
     def _filled(

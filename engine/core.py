@@ -206,6 +206,11 @@ class SamplingTensors:
     any_top_p: bool
     most_top_k: int  # no less than any top_k, a power of two; 0 where all are off
 
+    @property
+    def facts(self) -> tuple[bool, bool, bool, int]:
+        """Those host facts: two batches of the same take the same operations."""
+        return self.all_greedy, self.any_filter, self.any_top_p, self.most_top_k
+
     def select(self, rows: Tensor) -> SamplingTensors:
         """The parameters of some of the batch's sequences (rows: [b] int64)."""
         return replace(

@@ -100,8 +100,7 @@ class Decoding:
                 self._target.compact(bare, verdict)
                 return verdict, scores.features
 
-            sampling = batch.sampling
-            key = ("decode", *shape, sampling.all_greedy, sampling.any_filter)
+            key = ("decode", *shape, batch.sampling.facts)
             verdict, features = self._graphs(key, decode, tree.tokens, tree.parents)
             found = _Found(tree, verdict, features)
         return replace(found, columns=columns, features=found.features.clone())  # a head keeps features

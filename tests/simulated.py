@@ -208,7 +208,7 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     """The device, with a kernel for every registered operation."""
     device = Simulated()
     kernels = {operation.name: device.kernel(operation.reference) for operation in OPERATIONS}
-    monkeypatch.setattr("kernels.dispatch._registered", kernels.__getitem__)
+    monkeypatch.setattr("kernels.device.registered", kernels.__getitem__)
     _ENTERED.append(device)
     with device:
         yield device
