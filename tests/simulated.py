@@ -268,7 +268,8 @@ def _leaves(x: Any) -> Iterator[Any]:
 def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
     """Lists, tuples and dicts of other leaves."""
     if isinstance(x, list | tuple):
-        return type(x)([_mapped(function, part) for part in x])
+        parts = [_mapped(function, part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     if isinstance(x, dict):
         return {key: _mapped(function, part) for key, part in x.items()}
     return function(x)

@@ -144,7 +144,9 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--enforce-eager",
         "--disable-cuda-graph",
-        action="store_true",
+        action=Switch,
+        off=("--no-enforce-eager",),
+        default=default.enforce_eager,
         help="on a GPU: launch the kernels of a step one by one, without CUDA graphs; slower, but nothing is "
         "captured at start",
     )

@@ -9,6 +9,7 @@ import pytest
 from engine.core import Delta, Request, SamplingParams, Speculation
 from engine.graphs import Graphs
 from engine.step import Engine
+from tests.engine import mistral_rig
 from tests.engine.rig import Model, echo_model, make_engine, prompts_of
 from tests.engine.test_planned import Fickle
 from tests.simulated import DEVICE, Simulated, simulated_gpu
@@ -89,6 +90,18 @@ def test_tokens_are_those_of_the_host(
         assert sum(delta.num_accepted for deltas in got for delta in deltas) > 0
     assert tokens(run(device, params)) == expected
     assert gpu.num_captures == len(graphs.keys) < gpu.num_replays / 2, "captured once, used often"
+
+
+def test_a_mixture_of_experts_and_its_head(gpu: Simulated) -> None:
+    """Latent attention, experts and a dense head, whose tokens are chosen with noise."""
+    pair, graphs = mistral_rig.echo_pair(3), Graphs(gpu)
+    params = params_of(2)
+    expected = tokens(run(mistral_rig.make_engine(pair, speculation=PLAIN), params))
+    device = mistral_rig.make_engine(pair, "eagle", speculation=CHAIN, device=DEVICE, graphs=graphs)
+    got = run(device, params)
+    assert tokens(got) == expected
+    assert sum(delta.num_accepted for deltas in got for delta in deltas) > 0
+    assert {key[0] for key in graphs.keys if isinstance(key, tuple)} == {"decode", "propose"}
 
 
 def test_a_device_without_graphs_does_the_same(gpu: Simulated, echo: Model) -> None:
