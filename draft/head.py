@@ -274,7 +274,8 @@ class FeatureDraft:
             self.coverage.count(batch.seqs[row])
         if self._planning is not None:
             pendings = [self._pending[batch.seqs[row].request.id] for row in active]
-            self._planning.begin(active, max(pending.num_waiting for pending in pendings))
+            sizes = [] if self.device == "cpu" else [batch.speculation[row] for row in active]
+            self._planning.begin(active, max(pending.num_waiting for pending in pendings), sizes)
 
     def _trees(self, batch: Batch, active: list[int], mask: DraftMask | None) -> DraftTree:
         """The head's trees for some rows of a batch, the root alone for the others."""

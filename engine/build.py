@@ -143,6 +143,8 @@ def build_engine(
     num_slots = pages.num_pages * config.page_size
     target = _target(checkpoint, config, num_slots, feature_layers, progress)
     graphs = _graphs(config)
+    if config.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # weights that were put together are free, in pieces that nothing else fits
     proposer: Draft
     if isinstance(draft, HeadCheckpoint):
         proposer = draft.build(target, num_slots, planner=_planner(config), graphs=graphs)

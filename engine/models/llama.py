@@ -6,6 +6,9 @@ their Hugging Face names; checkpoint readers deliver that dict, already checked 
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,10 +16,11 @@ from engine.config import LlamaConfig
 from engine.kvcache import KVPool
 from engine.models.decoder import Decoder
 from engine.nn.attention import Attention
-from engine.nn.layer import DecoderLayer
+from engine.nn.layer import DecoderLayer, LayerStack
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
+from engine.rows import RowPlan
 
 
 def _layer(config: LlamaConfig, weights: dict[str, Tensor], prefix: str, half: bool) -> DecoderLayer:
@@ -85,6 +89,14 @@ class Llama(Decoder):
         )
         sizes = config.num_layers, config.num_kv_heads, config.head_dim
         self.pool = KVPool(*sizes, num_slots, kv_dtype or self.dtype, self.device)
+
+        self._stacks = {
+            first: LayerStack(self.layers[first:last], [self.pool.layer(i) for i in range(first, last)])
+            for first, last in itertools.pairwise(self.bounds)
+        }
+
+    def _run(self, first: int, last: int, x: Tensor, rotation: Any, plan: RowPlan) -> Tensor:
+        return self._stacks[first](x, rotation, plan)
 
     def output_rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the output matrix, [n, H]; where it is the embedding, of that, which is never rounded."""

@@ -1,10 +1,13 @@
 """A Llama-style decoder layer, shared by targets and heads.
 
-Where its matrices are packed in float16 for a CPU, a whole layer is one call (``kernels.cpu_layer``);
-elsewhere, and for long chunks of prompts, it is its operations one by one. Both have the same bits.
+Where matrices are packed in float16 for a CPU, layers behind one another are one call
+(``kernels.cpu_layer``); elsewhere, and for long chunks of prompts, each is its operations one by one. Both
+have the same bits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -12,7 +15,7 @@ from engine.nn.attention import Attention
 from engine.nn.mlp import SwiGLU
 from engine.nn.norm import Norm
 from engine.rows import RowPlan
-from kernels import LayerSizes, fused_layer
+from kernels import FusedStack, LayerSizes, fused_layer
 
 
 class DecoderLayer:
@@ -55,3 +58,22 @@ class DecoderLayer:
         given, norm = (x, self.input_norm) if given is None else (given, None)
         x = self.attention(given, norm, x, rotation, pool, plan)
         return self.mlp(x, self.post_norm, residual=x)
+
+
+class LayerStack:
+    """Layers behind one another, and their rows of the pool."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], pools: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._layers, self._pools = tuple(layers), tuple(pools)
+        fused = [layer.fused for layer in layers if layer.fused is not None]
+        self._fused = FusedStack(fused, pools) if fused and len(fused) == len(layers) else None
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor], plan: RowPlan) -> Tensor:
+        """x: [T, H] -> [T, H]."""
+        if self._fused is not None:
+            rows = plan.for_layers(self._fused.first, rotation, self._pools[0])
+            if rows is not None:
+                return self._fused(x, rows)
+        for layer, pool in zip(self._layers, self._pools, strict=True):
+            x = layer(x, rotation, pool, plan)
+        return x

@@ -20,7 +20,7 @@ _BF16, _F32 = torch.bfloat16, torch.float32
 # Mistral Small 4: experts, shared ones, chosen a token, hidden and inner width
 _REAL = (128, 1, 4, 4096, 2048)
 _TOKENS = (1, 2, 4, 8, 16, 64)
-_CHUNKS = (512, 2048)  # of prompts
+_CHUNK = 2048  # of a prompt
 
 
 def weight(
@@ -196,7 +196,7 @@ def _expert_cases(kernel: str, make: Any, tiny: bool, *rest: Any) -> tuple[Case,
             case("nvfp4", 20, _WIDE_SHARED),
             case("fp8", 20, _WIDE_SHARED, tile=32),
         )
-    return tuple(case(kind, num, _REAL) for kind in _KINDS for num in (*_TOKENS, *_CHUNKS))
+    return tuple(case(kind, num, _REAL) for kind in _KINDS for num in (*_TOKENS, _CHUNK))
 
 
 def _linears(tiny: bool) -> tuple[Case, ...]:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.models.llama import Llama
 from kernels.products import FEW
+from tests.conftest import tiny_llama
+from tests.engine import test_llama as llama
 from tests.engine.device_rig import model, pretend, reference, two_steps
 from tests.engine.rig import prompts_of
 from tests.engine.test_mistral4 import Sheet, pages_for
@@ -50,6 +53,31 @@ def test_a_chunk_of_many_tokens_equals_that_of_a_cpu(monkeypatch: pytest.MonkeyP
     norms = ["rms_norm"] * 2
     layer = [*norms, "rope_latent_write", "mla_tree_attention", "gate_up", "down"]
     assert called == [*layer, "rms_norm", "linear"], "the last row alone is scored"
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+def test_a_llama(kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two prompts, of which one goes on in a second forward."""
+    config, weights = tiny_llama(3, vocab_size=96, hidden_size=32, intermediate_size=64)
+    prompts = prompts_of([9, 7], 2, config.vocab_size)
+
+    def logits(rows: torch.dtype | None) -> Tensor:
+        target = Llama(config, dict(weights), 256, kv_dtype=rows)
+        sheet = llama.Sheet(config, weights)
+        sheet.target = target
+        sheet.prefill([(prompts[0][:5], 0, pages_for(4)), (prompts[1][:2], 0, [9, 7, 30, 12])])
+        rest = [(prompts[0][5:], 5, pages_for(4)), (prompts[1][2:], 2, [9, 7, 30, 12])]
+        return sheet.prefill(rest).logits
+
+    expected = logits(None)
+    called = pretend(monkeypatch, reference)
+    found = logits(kv_dtype)
+    if kv_dtype is None:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    else:
+        assert 0 < float((found - expected).abs().mean()) < 0.1 * float(expected.std())
+    layer = ["linear", "rope_write", *["mha_tree_attention"] * 2, "linear", "linear", "linear"]
+    assert called == [*layer * config.num_layers, "rms_norm", "linear"] * 2
 
 
 def test_rows_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,8 @@ def test_the_published_pair(published: tuple[Layout, Path, Path], monkeypatch: p
         assert with_kv_memory(checkpoint, draft, config).kv_cache_memory == left
         assert left > 262144 * (23_040 + 1_280)
         narrow = dataclasses.replace(config, kv_cache_dtype=torch.float8_e4m3fn, kv_cache_memory=left)
-        more = num_pages(checkpoint.config, draft, dataclasses.replace(narrow, max_num_seqs=1024))
-        assert more == left // ((23_040 // 2 + 1_280) * config.page_size), "the head's rows stay wide"
+        pages = num_pages(checkpoint.config, draft, dataclasses.replace(narrow, max_num_seqs=1024))
+        assert pages == left // ((23_040 // 2 + 1_280) * config.page_size), "the head's rows stay wide"
     else:
         longest, said = _refused(checkpoint, draft, config)
         assert longest == 0

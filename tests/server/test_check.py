@@ -353,6 +353,15 @@ def test_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--max-model-len is {wrong}, expected 1 to the 100000 positions" in message
 
 
+def test_kv_rows_in_fp8(capsys: pytest.CaptureFixture[str]) -> None:
+    """The target's rows are half as large, the head's are not, and the launch line says so."""
+    wide, narrow = check(capsys), check(capsys, "--kv-cache-dtype", "fp8")
+    assert narrow["target"]["kv_bytes_per_token"] * 2 == wide["target"]["kv_bytes_per_token"]
+    assert narrow["head"] == wide["head"]
+    assert " --kv-cache-dtype fp8 " in narrow["launch"]
+    assert fits(narrow, "H200 141GB")[1]["kv_tokens"] > 1.8 * fits(wide, "H200 141GB")[1]["kv_tokens"]
+
+
 def test_what_fits_nothing_has_no_launch_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = write_headers(tmp_path, SMALL_4, "hf-bf16", num_shards=2)
     report = check(capsys, target)

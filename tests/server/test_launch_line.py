@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.checkpoint.synthetic import write_head, write_target
 from engine.checkpoint.synthetic_config import head_config
@@ -94,6 +95,16 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 # --- whole lines
+
+
+def test_kv_rows_in_fp8_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse("--kv-cache-dtype", "fp8", "--device", "cuda")
+    monkeypatch.setattr(options, "device_name", str)
+    assert options.engine_config(args).kv_dtype == torch.float8_e4m3fn
+    auto = options.engine_config(parse("--device", "cuda", "--dtype", "bfloat16"))
+    assert auto.kv_dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="kv_cache_dtype is float8_e4m3fn on cpu, expected a CUDA device"):
+        options.engine_config(parse("--kv-cache-dtype", "fp8_e4m3", "--device", "cpu"))
 
 
 @pytest.mark.parametrize("line", [RECIPE, WITH_HEAD, NVFP4])
