@@ -36,7 +36,7 @@ class _Step:
     is_usual: bool = True  # whether the draft's time may be learned from
     level_rows: list[int] = field(default_factory=list)  # of the levels expanded so far
     marks: tuple[Mark, Mark] = (0.0, 0.0)  # of the head's beginning and end
-    levels: list[list[list[float]]] = field(default_factory=list)  # path values of each active one's tree
+    grown: DraftTree | None = None  # the head's trees of the active ones, read when the step is over
 
 
 class Planning:
@@ -67,10 +67,14 @@ class Planning:
         self._step = _Step([seq.request.id for seq in seqs], chances)
         return list(decisions)
 
-    def begin(self, active: list[int], most_pending: int) -> None:
+    def begin(self, active: list[int], most_pending: int, sizes: Items[Speculation] = ()) -> None:
         """The head drafts for these places of the batch; most_pending: pairs that one of them catches up
-        with."""
+        with; sizes: of their trees where nobody asks before a level, for there all are expanded."""
         self._step.active, self._step.is_usual = active, most_pending <= _USUAL_PENDING
+        self._step.level_rows = [
+            sum(size.top_k for size in sizes if size.depth > depth)
+            for depth in range(1, max((size.depth for size in sizes), default=0))
+        ]
 
     def is_worth_level(self, depth: int, values: Items[Items[float]], frontier: Items[Items[float]]) -> bool:
         """Whether to expand nodes of this depth: path values of all candidates and of those that would be
@@ -90,10 +94,8 @@ class Planning:
 
     def note(self, tree: DraftTree, marks: tuple[Mark, Mark]) -> None:
         """The head's own trees, of the active places in order, and when it began and ended. A device is not
-        asked how they look; there they come with what became of them."""
-        self._step.marks = marks
-        if tree.tokens.device.type == "cpu":
-            self._step.levels = _by_level(tree)
+        asked how they look: there they come with what became of them."""
+        self._step.grown, self._step.marks = tree if tree.tokens.device.type == "cpu" else None, marks
 
     def cut(self, tree: DraftTree) -> DraftTree:
         """The best nodes of the batch's trees, as many as pay for their rows."""
@@ -109,10 +111,11 @@ class Planning:
         """Learn what became of the trees; accepted: draft tokens, for each place."""
         step = self._step
         expected = step.chances if tree.scores is None else _values(tree)
-        if step.active and not step.levels:
-            levels_of_all = _by_level(tree)
-            step.levels = [levels_of_all[place] for place in step.active]
-        levels = dict(zip(step.active, step.levels, strict=True))
+        if step.grown is not None:
+            levels = dict(zip(step.active, _levels(step.grown), strict=True))
+        else:
+            of_all = _levels(tree) if step.active else []
+            levels = {place: of_all[place] for place in step.active}
         self.planner.observe(
             [
                 Drafted(request_id, levels.get(place, ()), sum(expected[place]), accepted[place])
@@ -163,8 +166,8 @@ def _values(tree: DraftTree) -> list[list[float]]:
     ]
 
 
-def _by_level(tree: DraftTree) -> list[list[list[float]]]:
-    """Values of every tree's nodes by level, best first, those left out that a head has not offered."""
+def _levels(tree: DraftTree) -> list[list[list[float]]]:
+    """Path values by level of every tree, best first, of nodes that the head has offered."""
     assert tree.scores is not None
     found = []
     for parents, raws, values in zip(
