@@ -40,15 +40,17 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a graph is made for: sequences, pairs of each, tokens of a chain, nodes of a tree with all that is
-    in it, levels of the head's part and children of its nodes."""
+    """What a graph is made for: sequences, pairs of each, tokens of a chain; nodes of the head's tree, its
+    levels and the children of its nodes; and nodes of tree and chain together, as the target will score them.
+    """
 
     num_seqs: int
     num_pairs: int
     num_chain: int
-    num_nodes: int
+    num_drafted: int
     depth: int
     top_k: int
+    num_nodes: int
 
     @classmethod
     def of(cls, num_seqs: int, num_pairs: int, num_chain: int, sizes: Items[Speculation]) -> Shape | None:
@@ -57,11 +59,12 @@ class Shape:
         chain = bucket(num_chain, _CHAIN_BUCKETS) if num_chain else 0
         if pairs is None or chain is None:
             return None
-        nodes = bucket(max(size.nodes for size in sizes) + chain, NODE_BUCKETS)
+        most = max(size.nodes for size in sizes)
+        drafted, nodes = bucket(most, NODE_BUCKETS), bucket(most + num_chain, NODE_BUCKETS)
         depth, top_k = max(size.depth for size in sizes), max(size.top_k for size in sizes)
-        if nodes is None or (depth - 1) * top_k > MOST_OWN:
+        if drafted is None or nodes is None or (depth - 1) * top_k > MOST_OWN:
             return None
-        return cls(num_seqs, pairs, chain, nodes, depth, top_k)
+        return cls(num_seqs, pairs, chain, drafted, depth, top_k, nodes)
 
 
 class CapturedProposals:
@@ -139,18 +142,13 @@ class CapturedProposals:
         rows = Rows(batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
         assert batch.roots is not None
         limits = Limits(
-            sent["nodes"],
-            sent["depth"],
-            sent["top_k"],
-            shape.num_nodes - shape.num_chain,
-            shape.depth,
-            shape.top_k,
+            sent["nodes"], sent["depth"], sent["top_k"], shape.num_drafted, shape.depth, shape.top_k
         )
         after_roots = self._extended(rows, sent["tokens"], sent["counts"], features)
         tree = self._growth.in_tensors(rows, batch.roots, limits, 0, after_roots)
         if shape.num_chain:
             tree = graft(tree, sent["chain"], sent["chances"])
-        return tree.padded(shape.num_nodes)
+        return tree.resized(shape.num_nodes)  # no sequence has more, and padding comes last
 
     def _extended(self, rows: Rows, tokens: Tensor, counts: Tensor, features: Tensor) -> Tensor:
         """Run the pairs, tokens [B, M] and features [B, M, F], of which the first ``counts`` [B, 1] are real:

@@ -252,8 +252,8 @@ class DraftTree:
         real[:, 0] = True
         return real
 
-    def padded(self, num_nodes: int) -> DraftTree:
-        """The same trees with so many nodes each."""
+    def resized(self, num_nodes: int) -> DraftTree:
+        """The same trees with so many nodes each, more or less padding among them."""
         missing = (0, num_nodes - self.tokens.shape[1])
         if missing == (0, 0):
             return self

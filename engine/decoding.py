@@ -58,7 +58,7 @@ class Decoding:
         """Score the trees of all batches in one forward, and accept a path of each."""
         num_nodes = bucket(trees[0].tokens.shape[1], NODE_BUCKETS)
         if len(batches) == 1 and batches[0].is_fixed and num_nodes is not None:
-            found = [self._captured(batches[0], trees[0].padded(num_nodes))]
+            found = [self._captured(batches[0], trees[0].resized(num_nodes))]
         else:
             scores = self._target.score(batches, trees)
             found = [self._settled(*of_batch) for of_batch in zip(batches, trees, scores, strict=True)]
@@ -87,7 +87,7 @@ class Decoding:
         if _asks_for_logprobs(batch) or self._sampler.edits(batch):
 
             def score(tokens: Tensor, parents: Tensor) -> Scores:
-                return self._target.score([bare], [DraftTree(tokens, parents)])[0]
+                return self._target.score([bare], [_evenly(DraftTree(tokens, parents))])[0]
 
             scores = self._graphs(("score", *shape), score, tree.tokens, tree.parents)
             found = self._settled(batch, tree, scores)
@@ -95,7 +95,7 @@ class Decoding:
 
             def decode(tokens: Tensor, parents: Tensor) -> tuple[Verdict, Tensor]:
                 tree = DraftTree(tokens, parents)
-                (scores,) = self._target.score([bare], [tree])
+                (scores,) = self._target.score([bare], [_evenly(tree)])
                 verdict = accept(tree, self._sampler.choose(scores, bare))
                 self._target.compact(bare, verdict)
                 return verdict, scores.features
@@ -119,6 +119,12 @@ class Decoding:
             _unpacked(part.view(own.shape)[: len(batch.seqs)], one.tree.tokens.shape[1])
             for batch, one, own, part in zip(batches, found, packed, parts, strict=True)
         ]
+
+
+def _evenly(tree: DraftTree) -> DraftTree:
+    """The same trees; padding repeats the root's token, and so asks for the experts that the root asks for
+    anyway: others would have to be read."""
+    return replace(tree, tokens=torch.where(tree.real(), tree.tokens, tree.tokens[:, :1]))
 
 
 def _asks_for_logprobs(batch: Batch) -> bool:

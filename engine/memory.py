@@ -28,7 +28,7 @@ from engine.checkpoint.plan import NVFP4_BLOCK, Plan
 from engine.checkpoint.safetensors_header import read_header
 from engine.config import EngineConfig, LlamaConfig, Mistral4Config
 from engine.errors import ConfigError
-from engine.graphs import NODE_BUCKETS, SEQ_BUCKETS
+from engine.graphs import NODE_BUCKETS, SEQ_BUCKETS, bucket
 from engine.kvcache import KVPool, LatentPool
 from engine.roles import Draft
 
@@ -173,8 +173,9 @@ def graph_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) -> in
     captured one as in ``activation_bytes``. 0 without graphs."""
     if config.enforce_eager or not config.device.startswith("cuda"):
         return 0
-    num_seqs = min(config.max_num_seqs, SEQ_BUCKETS[-1])
-    num_nodes = min(config.speculation.nodes + config.speculation.lookup, NODE_BUCKETS[-1])
+    most_nodes = config.speculation.nodes + config.speculation.lookup
+    num_seqs = bucket(config.max_num_seqs, SEQ_BUCKETS) or SEQ_BUCKETS[-1]
+    num_nodes = bucket(most_nodes, NODE_BUCKETS) or NODE_BUCKETS[-1]
     return num_seqs * num_nodes * model.vocab_size * 4 * 5 + _LAUNCH_BYTES * _NUM_GRAPHS
 
 
