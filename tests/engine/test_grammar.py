@@ -187,16 +187,16 @@ def random_schema(dice: random.Random, depth: int = 0) -> dict[str, Any]:
     return simple[kind]
 
 
-def test_answers_to_100_generated_schemas_validate() -> None:
+def test_answers_to_200_generated_schemas_validate() -> None:
     dice = random.Random(0)
-    schemas = [random_schema(dice) for _ in range(100)]
+    schemas = [random_schema(dice) for _ in range(200)]
     small = Speculation(nodes=6, depth=3, top_k=2)
     engine = engine_for("eagle3", speculation=small, num_pages=2000, max_num_seqs=16, max_model_len=400)
     grammars = [Grammar("json_schema", json.dumps(schema)) for schema in schemas]
     asked = [
         params(grammar, number % 2, seed=number, max_tokens=300) for number, grammar in enumerate(grammars)
     ]
-    answers = engine.generate(prompts_of([5] * 100), asked)
+    answers = engine.generate(prompts_of([5] * 200), asked)
     assert_idle(engine)
     for schema, answer in zip(schemas, answers, strict=True):
         assert answer.finish_reason == "stop", (schema, text(answer.token_ids))
