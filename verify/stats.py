@@ -18,8 +18,8 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of a step's phases. ``draft_s`` contains scheduling, ``other_s`` choosing, accepting and
-    committing."""
+    """Seconds of a step's phases. ``draft_s`` contains scheduling, ``verify_s`` choosing and accepting,
+    ``other_s`` learning and committing."""
 
     draft_s: float = 0.0
     verify_s: float = 0.0

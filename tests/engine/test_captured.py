@@ -9,8 +9,9 @@ import pytest
 from engine.core import Delta, Request, SamplingParams, Speculation
 from engine.graphs import Graphs
 from engine.step import Engine
+from engine.warmup import warm_up
 from tests.engine import mistral_rig
-from tests.engine.rig import Model, echo_model, make_engine, prompts_of
+from tests.engine.rig import Model, assert_idle, echo_model, make_engine, prompts_of
 from tests.engine.test_planned import Fickle
 from tests.simulated import DEVICE, Simulated, simulated_gpu
 
@@ -102,6 +103,22 @@ def test_a_mixture_of_experts_and_its_head(gpu: Simulated) -> None:
     assert tokens(got) == expected
     assert sum(delta.num_accepted for deltas in got for delta in deltas) > 0
     assert {key[0] for key in graphs.keys if isinstance(key, tuple)} == {"decode", "propose"}
+
+
+def test_what_is_common_is_captured_before_anybody_waits(gpu: Simulated, echo: Model) -> None:
+    """Greedy and sampled, alone and side by side; progress is told, and nothing else is left of it."""
+    graphs, told = Graphs(gpu), list[float]()
+    device = make_engine(echo, speculation=PLAIN, device=DEVICE, graphs=graphs)
+    warm_up(device, lambda share, what: told.append(share))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+    assert_idle(device)
+    sizes = {(key[1], key[-1][0]) for key in graphs.keys if isinstance(key, tuple)}
+    assert sizes == {(num_seqs, greedy) for num_seqs in (1, 2, 8) for greedy in (True, False)}
+    params = [SamplingParams(temperature=heat, seed=1, max_tokens=6) for heat in (0.0, 0.9)]
+    before = gpu.num_captures
+    assert tokens(run(device, params)) == tokens(run(make_engine(echo), params))
+    assert gpu.num_captures == before
 
 
 def test_a_device_without_graphs_does_the_same(gpu: Simulated, echo: Model) -> None:
