@@ -5,10 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from draft.none import NoDraft
+from engine.config import EngineConfig
 from engine.core import SamplingParams
 from engine.graphs import CudaDevice, Graphs
+from engine.models.mistral4 import Mistral4
+from engine.nn.weight import Fp8Weight, Weight
+from engine.pages import PagePool
 from engine.step import Engine
+from tests.engine import device_rig
 from tests.engine.rig import CHAIN, PLAIN, TREE, Model, echo_model, make_engine, prompts_of
 
 pytestmark = [
@@ -45,6 +52,39 @@ def test_tokens_are_those_of_the_host(echo: Model, draft: str, temperature: floa
     for _ in range(2):  # at first everything is captured, then replayed
         assert [c.token_ids for c in engine.generate(PROMPTS, params)] == host
     assert bool(engine.graphs.keys) == captured
+
+
+def mistral_on(device: str, kv_dtype: torch.dtype | None = None, graphs: Graphs | None = None) -> Engine:
+    """Experts and attention in FP8, on a GPU all through its kernels."""
+    shape, weights = device_rig.model("fp8", num_layers=2)
+    on_device = {name: moved(weight, device) for name, weight in weights.items()}
+    target = Mistral4(shape, on_device, 480, kv_dtype=kv_dtype)
+    config = EngineConfig(
+        device=device, kv_cache_dtype=kv_dtype, max_model_len=200, max_num_batched_tokens=96, page_size=4
+    )
+    return Engine(config, target, NoDraft(), PagePool(120, 4), (), graphs=graphs)
+
+
+def moved(weight: Weight, device: str) -> Weight:
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    assert isinstance(weight, Fp8Weight)
+    return Fp8Weight(weight.codes.to(device), weight.scale.to(device))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mixture_of_experts_on_latents(temperature: float) -> None:
+    """Prompts of more and of fewer tokens than the kernels for few tokens take. Rows in FP8 change tokens,
+    and nothing else."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    prompts = prompts_of([3, 80, 1], 5, device_rig.SIZES["vocab_size"])
+    params = [SamplingParams(temperature=temperature, seed=i, max_tokens=16) for i in range(len(prompts))]
+    host = [done.token_ids for done in mistral_on("cpu").generate(prompts, params)]
+    for graphs in (Graphs(), Graphs(CudaDevice("cuda"))):
+        found = mistral_on("cuda", graphs=graphs).generate(prompts, params)
+        assert [done.token_ids for done in found] == host
+    narrow = mistral_on("cuda", torch.float8_e4m3fn).generate(prompts, params)
+    assert [len(done.token_ids) for done in narrow] == [16, 16, 16]
 
 
 def test_one_sequence_after_another(echo: Model) -> None:
