@@ -36,6 +36,7 @@ _PASSED_ON = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "page_size",
+    "kv_cache_dtype",
     "kv_cache_memory",
     "kv_cache_dtype",
     "gpu_memory_utilization",
