@@ -3,8 +3,8 @@
     mistral-small-4         Mistral Small 4, 119B, in FP8 or NVFP4, and its Eagle head of two layers in FP8
     mistral-small-4-tiny    the same in small, which any machine holds
 
-Both are described as their params.json would describe them (``synthetic_config``) and filled as ``dummy`` fills
-all that has no files. There is no tokenizer: for those who feed token ids and look at the time.
+Both are described as their params.json would describe them (``synthetic_config``) and filled as ``dummy``
+fills all that has no files. There is no tokenizer: for those who feed token ids and look at the time.
 """
 
 from __future__ import annotations
