@@ -41,7 +41,7 @@ def copied_output(rows_of: Callable[[Tensor], Tensor], token_ids: Tensor, fp8: b
     if not fp8:
         return Linear(rows_of(token_ids), half=True)
     # A row is rounded as a matrix of its own.
-    parts = [quantise_fp8(rows_of(some)[:, None]) for some in token_ids.split(_ROWS_AT_ONCE)]
+    parts = [quantise_fp8(rows_of(some)[:, None]) for some in torch.split(token_ids, _ROWS_AT_ONCE)]
     codes = torch.cat([codes[:, 0].view(torch.uint8) for codes, _ in parts]).view(torch.float8_e4m3fn)
     return Linear(Fp8Weight(codes, torch.cat([scale for _, scale in parts])))
 

@@ -104,6 +104,11 @@ def test_the_draft_vocabulary_is_cut_to_the_lowest_ids(tmp_path: Path) -> None:
         assert tokens(pair, 0.7) == plain
 
 
+def _drafted_logits(served: Served, hidden: Tensor) -> Tensor:
+    assert isinstance(served.engine.draft, FeatureDraft)
+    return served.engine.draft.model.logits(hidden)
+
+
 def test_rows_in_fp8_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head's own rows as a GPU holds them: a byte a number, and as often right."""
     target, head = write_pair(tmp_path, "native-fp8")
@@ -115,10 +120,8 @@ def test_rows_in_fp8_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("engine.build.copied_output", in_fp8)
     narrow = build(target, head, settings(draft_vocab_size=1100))
-    assert isinstance(narrow.engine.draft, FeatureDraft)
-    assert isinstance(wide.engine.draft, FeatureDraft)
     hidden = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
-    expected, found = (served.engine.draft.model.logits(hidden) for served in (wide, narrow))
+    expected, found = (_drafted_logits(served, hidden) for served in (wide, narrow))
     # FP8 keeps four bits of a number: an error of at most a sixteenth of it, and of either sign.
     assert 0 < float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
     for temperature in (0.0, 0.7):

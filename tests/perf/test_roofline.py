@@ -11,7 +11,7 @@ import pytest
 
 from engine.checkpoint.synthetic import write_target
 from engine.checkpoint.synthetic_config import TINY
-from engine.cli.roofline import GPUS, Reads, distinct_experts, floor_seconds, step_bytes
+from engine.cli.roofline import GPUS, Reads, distinct_experts, floor_seconds, routing_overlap, step_bytes
 from engine.errors import ConfigError
 from perf.roofline import bandwidth_share, gpu_named, main
 
@@ -41,8 +41,18 @@ def test_step_bytes_by_hand() -> None:
     assert step_bytes(READS, 2, context=100) == pytest.approx(1000 + 3.5 * 80 + 20 + 300)
     # a batch shares experts as nodes do, and rows of the cache with nobody
     assert step_bytes(READS, 1, batch=2, context=100) == pytest.approx(1000 + 3.5 * 80 + 20 + 600)
+    # experts that were counted are not expected
+    assert step_bytes(READS, 2, context=0, distinct=3) == 1000 + 3 * 80 + 20
     dense = dataclasses.replace(READS, experts=0, num_experts=0, num_experts_per_token=0)
     assert step_bytes(dense, 4, context=0) == 1040
+
+
+def test_overlap_is_what_turns_tokens_into_fewer() -> None:
+    """At an overlap of a half, four tokens choose as many experts as two and a half independent ones."""
+    assert routing_overlap(128, 4, 4, distinct_experts(128, 4, 4)) == pytest.approx(0)
+    assert routing_overlap(128, 4, 4, 9.77) == pytest.approx(0.5, abs=0.005)
+    assert routing_overlap(128, 4, 16, 4) == pytest.approx(1)
+    assert routing_overlap(8, 4, 2, 8) < 0  # fewer shared than by chance
 
 
 def test_gpus_have_what_their_names_say() -> None:
