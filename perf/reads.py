@@ -116,7 +116,7 @@ def _held(weights: Mapping[str, Planned], width: int) -> int:
 
 def held_bytes(root: object, without: Iterable[Tensor] = ()) -> int:
     """Bytes of all tensors that an object holds, however deep, each storage once; ``without`` those."""
-    storages = {tensor.untyped_storage().data_ptr(): 0 for tensor in without}
+    storages = {_storage(tensor)[0]: 0 for tensor in without}
     seen, waiting = set[int](), [root]
     while waiting:
         one = waiting.pop()
@@ -124,10 +124,19 @@ def held_bytes(root: object, without: Iterable[Tensor] = ()) -> int:
             continue
         seen.add(id(one))
         if isinstance(one, Tensor):
-            storage = one.untyped_storage()
-            storages.setdefault(storage.data_ptr(), storage.nbytes())
+            place, num_bytes = _storage(one)
+            storages.setdefault(place, num_bytes)
         elif isinstance(one, types.FunctionType):  # what it closes over, not the module that it is from
             waiting += one.__closure__ or ()
         else:
             waiting += gc.get_referents(one)
     return sum(storages.values())
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """What tells a tensor's memory from others, and its bytes. What is packed for a CPU's products shares its
+    memory with no other."""
+    if tensor.is_mkldnn:
+        return id(tensor), tensor.numel() * tensor.element_size()
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
