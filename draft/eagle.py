@@ -48,7 +48,7 @@ def _layer(config: LlamaConfig, weights: dict[str, Tensor], prefix: str) -> Deco
 
 
 class EagleModel:
-    """The network (draft.head.HeadModel). weights: published names, consumed; target_logits: the target's
+    """The network (draft.growth.HeadModel). weights: published names, consumed; target_logits: the target's
     lm_head."""
 
     feature_layers: tuple[int, ...] = (POST_NORM,)

@@ -27,7 +27,7 @@ from kernels import rms_norm
 
 
 class Eagle3Model:
-    """The network (draft.head.HeadModel).
+    """The network (draft.growth.HeadModel).
 
     config: shape of the head's layer, ``vocab_size`` being the draft vocabulary's; weights: published names,
     consumed; embedding: [V, H]; feature_layers: as in engine.models.llama; half: see engine.nn.linear.

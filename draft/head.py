@@ -1,10 +1,10 @@
-"""What all heads that read target features have in common: pending features, extend, and growing a tree.
+"""What all heads that read target features have in common: pending features, and extend.
 
 A head's row i is f(embedding of token i, feature i - 1). After a step the target has computed features for
 the rows it accepted; each is paired with the token that followed it and waits as *pending* until the next
 proposal, when all pending pairs run through the head in one pass (*extend*). The last of them is the root's
-row, from which the tree grows. Rows written while growing are scratch: they hold the head's own guesses of
-features and are recomputed from true ones when they are accepted.
+row, from which the tree grows (``draft.growth``). Rows written while growing are scratch: they hold the
+head's own guesses of features and are recomputed from true ones when they are accepted.
 
 Example: rows 0..4 are committed, token 5 is the root. The step accepts two nodes (rows 5, 6, 7 now hold their
 KV) and chooses a bonus. Pending are then the pairs (token 6, feature 5), (token 7, feature 6), (bonus,
@@ -14,67 +14,27 @@ feature 7); extend writes the head's rows 6, 7 and 8, and row 8 is the new root'
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from draft.calibration import Calibration
+from draft.growth import Growth, HeadModel
 from draft.masking import FrontierMask, num_allowed
 from draft.ngram import Lookup, PromptLookup
 from draft.none import Unplanned, root_tokens
 from draft.pending import Pending
 from draft.planner import Planner
 from draft.planning import Planning
-from draft.solo import Children, SoloRows, grow_one
-from draft.tree import IsWorth, Limits, Offers, graft, grow
+from draft.tree import graft
 from engine.clock import Clock
-from engine.core import (
-    Batch,
-    Decision,
-    DraftMask,
-    DraftRows,
-    DraftScores,
-    DraftTree,
-    SamplingTensors,
-    Sequence,
-    Speculation,
-    StepCost,
-    Verdict,
-    slots_of,
-)
-from engine.kvcache import KVPool, LatentPool
-from engine.rows import RowPlan, chain_bias, first_slot, plan_chains, plan_own, plan_spans, span
-from engine.sampler import candidates
-from kernels import TreeRows, best, compact_rows, gumbel_noise
+from engine.core import Batch, Decision, DraftScores, DraftTree, Sequence, Speculation, StepCost, Verdict
+from engine.roles import DraftMask, DraftRows
+from engine.rows import RowPlan, chain_bias, first_slot, plan_chains, plan_spans, span
+from kernels import compact_rows
 
-_NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
 _MOST_PENDING = 256  # pairs that wait while nothing is drafted; most answers end before that many
-
-
-class HeadModel(Protocol):
-    """The network of a head; shapes as in core."""
-
-    feature_layers: tuple[int, ...]
-    token_ids: Tensor  # [Vd] int64: which token each column of the logits stands for
-
-    @property
-    def pool(self) -> KVPool | LatentPool:
-        """The head's rows; its slots are the target's."""
-        ...
-
-    def inject(self, features: Tensor) -> Tensor:
-        """Target features [.., F] -> the head's input feature [.., H]."""
-        ...
-
-    def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
-        """tokens, positions: [T]; feature: [T, H]. Writes KV rows, returns [T, H]: the next feature."""
-        ...
-
-    def logits(self, feature: Tensor) -> Tensor:
-        """[.., H] as returned by forward -> [.., Vd] float32."""
-        ...
 
 
 class Coverage:
@@ -104,23 +64,8 @@ class Coverage:
             del self._counted[seq.request.id]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Some sequences of a batch, seen by the head."""
-
-    index: Tensor  # [b] int64 rows of the batch
-    kv_lens: Tensor  # [b]
-    page_table: Tensor  # [b, P]
-    page_size: int
-    sampling: SamplingTensors
-
-    def slots(self, rows: Tensor) -> Tensor:
-        """[b, n] row numbers -> [b, n] slots."""
-        return slots_of(rows, self.page_table, self.page_size)
-
-
 class FeatureDraft:
-    """A draft (core.Draft) around a HeadModel.
+    """A draft (roles.Draft) around a HeadModel.
 
     shared_noise: rank candidates with the sampler's own noise; max_len: tokens of a sequence up to which the
     head is used, None for no limit. A sequence that has outgrown it has no trees any more, lookups only;
@@ -297,37 +242,19 @@ class FeatureDraft:
 
     def _grown(self, batch: Batch, active: list[int], roots: Tensor, mask: DraftMask | None) -> DraftTree:
         """The head's trees for some rows of a batch, [len(active), N]."""
-        masked = FrontierMask([batch.seqs[row] for row in active], mask, self.model.token_ids)
+        growth = Growth(
+            self.model,
+            self.calibration,
+            self.shared_noise,
+            FrontierMask([batch.seqs[row] for row in active], mask, self.model.token_ids),
+            None if self._planning is None else self._planning.is_worth_level,
+        )
+        features = self._extend_all(batch, active)
         if len(batch.seqs) == 1 and self.device == "cpu":
             start = first_slot(batch.seqs[0].pages, batch.page_size)
             if start is not None:
-                return self._grow_alone(batch, start, masked)
-        rows = self._rows(batch, active)
-        most = len(self.model.token_ids)  # a node cannot have more children than the head has tokens
-        wanted = [batch.speculation[row] for row in active]
-        limits = Limits.of([replace(s, top_k=min(s.top_k, most)) for s in wanted], self.device)
-        return self._grow(
-            rows,
-            roots[rows.index, 0],
-            self._extend_all(batch, active),
-            limits,
-            [batch.seqs[row].kv_len for row in active],
-            masked,
-        )
-
-    @property
-    def _is_worth(self) -> IsWorth | None:
-        return None if self._planning is None else self._planning.is_worth_level
-
-    def _rows(self, batch: Batch, rows: list[int]) -> _Rows:
-        index = torch.tensor(rows, dtype=torch.int64).to(self.device)
-        return _Rows(
-            index,
-            batch.kv_lens[index],
-            batch.page_table[index],
-            batch.page_size,
-            batch.sampling.select(index),
-        )
+                return growth.alone(batch, start, features)
+        return growth.together(batch, active, roots, features)
 
     def _extend_all(self, batch: Batch, active: list[int]) -> Tensor:
         """Run all pending pairs; returns the feature after each root, [b, 1, H]."""
@@ -371,121 +298,6 @@ class FeatureDraft:
             return plan_spans(spans, torch.device(self.device))
         table = batch.page_table[torch.tensor(index).to(self.device)]
         return plan_chains(table, batch.page_size, torch.tensor(firsts).to(self.device), counts, start=1)
-
-    def _grow(
-        self,
-        rows: _Rows,
-        root: Tensor,
-        feature: Tensor,
-        limits: Limits,
-        host_lens: list[int],
-        masked: FrontierMask,
-    ) -> DraftTree:
-        """Grow trees from the roots' features [b, 1, H]; host_lens: kv_lens on the host; masked: at the
-        roots.
-
-        Scratch row s of a sequence with k children a level holds node s % k of level s // k.
-        """
-        frontier = feature
-        seen: list[Tensor] = []  # per level [b, F, nodes expanded up to this level] bool: ancestors and self
-        sampled = rows.sampling.temperature > 0
-        kv_lens = rows.kv_lens
-        longest = max(host_lens) + 1
-
-        def expand(tokens: Tensor, parents: Tensor, depth: int) -> Offers:
-            nonlocal frontier
-            width, level = tokens.shape[1], depth - 1
-            own = torch.eye(width, dtype=torch.bool, device=self.device).expand(len(root), -1, -1)
-            inherited = own[..., :0]
-            if seen:
-                inherited = seen[-1].gather(1, parents[..., None].expand(-1, -1, level * width))
-            seen.append(torch.cat((inherited, own), dim=-1))
-            # A sequence keeps as many rows a level as it has children: it has reserved no more. What others
-            # of the batch need beyond that is written to the dummy page, and is no candidate of this one.
-            num_scratch = (limits.depth - 1).clamp(max=depth) * limits.top_k
-            scratch = torch.arange(depth * width, device=self.device)[None]
-            column = (scratch // limits.top_k * width + scratch % limits.top_k).clamp(max=depth * width - 1)
-            own_path = seen[-1].gather(2, column[:, None].expand(-1, width, -1))
-            place = torch.arange(width, device=self.device)
-            kept = (place < limits.top_k) & (limits.depth > depth)
-            slots = rows.slots(kv_lens[:, None] + 1 + level * limits.top_k + place)
-            plan = plan_own(
-                torch.where(kept, slots, place % rows.page_size),
-                TreeRows(rows.page_table, rows.page_size, kv_lens + 1, None, depth * width, start=1),
-                own_path & (scratch < num_scratch)[:, None],
-                longest,
-            )
-            given = frontier.gather(1, parents[..., None].expand(-1, -1, frontier.shape[-1]))
-            # The others' depths may lie past the end of this one's context, where there are no positions.
-            positions = torch.where(kept, (kv_lens + depth - 1)[:, None], 0)
-            out = self.model.forward(tokens.flatten(), given.flatten(0, 1), positions.flatten(), plan)
-            frontier = out.view(*tokens.shape, -1)
-            masked.descend(tokens, parents)
-            return self._offers(frontier, rows, depth, limits.max_top_k, masked)
-
-        first = self._offers(frontier, rows, 0, limits.max_top_k, masked)
-        return grow(
-            root,
-            first,
-            limits,
-            expand,
-            lambda raw, depth: self.calibration(raw, depth, sampled),
-            self._is_worth,
-        )
-
-    def _grow_alone(self, batch: Batch, start: int, masked: FrontierMask) -> DraftTree:
-        """The tree of a batch of one on a CPU, whose row 0 lies at slot ``start``."""
-        seq, spec = batch.seqs[0], batch.speculation[0]
-        spec = replace(spec, top_k=min(spec.top_k, len(self.model.token_ids)))
-        rows = _Rows(batch.kv_lens, batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
-        places = SoloRows(start, seq.kv_len)
-        frontier = self._extend_all(batch, [0])
-        sampled = seq.request.sampling.temperature > 0
-
-        def children(depth: int) -> list[Children]:
-            offers = self._offers(frontier, rows, depth, spec.top_k, masked)
-            both = zip(offers.tokens[0].tolist(), offers.raw[0].tolist(), strict=True)
-            return [list(zip(tokens, raw, strict=True)) for tokens, raw in both]
-
-        def expand(tokens: list[int], parents: list[int], depth: int) -> list[Children]:
-            nonlocal frontier
-            frontier = self.model.forward(
-                torch.tensor(tokens),
-                frontier[0, parents],
-                torch.full((len(tokens),), seq.kv_len + depth - 1),
-                places.expand(parents),
-            )[None]
-            masked.descend(torch.tensor([tokens]), torch.tensor([parents]))
-            return children(depth)
-
-        return grow_one(
-            seq.tokens[-1],
-            children(0)[0],
-            spec,
-            expand,
-            lambda raw, depth, rank: self.calibration.one(raw, depth, rank, sampled),
-            self._is_worth,
-        )
-
-    def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int, masked: FrontierMask) -> Offers:
-        """The best children of nodes at one depth: feature [b, F, H] -> offers [b, F, k]."""
-        logits = masked(self.model.logits(feature))
-        sampling = rows.sampling
-        if sampling.all_greedy or not self.shared_noise:
-            values, columns, mass = best(logits, top_k)
-            return Offers(self.model.token_ids[columns], torch.exp(values - mass[..., None]).nan_to_num(0.0))
-        few = candidates(logits, sampling, max(_NUM_CANDIDATES, top_k))
-        tokens = self.model.token_ids[few.columns]
-        positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])
-        greedy = (sampling.temperature == 0)[:, None, None]
-        noise = gumbel_noise(sampling.seed, positions, tokens).masked_fill(greedy, 0.0)
-        scores = few.scaled + noise
-        chosen = scores.topk(top_k, dim=-1)
-        # Greedy scores are shares of the whole vocabulary, sampled ones of the candidates: noise drowns the
-        # rest.
-        mass = torch.where(greedy[..., 0], logits.logsumexp(dim=-1), scores.logsumexp(dim=-1))
-        raw = torch.exp(chosen.values - mass[..., None])
-        return Offers(tokens.gather(-1, chosen.indices), raw.nan_to_num(0.0))
 
 
 def _spread(tree: DraftTree, rows: list[int], roots: Tensor) -> DraftTree:

@@ -27,8 +27,8 @@ from draft.head import FeatureDraft
 from draft.planner import Planner
 from engine.checkpoint.dummy import HEAD_SEED, fill_plain
 from engine.config import POST_NORM, Fields, LlamaConfig
-from engine.core import Target
 from engine.errors import CheckpointError
+from engine.roles import Target
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _THREE_LAYERS = "three layer numbers"

@@ -11,7 +11,8 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
-from engine.core import DraftMask, Sequence
+from engine.core import Sequence
+from engine.roles import DraftMask
 
 NEVER = float("-inf")
 Path = tuple[int, ...]

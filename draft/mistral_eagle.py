@@ -52,7 +52,7 @@ def copied_output_bytes(num_rows: int, hidden_size: int, dtype: torch.dtype, fp8
 
 
 class MistralEagleModel:
-    """The network (draft.head.HeadModel).
+    """The network (draft.growth.HeadModel).
 
     config: the head's own, without experts; weights: native names, consumed, plain or quantised whatever the
     target's are; embedding: [V, H], and output: [.., H] -> [.., Vd] float32, usually the target's own;

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draft.masking import num_allowed
+from draft.masking import has_grammar, num_allowed
 from draft.none import Unplanned, root_tokens
-from engine.core import Batch, DraftMask, DraftTree, Sequence, Speculation, Verdict
+from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
+from engine.roles import DraftMask
 
 _SIZES = (4, 3, 2)  # lengths of the n-gram to look for, longest first
 
@@ -57,7 +58,7 @@ class NgramIndex:
 
 
 class NgramDraft(Unplanned):
-    """A draft (core.Draft) that proposes one chain from the sequence's own tokens.
+    """A draft (roles.Draft) that proposes one chain from the sequence's own tokens.
 
     It is as long as the deepest path of the tree it stands for, or as ``lookup`` if that is more.
     """
@@ -113,14 +114,15 @@ _LEAST_LIKELY = 0.1  # a token less likely than this is worth its row on hardly 
 class MatchRates:
     """How often the next token is the same, given that the last m were.
 
-    The prior m / (m + 2) is close to what greedy answers of a small chat model show. A chain's later tokens
-    need no rates of their own: where its first was right, the match has grown by one.
+    The prior m / (m + 2) is close to what greedy answers of a small chat model show, m / (m + 3) to sampled
+    ones. A chain's later tokens need no rates of their own: where its first was right, the match has grown by
+    one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sampled: bool = False) -> None:
         length = torch.arange(MAX_MATCH + 1).double()
         self.trials = [_PRIOR_TRIALS] * (MAX_MATCH + 1)
-        self.hits: list[float] = (_PRIOR_TRIALS * length / (length + 2)).tolist()
+        self.hits: list[float] = (_PRIOR_TRIALS * length / (length + 2 + sampled)).tolist()
         self._prior = self.hits.copy()
 
     def __call__(self, length: int) -> float:
@@ -160,11 +162,24 @@ class _State:
 
 
 class PromptLookup:
-    """Chains from the sequences' own tokens, as long as they are likely to be right."""
+    """Chains from the sequences' own tokens, as long as they are likely to be right.
+
+    Greedy and sampled answers have rates of their own, and so have those that match a grammar: what a grammar
+    repeats (keys, quotes, commas) makes a match longer without making the next word likelier.
+    """
 
     def __init__(self) -> None:
-        self.rates = MatchRates()
+        self._rates = {
+            (sampled, formal): MatchRates(sampled=sampled)
+            for sampled in (False, True)
+            for formal in (False, True)
+        }
         self._states: dict[int, _State] = {}
+
+    def rates(self, seq: Sequence) -> MatchRates:
+        """How often matches go on in answers of a sequence's kind."""
+        sampling = seq.request.sampling
+        return self._rates[sampling.temperature > 0, has_grammar(seq)]
 
     def propose(self, seq: Sequence, most: int) -> Lookup | None:
         """Up to ``most`` tokens after the sequence's last, or None where nothing is found.
@@ -177,7 +192,8 @@ class PromptLookup:
         state, tokens = self._states.setdefault(seq.request.id, _State()), seq.tokens
         if state.tokens and state.start == len(tokens):
             return Lookup(state.tokens[:most], state.chances[:most])
-        self._settle(state, tokens)
+        rates = self.rates(seq)
+        _settle(state, tokens, rates)
         found = state.index.find(tokens)
         if found is None:
             return None
@@ -185,7 +201,7 @@ class PromptLookup:
         period, chance = len(tokens) - found, 1.0
         chain, chances = list[int](), list[float]()
         while len(chain) < most:
-            chance *= self.rates(length + len(chain))
+            chance *= rates(length + len(chain))
             if chance < _LEAST_LIKELY:
                 break
             chain.append(tokens[found + len(chain) % period])
@@ -193,17 +209,18 @@ class PromptLookup:
         state.tokens, state.chances, state.start, state.length = chain, chances, len(tokens), length
         return Lookup(chain.copy(), chances.copy()) if chain else None
 
-    def _settle(self, state: _State, tokens: list[int]) -> None:
-        """Count how far the last proposal was right."""
-        for place, (proposed, token) in enumerate(zip(state.tokens, tokens[state.start :], strict=False)):
-            self.rates.count(state.length + place, proposed == token)
-            if proposed != token:
-                break
-        state.tokens = []
-
     def forget(self, seq: Sequence) -> None:
         """Drop what is kept of a sequence."""
         self._states.pop(seq.request.id, None)
+
+
+def _settle(state: _State, tokens: list[int], rates: MatchRates) -> None:
+    """Count how far the last proposal was right."""
+    for place, (proposed, token) in enumerate(zip(state.tokens, tokens[state.start :], strict=False)):
+        rates.count(state.length + place, proposed == token)
+        if proposed != token:
+            break
+    state.tokens = []
 
 
 def _match_length(tokens: list[int], found: int) -> int:

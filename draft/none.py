@@ -7,7 +7,8 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
-from engine.core import Batch, Decision, DraftMask, DraftTree, Sequence, Speculation, StepCost, Verdict
+from engine.core import Batch, Decision, DraftTree, Sequence, Speculation, StepCost, Verdict
+from engine.roles import DraftMask
 
 
 def root_tokens(batch: Batch) -> Tensor:
@@ -17,7 +18,7 @@ def root_tokens(batch: Batch) -> Tensor:
 
 
 class Unplanned:
-    """The part of a draft (core.Draft) that does what it is asked to, whatever that costs."""
+    """The part of a draft (roles.Draft) that does what it is asked to, whatever that costs."""
 
     def plan(self, seqs: Items[Sequence], limits: Items[Speculation], num_other_rows: int) -> list[Decision]:
         """All that the limits allow."""
@@ -31,7 +32,7 @@ class Unplanned:
 
 
 class NoDraft(Unplanned):
-    """A draft (core.Draft) that proposes nothing."""
+    """A draft (roles.Draft) that proposes nothing."""
 
     name = "none"
     rows = None

@@ -1,6 +1,6 @@
 """Growing the tree of a single sequence on a CPU: the case of one user at a machine without a GPU.
 
-``draft.tree`` and ``draft.head`` keep the books of many trees in tensors, which is what a device needs. For
+``draft.tree`` and ``draft.growth`` keep the books of many trees in tensors, which is what a device needs. For
 one small tree on a CPU, a hundred tensor calls of a few microseconds each then cost more than the head's own
 arithmetic. Here the books are lists and numbers, and rows are written and read in place. The trees are the
 same.

@@ -22,13 +22,13 @@ from engine.checkpoint.dummy import open_dummy, open_dummy_head
 from engine.checkpoint.hub import local_directory
 from engine.checkpoint.native import PARAMS, MistralHead, read_mistral_head
 from engine.config import EngineConfig, LlamaConfig, Mistral4Config
-from engine.core import Draft
 from engine.errors import CheckpointError, ConfigError
 from engine.memory import num_pages, with_kv_memory
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
 from engine.nn.weight import tensors_only
 from engine.pages import PagePool
+from engine.roles import Draft
 from engine.step import Engine
 from engine.text.conversation import AnyTokenizer
 from engine.text.grammar import GrammarCompiler
@@ -115,7 +115,7 @@ def build_engine(
 ) -> Engine:
     """An engine for an open checkpoint; without a ``grammar_compiler`` it refuses grammars.
 
-    draft: a head's checkpoint, "none", "ngram", or any ready-made core.Draft, which may ask for
+    draft: a head's checkpoint, "none", "ngram", or any ready-made roles.Draft, which may ask for
     feature_layers.
     """
     model = checkpoint.config

@@ -39,9 +39,9 @@ from engine.core import (
     SamplingTensors,
     Scores,
     Sequence,
-    Target,
 )
 from engine.pages import PagePool
+from engine.roles import Target
 from engine.sampler import Sampler, perturb, sampling_tensors
 from kernels import gumbel_noise
 

@@ -182,7 +182,7 @@ class Grammars:
                     logits[row, node, one.only] = 0.0
 
     def allowed(self, seq: Sequence, path: Path) -> Tensor:
-        """As core.DraftMask."""
+        """As roles.DraftMask."""
         return self._place(seq, seq.tokens[len(seq.request.prompt) :]).after(path).allowed
 
     def after(self, seq: Sequence) -> Next:

@@ -26,9 +26,9 @@ from engine.checkpoint.native import MistralHead
 from engine.checkpoint.plan import NVFP4_BLOCK, Plan
 from engine.checkpoint.safetensors_header import read_header
 from engine.config import EngineConfig, LlamaConfig, Mistral4Config
-from engine.core import Draft
 from engine.errors import ConfigError
 from engine.kvcache import KVPool, LatentPool
+from engine.roles import Draft
 
 # Bytes for CUDA itself, fragments, and few matrices that are held wider than stored; as in ``haast check``.
 GPU_RESERVE: Final = 2_000_000_000

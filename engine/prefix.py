@@ -9,7 +9,7 @@ and cryptographic: whoever chooses prompts must not be able to make two of them 
 
 Target and draft share the page table, so a page is one thing for both pools. A request that speculates with a
 head needs the head's rows too, and those exist only where another one speculated before it; see
-``core.DraftRows``. What is found that way is k pages, m = k * page_size rows. The last of these tokens runs
+``roles.DraftRows``. What is found that way is k pages, m = k * page_size rows. The last of these tokens runs
 through the model again: the head's next row needs its feature, and where the whole prompt is cached somebody
 has to say what comes next. So the sequence starts with ``kv_len`` m - 1, and row m - 1 is written once more,
 not to a page that somebody else reads: such a page is copied first. If nobody else holds it, it is taken out
@@ -33,8 +33,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.core import DraftRows, Sequence, Speculation, Target
+from engine.core import Sequence, Speculation
 from engine.pages import PagePool
+from engine.roles import DraftRows, Target
 
 
 def extend_keys(keys: list[bytes], tokens: Items[int], page_size: int, salt: str) -> None:

@@ -5,12 +5,7 @@ its steps are chunks of them, afterwards decodes. Every step serves both kinds, 
 (``max_num_batched_tokens``) and in one *order*: by priority, then by arrival. What is promised:
 
 - Every running sequence that decodes does so in every step. No more sequences run than the budget has nodes,
-  so this leaves something to the prompts.
-- Prompts get a quarter of the budget if they need it, and whatever the decodes leave; rather than taking
-  more, trees are cut, all to the same size.
-- Prompts are taken whole, in order. Where one does not fit it is cut, and half of what is left goes first to
-  prompts behind it, of the same priority, that it lets through whole: a short question does not wait for a
-  long document to be read, and the document gets on.
+  so this leaves something to the prompts; ``engine.budget`` divides it.
 - If pages or places run out, the last in order gives its own back and starts over from its tokens (preemption
   by recompute, behind what the prefix cache still has of them), so the first in order always gets on. Nobody
   makes room for another's tree, and within a priority nobody overtakes at admission, but for answers to a
@@ -24,8 +19,8 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
-import torch
-
+from engine.batches import Batches
+from engine.budget import divide
 from engine.checks import check_request
 from engine.config import EngineConfig
 from engine.core import (
@@ -33,13 +28,9 @@ from engine.core import (
     Batch,
     Decision,
     Delta,
-    Draft,
     DraftTree,
     FinishReason,
-    PromptChunk,
     Request,
-    SamplingParams,
-    SamplingTensors,
     Sequence,
     Speculation,
     TokenLogprob,
@@ -50,10 +41,7 @@ from engine.errors import ContextLengthError, RequestError
 from engine.grammar import Grammars
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
-from engine.sampler import sampling_tensors
-
-# What prompts may claim of a step's nodes before trees get any.
-_PROMPT_SHARE = 4
+from engine.roles import Draft
 
 _MOST_FORESEEN = 64  # tokens that a grammar may add to a step's: others wait for it meanwhile
 _NOTHING_LEFT = "after the tokens so far the model's logits hold no number, or allow no token"
@@ -82,7 +70,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
-        self._sampling = [SamplingParams()], sampling_tensors([SamplingParams()], config.device)
+        self._batches = Batches(config.device, pages.page_size)
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
         self._forget_edits, self._grammars = forget_edits, grammars
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
@@ -161,15 +149,12 @@ class Scheduler:
             seqs = [seq for seq, _ in decodes]
             limits = [self._step_speculation(seq).within(num_nodes) for seq, num_nodes in decodes]
             decided = self._plan(seqs, limits, sum(num_nodes for _, num_nodes in chunks))
-            decisions = [
-                self._reserve_tree(seq, decision) for seq, decision in zip(seqs, decided, strict=True)
-            ]
-            batches.append(self._batch(seqs, [one.speculation for one in decisions], None, decisions))
+            decisions = [self._reserve_tree(seq, one) for seq, one in zip(seqs, decided, strict=True)]
+            batches.append(self._batches.of_decodes(seqs, decisions))
         if chunks:
-            seqs = [seq for seq, _ in chunks]
-            batches.append(
-                self._batch(seqs, [self._step_speculation(seq) for seq in seqs], self._chunk(chunks))
-            )
+            seqs, sizes = [seq for seq, _ in chunks], [num_nodes for _, num_nodes in chunks]
+            speculation = [self._step_speculation(seq) for seq in seqs]
+            batches.append(self._batches.of_chunks(seqs, sizes, speculation))
         return tuple(batches)
 
     def _admit(self) -> None:
@@ -225,44 +210,21 @@ class Scheduler:
         return True
 
     def _shares(self) -> list[tuple[Sequence, int]]:
-        """How many nodes each running sequence may have in this step, in order: see the module."""
-        prompts = [seq for seq in self.running if seq.forced]
-        needs = [len(seq.forced) + 1 for seq in prompts]
-        budget = self.config.max_num_batched_tokens
-        left = budget - (len(self.running) - len(prompts))  # every decode has its root
-        for_prompts = min(-(-budget // _PROMPT_SHARE), sum(needs))  # rounded up: never nothing
-        for_trees = max(left - for_prompts, 0)
+        """How many nodes each running sequence may have in this step, in order."""
         decodes = [seq for seq in self.running if not seq.forced]
-        wishes = [self._most_nodes(self._step_speculation(seq)) - 1 for seq in decodes]
-        most = max(wishes, default=0)
-        if sum(wishes) > for_trees:
-            most = max(for_trees // len(decodes), 1)
-        shares = {}
-        for seq, wish in zip(decodes, wishes, strict=True):
-            more = min(wish, most, for_trees)
-            for_trees, left = for_trees - more, left - more
-            shares[seq.request.id] = 1 + more
-        sizes = chunk_sizes(needs, [seq.request.priority for seq in prompts], left)
-        shares |= {seq.request.id: size for seq, size in zip(prompts, sizes, strict=True)}
-        return [(seq, shares[seq.request.id]) for seq in self.running]
+        prompts = [seq for seq in self.running if seq.forced]
+        trees, chunks = divide(
+            self.config.max_num_batched_tokens,
+            [self._most_nodes(self._step_speculation(seq)) for seq in decodes],
+            [len(seq.forced) + 1 for seq in prompts],
+            [seq.request.priority for seq in prompts],
+        )
+        shares = {id(seq): size for seq, size in zip(decodes + prompts, trees + chunks, strict=True)}
+        return [(seq, shares[id(seq)]) for seq in self.running]
 
     def _most_nodes(self, speculation: Speculation) -> int:
         """The most nodes that a tree can have; a draft that writes fewer rows has fewer."""
         return min(1 + self._scratch_rows(speculation), speculation.nodes + speculation.lookup)
-
-    def _chunk(self, chosen: list[tuple[Sequence, int]]) -> PromptChunk:
-        """The next known tokens of each sequence, padded to the longest chunk."""
-        tokens = torch.zeros(len(chosen), max(num_nodes for _, num_nodes in chosen), dtype=torch.int64)
-        next_token = torch.full((len(chosen),), -1, dtype=torch.int64)
-        for row, (seq, num_nodes) in enumerate(chosen):
-            tokens[row, :num_nodes] = torch.tensor(seq.tokens[-1:] + seq.forced[: num_nodes - 1])
-            if num_nodes <= len(seq.forced):
-                next_token[row] = seq.forced[num_nodes - 1]
-        device = self.config.device
-        lengths = tuple(num_nodes for _, num_nodes in chosen)
-        return PromptChunk(
-            tokens.to(device), torch.tensor(lengths).to(device), next_token.to(device), lengths
-        )
 
     def _reserve(self, seq: Sequence, num_rows: int) -> bool:
         """Pages for num_rows rows. Sequences behind it in order make room if they must; the first therefore
@@ -300,34 +262,6 @@ class Scheduler:
             seq.request.sampling.max_tokens - seq.num_generated,
             self.config.max_model_len - len(seq.tokens) - len(seq.forced),
         )
-
-    def _batch(
-        self,
-        seqs: list[Sequence],
-        speculation: list[Speculation],
-        chunk: PromptChunk | None,
-        decisions: Items[Decision] = (),
-    ) -> Batch:
-        device = self.config.device
-        width = max(len(seq.pages) for seq in seqs)
-        table = torch.tensor([seq.pages + [0] * (width - len(seq.pages)) for seq in seqs], dtype=torch.int64)
-        return Batch(
-            seqs=tuple(seqs),
-            kv_lens=torch.tensor([seq.kv_len for seq in seqs], dtype=torch.int64).to(device),
-            page_table=table.to(device),
-            page_size=self.pages.page_size,
-            sampling=self._sampling_tensors(seqs),
-            speculation=tuple(speculation),
-            decisions=tuple(decisions),
-            prompt=chunk,
-        )
-
-    def _sampling_tensors(self, seqs: list[Sequence]) -> SamplingTensors:
-        """Where the sequences are those of the step before, as nearly always, the same tensors."""
-        params = [seq.request.sampling for seq in seqs]
-        if params != self._sampling[0]:
-            self._sampling = params, sampling_tensors(params, self.config.device)
-        return self._sampling[1]
 
     # --- committing
 
@@ -435,25 +369,3 @@ class Scheduler:
 
 def _order(seq: Sequence) -> tuple[int, int]:
     return seq.order
-
-
-def chunk_sizes(needs: list[int], priorities: list[int], budget: int) -> list[int]:
-    """How many nodes of a budget each prompt gets, in order; needs: nodes that would finish each.
-
-    Prompts are taken whole until one does not fit. Of what is left it keeps half; with the other half those
-    behind it of its own priority are taken whole if they fit, and what then remains is its own too. Example:
-    needs of 100, 900, 50 and 300 with a budget of 512 get 100, 362, 50 and 0.
-    """
-    sizes = [0] * len(needs)
-    for place, need in enumerate(needs):
-        if need > budget:
-            for_others = budget // 2
-            for later in range(place + 1, len(needs)):
-                if priorities[later] == priorities[place] and needs[later] <= for_others:
-                    sizes[later] = needs[later]
-                    for_others, budget = for_others - needs[later], budget - needs[later]
-            sizes[place] = budget
-            break
-        sizes[place] = need
-        budget -= need
-    return sizes

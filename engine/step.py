@@ -15,24 +15,14 @@ import torch
 from engine.canary import Canary, CanaryCounts
 from engine.clock import Clock
 from engine.config import EngineConfig
-from engine.core import (
-    Batch,
-    Delta,
-    Draft,
-    DraftTree,
-    FinishReason,
-    Request,
-    SamplingParams,
-    Speculation,
-    StepCost,
-    Target,
-)
+from engine.core import Batch, Delta, DraftTree, FinishReason, Request, SamplingParams, Speculation, StepCost
 from engine.edits import sampling_edits
 from engine.errors import EngineError
 from engine.grammar import Grammars
 from engine.logprobs import emitted_logprobs
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
+from engine.roles import Draft, Target
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text.grammar import GrammarCompiler

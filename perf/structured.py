@@ -25,18 +25,9 @@ from rich.table import Table
 from engine.build import Served
 from engine.cli.options import add_engine_arguments, open_engine
 from engine.cli.parser import Parser
-from engine.core import (
-    SPECULATION_OFF,
-    Batch,
-    Draft,
-    DraftMask,
-    DraftTree,
-    Grammar,
-    Request,
-    SamplingParams,
-    Speculation,
-)
+from engine.core import SPECULATION_OFF, Batch, DraftTree, Grammar, Request, SamplingParams, Speculation
 from engine.errors import ConfigError, EngineError
+from engine.roles import Draft, DraftMask
 from engine.text.conversation import conversation_ids
 from perf.provenance import provenance
 

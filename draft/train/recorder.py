@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from draft.none import Unplanned, root_tokens
-from engine.core import Batch, DraftMask, DraftTree, Sequence, Speculation, Verdict
+from engine.core import Batch, DraftTree, Sequence, Speculation, Verdict
+from engine.roles import DraftMask
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Recording:
 
 
 class FeatureRecorder(Unplanned):
-    """core.Draft: the root alone, and a notebook. The engine must run without a prefix cache, for the
+    """roles.Draft: the root alone, and a notebook. The engine must run without a prefix cache, for the
     features of tokens that are not computed cannot be recorded."""
 
     rows = None

@@ -20,7 +20,7 @@ from kernels import compact_rows, rms_norm
 
 
 class Decoder:
-    """A target (core.Target) but for its constructor.
+    """A target (roles.Target) but for its constructor.
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after

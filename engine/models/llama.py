@@ -43,7 +43,7 @@ def _layer(config: LlamaConfig, weights: dict[str, Tensor], prefix: str, half: b
 
 
 class Llama(Decoder):
-    """A target (core.Target). ``weights`` is consumed.
+    """A target (roles.Target). ``weights`` is consumed.
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after

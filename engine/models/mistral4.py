@@ -86,7 +86,7 @@ def _swiglu(weights: Weights, prefix: str, half: bool) -> SwiGLU:
 
 
 class Mistral4(Decoder):
-    """A target (core.Target). ``weights`` is consumed; the embedding's dtype is the model's.
+    """A target (roles.Target). ``weights`` is consumed; the embedding's dtype is the model's.
 
     feature_layers: which hidden states a head wants, concatenated in this order. Number i is the input of
     layer i, ``num_layers`` the output of the last layer before the final norm, ``POST_NORM`` the one after

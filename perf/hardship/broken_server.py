@@ -22,7 +22,8 @@ from engine.build import Served
 from engine.cli.options import open_engine
 from engine.cli.parser import Parser
 from engine.cli.serve import add_arguments, server_options
-from engine.core import Batch, Delta, DraftTree, Request, Target
+from engine.core import Batch, Delta, DraftTree, Request
+from engine.roles import Target
 from engine.server.lifecycle import serve
 from engine.step import Engine
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from draft.ngram import MAX_MATCH, MatchRates, NgramDraft, NgramIndex, PromptLookup
 from draft.none import NoDraft
-from engine.core import Batch, Request, SamplingParams, Sequence, Speculation
+from engine.core import Batch, Grammar, Request, SamplingParams, Sequence, Speculation
 from engine.sampler import sampling_tensors
 
 
@@ -107,7 +109,7 @@ def test_none_is_the_root_alone() -> None:
 
 
 def sequence_of(tokens: list[int], request_id: int = 0) -> Sequence:
-    return Sequence(Request(request_id, (tokens[0],), SamplingParams()), list(tokens), [])
+    return Sequence(Request(request_id, (tokens[0],), SamplingParams(0.0)), list(tokens), [])
 
 
 class TestRates:
@@ -152,16 +154,32 @@ class TestPromptLookup:
 
     def test_outcomes_are_counted_once_up_to_the_first_mistake(self) -> None:
         lookup, seq = PromptLookup(), sequence_of([1, 2, 9, 8, 1, 2])
-        before = [lookup.rates(length) for length in (2, 3, 4)]
+        before = [lookup.rates(seq)(length) for length in (2, 3, 4)]
         assert lookup.propose(seq, 3) is not None  # 9, 8, 1 after a match of two
         seq.tokens += [9, 7]
         lookup.propose(seq, 3)
-        after = [lookup.rates(length) for length in (2, 3, 4)]
+        after = [lookup.rates(seq)(length) for length in (2, 3, 4)]
         assert after[0] > before[0]
         assert after[1] < before[1]
         assert after[2] == before[2]
         lookup.propose(seq, 3)
-        assert [lookup.rates(length) for length in (2, 3, 4)] == after
+        assert [lookup.rates(seq)(length) for length in (2, 3, 4)] == after
+
+    def test_kinds_of_answers_learn_apart(self) -> None:
+        lookup = PromptLookup()
+        tokens, kinds = [1, 2, 9, 8, 1, 2], [SamplingParams(0.0), SamplingParams(0.7)]
+        kinds += [replace(kind, grammar=Grammar("json_object", "")) for kind in kinds]
+        seqs = [Sequence(Request(i, (1,), kind), tokens[:], []) for i, kind in enumerate(kinds)]
+        assert [lookup.rates(seq)(2) for seq in seqs] == [1 / 2, 2 / 5] * 2
+        for place, seq in enumerate(seqs):
+            before = [lookup.rates(seq)(2) for seq in seqs]
+            lookup.propose(seq, 1)
+            seq.tokens.append(7)
+            lookup.propose(seq, 1)
+            after = [lookup.rates(seq)(2) for seq in seqs]
+            assert [old != new for old, new in zip(before, after, strict=True)] == [
+                other == place for other in range(len(seqs))
+            ]
 
     def test_a_sequence_that_started_over_is_indexed_anew(self) -> None:
         lookup = PromptLookup()

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draft.costs import StepCosts
-from draft.planner import Ask, Drafted, Planner, is_worth_level, keep, plan
+from draft.cut import is_worth_level, keep
+from draft.planner import Ask, Drafted, Planner, plan
 from draft.search import Load, Seat, Shape
 from engine.core import SPECULATION_OFF, Decision, Speculation
 from tests.oracles import planner as oracle

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import draft.growth
 import draft.head
 from draft.calibration import Calibration
 from draft.solo import Children, SoloRows, grow_one
@@ -142,7 +143,7 @@ def test_one_request_at_a_time(
         calls.append(args)
         return grow_one(*args)
 
-    monkeypatch.setattr(draft.head, "grow_one", counted)
+    monkeypatch.setattr(draft.growth, "grow_one", counted)
     if not alone:
         monkeypatch.setattr(draft.head, "first_slot", lambda *_: None)
     prompts = prompts_of([9])

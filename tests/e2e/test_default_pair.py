@@ -25,7 +25,8 @@ from draft.none import NoDraft
 from engine.build import DEFAULT_MODEL, build_engine, default_model_path
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
-from engine.core import Batch, Draft, DraftTree, Verdict
+from engine.core import Batch, DraftTree, Verdict
+from engine.roles import Draft
 from engine.step import Engine
 from engine.text.chat import render_chat
 from tests.e2e.served import Server, events

@@ -18,12 +18,13 @@ from draft.head import FeatureDraft
 from draft.mistral_eagle import MistralEagleModel
 from draft.none import NoDraft
 from engine.config import EngineConfig, Mistral4Config, YarnScaling
-from engine.core import Draft, Request, SamplingParams, Speculation
+from engine.core import Request, SamplingParams, Speculation
 from engine.core import Sequence as Seq
 from engine.models.mistral4 import Mistral4
 from engine.nn.linear import Linear
 from engine.nn.weight import Fp8Weight, Nvfp4Weight, Weight
 from engine.pages import PagePool
+from engine.roles import Draft
 from engine.step import Engine
 from tests.conftest import matrix, norm_weight
 from tests.engine import rig

@@ -24,12 +24,13 @@ from draft.ngram import NgramDraft
 from draft.none import NoDraft, Unplanned
 from draft.planner import Planner
 from engine.config import POST_NORM, EngineConfig, LlamaConfig
-from engine.core import Batch, Draft, DraftMask, DraftTree, Request, SamplingParams, Speculation, Verdict
+from engine.core import Batch, DraftTree, Request, SamplingParams, Speculation, Verdict
 from engine.core import Sequence as Seq
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
 from engine.pages import PagePool
 from engine.penalties import Penalties
+from engine.roles import Draft, DraftMask
 from engine.step import Completion, Engine
 from engine.text.grammar import GrammarCompiler
 from tests.conftest import layer_weights, matrix, norm_weight, tiny_eagle3, tiny_llama
@@ -234,7 +235,7 @@ def plain_tokens(
 
 
 class Prophet(Unplanned):
-    """A draft (core.Draft) that hides the true continuation in a random tree.
+    """A draft (roles.Draft) that hides the true continuation in a random tree.
 
     answers: by request id, what plain decoding emits. Node order, wrong siblings, wrong descendants and the
     length of the true path are random; trees of a batch differ in size.

@@ -21,8 +21,9 @@ import engine.canary
 from draft.head import FeatureDraft
 from engine.canary import Canary, CanaryCounts
 from engine.config import EngineConfig
-from engine.core import Batch, DraftTree, Request, SamplingParams, Scores, Speculation, Target
+from engine.core import Batch, DraftTree, Request, SamplingParams, Scores, Speculation
 from engine.errors import ConfigError
+from engine.roles import Target
 from engine.step import Engine
 from tests.engine.rig import (
     CHAIN,

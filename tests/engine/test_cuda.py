@@ -11,9 +11,10 @@ from draft.eagle3 import Eagle3Model
 from draft.head import FeatureDraft
 from draft.none import NoDraft
 from engine.config import EngineConfig
-from engine.core import Draft, SamplingParams
+from engine.core import SamplingParams
 from engine.models.llama import Llama
 from engine.pages import PagePool
+from engine.roles import Draft
 from engine.step import Engine
 from tests.engine.rig import FEATURE_LAYERS, TREE, Model, copies, echo_model, prompts_of
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from draft.head import FeatureDraft
-from engine.core import Batch, DraftMask, DraftTree, SamplingParams, Speculation
+from engine.core import Batch, DraftTree, SamplingParams, Speculation
+from engine.roles import DraftMask
 from kernels import gumbel_noise
 from tests.engine.rig import FEATURE_LAYERS, PLAIN, TREE, Model, make_engine, prompts_of, random_model, record
 from tests.engine.state import eagle_rows

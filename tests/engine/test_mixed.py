@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine.scheduler
-from draft import head
+import engine.budget
+from draft import growth
 from draft.head import FeatureDraft
 from engine.core import Batch, DraftTree, SamplingParams, Scores, Speculation, Verdict
 from engine.kvcache import KVPool, LatentPool, own_slots
@@ -156,7 +156,7 @@ def a_device_keeps_its_padding(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(decoder, "compact", by_path)
     patch.setattr(FeatureDraft, "_chains", chains)
-    patch.setattr(head, "plan_own", lambda write, rows, own, longest: _own_words(write, rows, own))
+    patch.setattr(growth, "plan_own", lambda write, rows, own, longest: _own_words(write, rows, own))
 
 
 def rows_of_another_sequence(patch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def scores_of_the_other_batch(patch: pytest.MonkeyPatch) -> None:
 
 
 def budget_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine.scheduler, "chunk_sizes", lambda needs, priorities, budget: needs)
+    patch.setattr(engine.budget, "chunk_sizes", lambda needs, priorities, budget: needs)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.budget import chunk_sizes
 from engine.core import Batch, Delta, DraftTree, Request, SamplingParams, Scores, Sequence, Speculation
 from engine.errors import ContextLengthError, RequestError
 from engine.pages import PagePool
-from engine.scheduler import chunk_sizes
 from engine.step import Engine
 from tests.engine import mistral_rig
 from tests.engine.rig import PLAIN, TREE, Model, assert_idle, echo_model, make_engine, prompts_of, record

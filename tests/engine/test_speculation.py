@@ -15,7 +15,8 @@ from torch import Tensor
 
 from draft.head import FeatureDraft
 from draft.tree import graft
-from engine.core import Batch, DraftMask, DraftTree, Request, SamplingParams, Speculation
+from engine.core import Batch, DraftTree, Request, SamplingParams, Speculation
+from engine.roles import DraftMask
 from tests.engine.rig import (
     CHAIN,
     PLAIN,
