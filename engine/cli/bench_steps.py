@@ -17,7 +17,8 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
@@ -99,8 +100,11 @@ def run(args: argparse.Namespace) -> int:
         engine = build_engine(checkpoint, (), head, config, bar.update)
     warm_up(engine)
     loaded = time.perf_counter() - began
-    result = {"benchmark": "steps", **_facts(args, checkpoint, head, config), "load_s": round(loaded, 2)}
-    result |= _measured(args, began, engine, checkpoint, head, wanted)
+    facts = {"benchmark": "steps", **_facts(args, checkpoint, head, config), "load_s": round(loaded, 2)}
+    result: dict[str, Any] = {}
+    # Written after each figure, so that what ends a run early takes none of them.
+    for result in _measured(began, facts, engine, checkpoint, head, wanted):
+        _write(result, args.json)
     del engine
     gc.collect()  # an engine is full of cycles, and the peer needs its memory
     if args.peer is not None:
@@ -108,10 +112,14 @@ def run(args: argparse.Namespace) -> int:
 
         result["peer"] = per_layer(checkpoint, config, result["steps"])
     show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    _write(result, args.json)
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
+
+
+def _write(result: Mapping[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _refuse(args: argparse.Namespace, flags: frozenset[str], why: str) -> None:
@@ -226,14 +234,14 @@ def _facts(
 
 
 def _measured(
-    args: argparse.Namespace,
     began: float,
+    facts: Mapping[str, Any],
     engine: Engine,
     checkpoint: Checkpoint | MistralCheckpoint,
     head: AnyHead,
     wanted: Wanted,
-) -> dict[str, Any]:
-    """All figures of the engine; written to --json after each, so that what ends a run takes none of them."""
+) -> Iterator[dict[str, Any]]:
+    """The result after each figure of the engine, the last one whole."""
     from perf.kernel_timing import measured_ceilings
     from perf.step_costs import Costs, Floors
     from perf.steps import Steps
@@ -243,9 +251,8 @@ def _measured(
     costs = Costs(Steps(engine, wanted.num_steps), floors, wanted)
     for name in costs.measure(began):
         sys.stderr.write(f"{time.perf_counter() - began:6.1f} s  {name}\n")
-        if args.json is not None:
-            args.json.write_text(json.dumps(_figures(costs), indent=1) + "\n")
-    return _figures(costs)
+        yield {**facts, **_figures(costs)}
+    yield {**facts, **_figures(costs)}
 
 
 def _figures(costs: Costs) -> dict[str, Any]:
