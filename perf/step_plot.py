@@ -52,9 +52,7 @@ def name_of(result: Result) -> str:
 def markdown(results: Sequence[Result]) -> str:
     """The table: step, forward and drafting in milliseconds, and the forward's share of its floor's speed."""
     by_nodes = [{row["nodes"]: row for row in trees(result, UNIFORM)} for result in results]
-    titles = [
-        f"{name_of(result)}: {what}" for result in results for what in ("step", "verify (floor)", "draft")
-    ]
+    titles = [f"{name_of(result)}: {what}" for result in results for what in _COLUMNS]
     lines = ["| nodes | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
     for nodes in sorted({nodes for rows in by_nodes for nodes in rows}):
         cells = [cell for rows in by_nodes for cell in _cells(rows.get(nodes))]
