@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.core import DraftTree, SamplingTensors, Verdict
+from engine.core import DraftTree, SamplingTensors, Verdict, depths_of
 
 NUM_BUCKETS = 12
 _MAX_DEPTH, _MAX_RANK = 16, 8  # deeper and later ones share the last entry
@@ -46,7 +46,7 @@ class Calibration:
         self._centres = (np.arange(NUM_BUCKETS) + 0.5) / NUM_BUCKETS
         self._rates = np.broadcast_to(self._centres, shape).copy()
         self._touched: set[tuple[int, int, int]] = set()
-        self._map = torch.from_numpy(self._rates).float().to(device)
+        self._map: Tensor | None = None  # the rates on the device, made when they are asked for
         self._device = device
         self._observed = 0
 
@@ -58,6 +58,8 @@ class Calibration:
         """
         k = raw.shape[-1]
         rank = torch.arange(k, device=raw.device).clamp(max=_MAX_RANK - 1)
+        if self._map is None:
+            self._map = torch.from_numpy(self._rates).float().to(self._device)
         curves = self._map[sampled.long(), min(depth, _MAX_DEPTH) - 1][:, rank]  # [B, k, buckets]
         place = (raw * NUM_BUCKETS - 0.5).clamp(0, NUM_BUCKETS - 1)
         low = place.floor().long().clamp(max=NUM_BUCKETS - 2)
@@ -80,8 +82,9 @@ class Calibration:
         Grafted nodes, which have no score, are none of the head's.
         """
         assert tree.scores is not None
-        modes = (sampling.temperature > 0).long().tolist()
-        parents, depths = tree.parents.tolist(), tree.depths().tolist()
+        modes = [int(temperature > 0) for temperature in sampling.temperature.tolist()]
+        parents = tree.parents.tolist()
+        depths = [depths_of(own) for own in parents]
         raws, ranks = tree.scores.raw.tolist(), tree.scores.rank.tolist()
         self.trials *= _DECAY
         self.hits *= _DECAY
@@ -111,4 +114,4 @@ class Calibration:
                 rates = isotonic(rates, weights)
             self._rates[curve] = rates
         self._touched.clear()
-        self._map = torch.from_numpy(self._rates).float().to(self._device)
+        self._map = None

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from draft.tree import Offers
 from engine.config import POST_NORM, LlamaConfig
 from engine.kvcache import KVPool
 from engine.nn.attention import Attention
@@ -97,3 +98,6 @@ class EagleModel:
         if self.norm is not None:
             feature = rms_norm(feature, self.norm, self.config.rms_norm_eps)
         return self._target_logits(feature)
+
+    def offers(self, feature: Tensor, count: int) -> Offers:
+        return Offers.best(self.logits(feature), self.token_ids, count)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from draft.tree import Offers
 from engine.config import LlamaConfig
 from engine.kvcache import KVPool
 from engine.nn.attention import Attention
@@ -23,7 +24,7 @@ from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
 from engine.rows import RowPlan
-from kernels import rms_norm
+from kernels import fused_head, rms_norm
 
 
 class Eagle3Model:
@@ -81,12 +82,26 @@ class Eagle3Model:
             dtype,
             device,
         )
+        self._fused = fused_head(
+            self.layer.fused,
+            (self.input_norm, self.hidden_norm, self.norm),
+            embedding,
+            (self.rope.cos, self.rope.sin),
+            self.lm_head.packed,
+            self.token_ids,
+            self.eps,
+        )
         self.pool = KVPool(1, config.num_kv_heads, config.head_dim, num_slots, dtype, device)
 
     def inject(self, features: Tensor) -> Tensor:
         return self.fc(features)
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        pool = self.pool.layer(0)
+        if self._fused is not None:
+            rows = plan.for_layers(self._fused.layer, None, pool)
+            if rows is not None:
+                return self._fused.forward(tokens, feature, positions, rows, pool)
         given = torch.cat(
             (
                 rms_norm(self.embedding[tokens], self.input_norm, self.eps),
@@ -94,7 +109,12 @@ class Eagle3Model:
             ),
             dim=-1,
         )
-        return self.layer(feature, self.rope(positions), self.pool.layer(0), plan, given)
+        return self.layer(feature, self.rope(positions), pool, plan, given)
 
     def logits(self, feature: Tensor) -> Tensor:
         return self.lm_head(rms_norm(feature, self.norm, self.eps)).float()
+
+    def offers(self, feature: Tensor, count: int) -> Offers:
+        if self._fused is not None:
+            return Offers(*self._fused.offers(feature, count))
+        return Offers.best(self.logits(feature), self.token_ids, count)

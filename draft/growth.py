@@ -21,7 +21,7 @@ from engine.core import Batch, DraftTree, SamplingTensors, Speculation, slots_of
 from engine.kvcache import KVPool, LatentPool
 from engine.rows import RowPlan, plan_own
 from engine.sampler import candidates
-from kernels import TreeRows, best, gumbel_noise
+from kernels import TreeRows, gumbel_noise
 
 _NUM_CANDIDATES = 128  # tokens among which noise picks the children of a node
 
@@ -47,6 +47,10 @@ class HeadModel(Protocol):
 
     def logits(self, feature: Tensor) -> Tensor:
         """[.., H] as returned by forward -> [.., Vd] float32."""
+        ...
+
+    def offers(self, feature: Tensor, count: int) -> Offers:
+        """The children with the largest logits: feature as for ``logits`` -> ``Offers.best`` of those."""
         ...
 
 
@@ -159,18 +163,19 @@ class Growth:
 
         def children(depth: int) -> list[Children]:
             offers = self._offers(frontier, rows, depth, spec.top_k)
-            both = zip(offers.tokens[0].tolist(), offers.raw[0].tolist(), strict=True)
+            both = zip(*offers.tokens.tolist(), *offers.raw.tolist(), strict=True)
             return [list(zip(tokens, raw, strict=True)) for tokens, raw in both]
 
         def expand(tokens: list[int], parents: list[int], depth: int) -> list[Children]:
             nonlocal frontier
             frontier = self.model.forward(
                 torch.tensor(tokens),
-                frontier[0, parents],
+                frontier[0] if parents == list(range(frontier.shape[1])) else frontier[0, parents],
                 torch.full((len(tokens),), seq.kv_len + depth - 1),
                 places.expand(parents),
             )[None]
-            self.masked.descend(torch.tensor([tokens]), torch.tensor([parents]))
+            if self.masked.applies:
+                self.masked.descend(torch.tensor([tokens]), torch.tensor([parents]))
             return children(depth)
 
         return grow_one(
@@ -188,11 +193,13 @@ class Growth:
 
     def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int) -> Offers:
         """The best children of nodes at one depth: feature [b, F, H] -> offers [b, F, k]."""
-        logits = self.masked(self.model.logits(feature))
         sampling = rows.sampling
-        if sampling.all_greedy or not self.shared_noise:
-            values, columns, mass = best(logits, top_k)
-            return Offers(self.model.token_ids[columns], torch.exp(values - mass[..., None]).nan_to_num(0.0))
+        is_noisy = self.shared_noise and not sampling.all_greedy
+        if not is_noisy and not self.masked.applies:
+            return self.model.offers(feature, top_k)
+        logits = self.masked(self.model.logits(feature))
+        if not is_noisy:
+            return Offers.best(logits, self.model.token_ids, top_k)
         few = candidates(logits, sampling, max(_NUM_CANDIDATES, top_k))
         tokens = self.model.token_ids[few.columns]
         positions = (rows.kv_lens + depth + 1)[:, None].expand(logits.shape[:2])

@@ -267,22 +267,24 @@ class FeatureDraft:
     def _extend(self, batch: Batch, wanted: list[tuple[int, int]]) -> Tensor:
         """Run pending pairs, side by side: for each (row of the batch, count) the first ``count`` of them.
         Returns the feature after the last of each, [b, H]."""
-        tokens: list[int] = []
+        tokens, positions = list[int](), list[int]()
         features, firsts = [], []
         for row, count in wanted:
             pending = self._pending[batch.seqs[row].request.id]
             firsts.append(pending.num_rows + 1)
+            positions += range(pending.num_rows, pending.num_rows + count)
             pair_tokens, pair_features = pending.take(count)
             tokens += pair_tokens
             features.append(pair_features)
         counts = [count for _, count in wanted]
-        positions = [torch.arange(first - 1, first - 1 + n) for first, n in zip(firsts, counts, strict=True)]
         out = self.model.forward(
             torch.tensor(tokens).to(self.device),
-            self.model.inject(torch.cat(features)),
-            torch.cat(positions).to(self.device),
+            self.model.inject(features[0] if len(features) == 1 else torch.cat(features)),
+            torch.tensor(positions).to(self.device),
             self._chains(batch, [row for row, _ in wanted], firsts, counts),
         )
+        if len(counts) == 1:
+            return out[-1:]
         last = torch.tensor(counts).cumsum(0) - 1
         return out[last.to(self.device)]
 

@@ -44,6 +44,11 @@ class FrontierMask:
         self._seqs = {} if mask is None else {row: seq for row, seq in enumerate(seqs) if has_grammar(seq)}
         self._paths: dict[int, list[Path]] = {row: [()] for row in self._seqs}
 
+    @property
+    def applies(self) -> bool:
+        """Whether anybody has a grammar."""
+        return bool(self._seqs)
+
     def descend(self, tokens: Tensor, parents: Tensor) -> None:
         """Go on to the next frontier. tokens, parents: [B, F], of its nodes; parents count the frontier
         before."""
@@ -53,7 +58,7 @@ class FrontierMask:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [B, F, Vd] of the frontier without what may not follow: a copy if anybody has a grammar."""
-        if self._mask is None or not self._seqs:
+        if self._mask is None or not self.applies:
             return logits
         masked = logits.clone()
         columns = self._token_ids.cpu()

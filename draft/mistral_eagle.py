@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from draft.tree import Offers
 from engine.config import POST_NORM, Mistral4Config
 from engine.kvcache import LatentPool
 from engine.models.mistral4 import DecoderLayer, take_plain
@@ -94,3 +95,6 @@ class MistralEagleModel:
 
     def logits(self, feature: Tensor) -> Tensor:
         return self._output(feature)
+
+    def offers(self, feature: Tensor, count: int) -> Offers:
+        return Offers.best(self.logits(feature), self.token_ids, count)

@@ -32,7 +32,10 @@ class Pending:
 
     def take(self, count: int) -> tuple[list[int], Tensor]:
         """Remove the first ``count`` pairs: tokens, and features [count, F]."""
-        taken = [features[nodes] for features, nodes in self._features]
+        taken = [
+            features[: len(nodes)] if nodes == list(range(len(nodes))) else features[nodes]
+            for features, nodes in self._features
+        ]
         features = taken[0] if len(taken) == 1 else torch.cat(taken)
         tokens, self.tokens = self.tokens[:count], self.tokens[count:]
         self._features = [(features[count:], list(range(len(self.tokens))))] if self.tokens else []

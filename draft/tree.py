@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.core import DraftScores, DraftTree, Speculation
+from kernels import best
 
 NEVER = float("-inf")  # the value of a candidate that must not be taken
 
@@ -29,6 +30,12 @@ class Offers:
 
     tokens: Tensor  # [B, F, k] int64 target token ids, distinct along k
     raw: Tensor  # [B, F, k] float32 the head's conditional scores in [0, 1]; 0 means "not possible"
+
+    @classmethod
+    def best(cls, logits: Tensor, token_ids: Tensor, count: int) -> Offers:
+        """The ``count`` largest of logits [B, F, Vd], and their shares of all mass; token_ids: [Vd]."""
+        values, columns, mass = best(logits, count)
+        return cls(token_ids[columns], torch.exp(values - mass[..., None]).nan_to_num(0.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,12 +58,12 @@ class RowPlan:
 
     write: Slots
     parts: tuple[Part, ...]
-    _for_layers: list[tuple[tuple[Tensor, Tensor], LayerRows | None]] = field(
+    _for_layers: list[tuple[tuple[Tensor, Tensor] | None, LayerRows | None]] = field(
         default_factory=list, repr=False, compare=False
     )
 
     def for_layers(
-        self, layer: FusedLayer, rotation: tuple[Tensor, Tensor], pool: tuple[Tensor, Tensor]
+        self, layer: FusedLayer, rotation: tuple[Tensor, Tensor] | None, pool: tuple[Tensor, Tensor]
     ) -> LayerRows | None:
         """The plan as fused layers of one forward take it, or None if they do not take it: see
         ``kernels.layer_rows``. The first layer makes it, the others find it."""

@@ -7,6 +7,7 @@ runs everywhere and is the specification; ``kernels.cpu`` has small compiled ker
 """
 
 from kernels.cpu import kernels_for
+from kernels.cpu_head import FusedHead, fused_head
 from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
 from kernels.dispatch import (
     add_rms_norm,
@@ -50,6 +51,7 @@ from kernels.ref import (
 
 __all__ = [
     "MOST_OWN",
+    "FusedHead",
     "FusedLayer",
     "LayerRows",
     "LayerSizes",
@@ -64,6 +66,7 @@ __all__ = [
     "dequantise_fp8",
     "dequantise_nvfp4",
     "fp8_linear",
+    "fused_head",
     "fused_layer",
     "gumbel_noise",
     "half_linear",

@@ -2,10 +2,10 @@
  *
  * kernels/cpu.py compiles this file once per machine and calls it; kernels/ref.py says what each function
  * computes. Tensors are float32 or bfloat16 (cpu_ops.h is compiled for either), arithmetic is always float32,
- * rounded once at the end. cpu_choose.h chooses tokens, cpu_best.h a draft's candidates; cpu_product.h and
- * cpu_layer.h add products with float16 and byte matrices, and whole layers made of all these. A row's result does
- * not depend on how many rows a call has: sums run over the same lanes in the same order, and keys that a row may
- * not see add exact zeros. So a token scored alone and in a tree gets the same bits.
+ * rounded once at the end. cpu_choose.h chooses tokens, cpu_best.h a draft's candidates; cpu_product.h,
+ * cpu_layer.h and cpu_head.h add products with float16 and byte matrices, and whole layers and drafts made of all
+ * these. A row's result does not depend on how many rows a call has: sums run over the same lanes in the same order,
+ * and keys that a row may not see add exact zeros. So a token scored alone and in a tree gets the same bits.
  *
  * Vectors are GCC's and Clang's generic ones, eight floats wide, whatever the machine's registers are. Fused
  * multiply-adds are left to the compiler (-ffp-contract=fast); nothing else may be reordered.
@@ -195,4 +195,5 @@ static void attend(const float *query, const float *keys, const float *values, c
 #include "cpu_crew.h"
 #include "cpu_product.h"
 #include "cpu_layer.h"
+#include "cpu_head.h"
 #endif

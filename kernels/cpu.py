@@ -33,7 +33,7 @@ log = logging.getLogger("haast")
 SOURCE = Path(__file__).with_name("cpu.c")
 INCLUDED = tuple(
     Path(__file__).with_name(f"cpu_{name}.h")
-    for name in ("ops", "choose", "best", "crew", "product", "tiles", "layer")
+    for name in ("ops", "choose", "best", "crew", "product", "tiles", "layer", "head")
 )
 FLAGS = (
     *("-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-fno-math-errno"),

@@ -42,57 +42,80 @@ static inline int64_t num_blocks(int64_t group, const haast_part *part) {
     return (group * part->num_nodes + WIDTH - 1) / WIDTH;
 }
 
-/* x, out: [rows, hidden]; given: [rows, qkv_inputs] what attention reads instead of norm x, or NULL; pools:
- * [num_kv_heads, num_slots, head_dim]. hidden, inner and the width of the query, key and value heads together are
- * multiples of PANEL, head_dim one of WIDTH. */
-void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const float *x, const float *given,
-                         float *out, float *k_pool, float *v_pool) {
+/* Floats of scratch memory: LayerSizes.space. */
+typedef struct {
+    float *normed, *heads, *attended, *delta, *total, *gate_up, *gated, *attention;
+} layer_space;
+
+static layer_space space_of(const haast_layer *layer, const haast_rows *rows) {
+    const int64_t n = rows->num_rows, hidden = layer->hidden, inner = layer->inner;
+    const int64_t width = layer->num_heads * layer->head_dim;
+    layer_space space = {.normed = rows->space};
+    space.heads = space.normed + n * hidden;
+    space.attended = space.heads + n * (width + 2 * layer->num_kv_heads * layer->head_dim);
+    space.delta = space.attended + n * width;
+    space.total = space.delta + n * hidden;
+    space.gate_up = space.total + n * hidden;
+    space.gated = space.gate_up + n * 2 * inner;
+    space.attention = space.gated + n * inner;
+    return space;
+}
+
+/* One thread's share of a layer. x, out: [rows, hidden]; given: [rows, qkv_inputs] what attention reads instead of
+ * norm x, or NULL; pools: [num_kv_heads, num_slots, head_dim]. hidden, inner and the width of the query, key and
+ * value heads together are multiples of PANEL, head_dim one of WIDTH. */
+static void share_layer(worker *self, const haast_layer *layer, const haast_rows *rows, const float *x,
+                        const float *given, float *out, float *k_pool, float *v_pool) {
     const int64_t n = rows->num_rows, hidden = layer->hidden, d = layer->head_dim, inner = layer->inner;
     const int64_t group = layer->num_heads / layer->num_kv_heads, width = layer->num_heads * d;
     const int64_t all_heads = layer->num_heads + 2 * layer->num_kv_heads;
-    float *normed = rows->space, *heads = normed + n * hidden, *attended = heads + n * all_heads * d;
-    float *delta = attended + n * width, *total = delta + n * hidden, *gate_up = total + n * hidden;
-    float *gated = gate_up + n * 2 * inner, *attention = gated + n * inner;
     const int64_t panels = hidden / PANEL, *slots = rows->slots;
-    int64_t blocks = 0; /* of query rows that share a KV head, over all parts */
+    const layer_space space = space_of(layer, rows);
+    float *own_space = space.attention + omp_get_thread_num() * attention_space(layer, rows->longest);
+    int64_t at, end, blocks = 0; /* of query rows that share a KV head, over all parts */
     for (int64_t part = 0; part < rows->num_parts; part++) blocks += num_blocks(group, rows->parts + part);
+    while (!given && claim(self, n, FEW_ROWS, &at, &end))
+        haast_rms_norm_float32(x + at * hidden, layer->input_norm, space.normed + at * hidden, end - at, hidden,
+                               layer->eps);
+    while (claim(self, all_heads * d / PANEL, FEW_PANELS, &at, &end))
+        product(given ? given : space.normed, &layer->qkv, space.heads, all_heads * d, layer->qkv_inputs, n, at, end);
+    while (claim(self, n, FEW_ROWS, &at, &end))
+        haast_rope_write_float32(space.heads + at * all_heads * d, rows->cos + at * d, rows->sin + at * d, k_pool,
+                                 v_pool, slots ? slots + at : 0, rows->first_slot + at, end - at, layer->num_heads,
+                                 layer->num_kv_heads, rows->num_slots, d);
+    while (claim(self, layer->num_kv_heads * blocks, 1, &at, &end))
+        for (; at < end; at++) {
+            int64_t head = at / blocks, block = at % blocks, pool = head * rows->num_slots * d, of_part;
+            const haast_part *own = rows->parts;
+            for (; block >= (of_part = num_blocks(group, own)); own++) block -= of_part;
+            haast_attend_block_float32(space.heads + own->first_row * all_heads * d, all_heads * d, k_pool + pool,
+                                       v_pool + pool, own->slots, own->first_slot, own->bias, own->bias_stride,
+                                       space.attended + own->first_row * width, own_space, own->num_nodes,
+                                       layer->num_heads, group, head, block * WIDTH, own->len, d, layer->scale);
+        }
+    while (claim(self, panels, FEW_PANELS, &at, &end))
+        product(space.attended, &layer->out, space.delta, hidden, width, n, at, end);
+    while (claim(self, n, FEW_ROWS, &at, &end))
+        haast_add_rms_norm_float32(x + at * hidden, space.delta + at * hidden, layer->post_norm,
+                                   space.total + at * hidden, space.normed + at * hidden, end - at, hidden,
+                                   layer->eps);
+    while (claim(self, 2 * inner / PANEL, FEW_PANELS, &at, &end))
+        product(space.normed, &layer->gate_up, space.gate_up, 2 * inner, hidden, n, at, end);
+    while (claim(self, n, 1, &at, &end))
+        haast_silu_mul_float32(space.gate_up + at * 2 * inner, space.gated + at * inner, end - at, inner);
+    while (claim(self, panels, FEW_PANELS, &at, &end))
+        product(space.gated, &layer->down, space.delta, hidden, inner, n, at, end);
+    while (claim(self, n, FEW_ROWS, &at, &end))
+        for (int64_t i = at * hidden; i < end * hidden; i++) out[i] = space.total[i] + space.delta[i];
+}
+
+/* As share_layer, by all threads. */
+void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const float *x, const float *given,
+                         float *out, float *k_pool, float *v_pool) {
     crew crew = {0};
 #pragma omp parallel num_threads((int)rows->threads)
     {
         worker self = {&crew, 0, 0};
-        float *own_space = attention + omp_get_thread_num() * attention_space(layer, rows->longest);
-        int64_t at, end;
-        while (!given && claim(&self, n, FEW_ROWS, &at, &end))
-            haast_rms_norm_float32(x + at * hidden, layer->input_norm, normed + at * hidden, end - at, hidden,
-                                   layer->eps);
-        while (claim(&self, all_heads * d / PANEL, FEW_PANELS, &at, &end))
-            product(given ? given : normed, &layer->qkv, heads, all_heads * d, layer->qkv_inputs, n, at, end);
-        while (claim(&self, n, FEW_ROWS, &at, &end))
-            haast_rope_write_float32(heads + at * all_heads * d, rows->cos + at * d, rows->sin + at * d, k_pool,
-                                     v_pool, slots ? slots + at : 0, rows->first_slot + at, end - at,
-                                     layer->num_heads, layer->num_kv_heads, rows->num_slots, d);
-        while (claim(&self, layer->num_kv_heads * blocks, 1, &at, &end))
-            for (; at < end; at++) {
-                int64_t head = at / blocks, block = at % blocks, pool = head * rows->num_slots * d, of_part;
-                const haast_part *own = rows->parts;
-                for (; block >= (of_part = num_blocks(group, own)); own++) block -= of_part;
-                haast_attend_block_float32(heads + own->first_row * all_heads * d, all_heads * d, k_pool + pool,
-                                           v_pool + pool, own->slots, own->first_slot, own->bias, own->bias_stride,
-                                           attended + own->first_row * width, own_space, own->num_nodes,
-                                           layer->num_heads, group, head, block * WIDTH, own->len, d, layer->scale);
-            }
-        while (claim(&self, panels, FEW_PANELS, &at, &end))
-            product(attended, &layer->out, delta, hidden, width, n, at, end);
-        while (claim(&self, n, FEW_ROWS, &at, &end))
-            haast_add_rms_norm_float32(x + at * hidden, delta + at * hidden, layer->post_norm, total + at * hidden,
-                                       normed + at * hidden, end - at, hidden, layer->eps);
-        while (claim(&self, 2 * inner / PANEL, FEW_PANELS, &at, &end))
-            product(normed, &layer->gate_up, gate_up, 2 * inner, hidden, n, at, end);
-        while (claim(&self, n, 1, &at, &end))
-            haast_silu_mul_float32(gate_up + at * 2 * inner, gated + at * inner, end - at, inner);
-        while (claim(&self, panels, FEW_PANELS, &at, &end))
-            product(gated, &layer->down, delta, hidden, inner, n, at, end);
-        while (claim(&self, n, FEW_ROWS, &at, &end))
-            for (int64_t i = at * hidden; i < end * hidden; i++) out[i] = total[i] + delta[i];
+        share_layer(&self, layer, rows, x, given, out, k_pool, v_pool);
     }
 }

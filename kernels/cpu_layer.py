@@ -87,21 +87,24 @@ class LayerRows:
     def __init__(
         self,
         sizes: LayerSizes,
-        rotation: tuple[Tensor, Tensor],
+        rotation: tuple[Tensor, Tensor] | None,
         write: Tensor | slice,
         parts: Sequence[Part],
         num_slots: int,
     ) -> None:
-        """rotation: cos and sin, [T, .., D] float32, the first half of sin negated; write: [T] slots, or a
-        run; parts: all T rows, in order; num_slots: S of the pools."""
-        cos, sin = rotation
+        """rotation: cos and sin, [T, .., D] float32, the first half of sin negated, or None for a head, which
+        looks them up (``kernels.cpu_head``); write: [T] slots, or a run; parts: all T rows, in order;
+        num_slots: S of the pools."""
         table = array("q")  # of haast_part, seven numbers each
         for part in parts:
             _append_sequences(table, part)
-        num_rows, num_sequences = len(cos), len(table) // 7
-        longest = max(table[4::7])
-        assert sum(table[1::7]) == num_rows, "the parts have other rows"
-        assert cos.numel() == sin.numel() == num_rows * sizes.head_dim, "a rotation of other heads"
+        num_rows, num_sequences, longest = sum(table[1::7]), len(table) // 7, max(table[4::7])
+        cos_at = sin_at = None
+        if rotation is not None:
+            cos, sin = rotation
+            assert len(cos) == num_rows, "the parts have other rows"
+            assert cos.numel() == sin.numel() == num_rows * sizes.head_dim, "a rotation of other heads"
+            cos_at, sin_at = cos.data_ptr(), sin.data_ptr()
         if isinstance(write, slice):
             assert 0 <= write.start == write.stop - num_rows <= num_slots - num_rows, "rows without a slot"
         else:
@@ -109,9 +112,9 @@ class LayerRows:
         threads = torch.get_num_threads()
         # The dtype is named: torch's default is whatever somebody has made it.
         space = torch.empty(sizes.space(num_rows, longest, threads), dtype=torch.float32)
-        self.num_rows, self.num_slots = num_rows, num_slots
+        self.num_rows, self.num_slots, self.has_rotation = num_rows, num_slots, rotation is not None
         self.is_long = num_rows > cpu.FEW_ROWS
-        self._held = (cos, sin, write, parts, table, space)  # what the addresses below lead to
+        self._held = (rotation, write, parts, table, space)  # what the addresses below lead to
         self._struct = _Rows(
             num_rows,
             num_sequences,
@@ -119,8 +122,8 @@ class LayerRows:
             num_slots,
             threads,
             table.buffer_info()[0],
-            cos.data_ptr(),
-            sin.data_ptr(),
+            cos_at,
+            sin_at,
             None if isinstance(write, slice) else write.data_ptr(),
             write.start if isinstance(write, slice) else 0,
             space.data_ptr(),
@@ -160,7 +163,7 @@ class FusedLayer:
     ) -> None:
         self.sizes, self._has_norm = sizes, norms[0] is not None
         self._short, self._long = functions
-        self._qkv_inputs = matrices[0].num_inputs
+        self.num_given = matrices[0].num_inputs
         heads, inner = sizes.num_heads * sizes.head_dim, sizes.inner
         outputs = heads + 2 * sizes.num_kv_heads * sizes.head_dim, sizes.hidden, 2 * inner, sizes.hidden
         assert tuple(matrix.num_outputs for matrix in matrices) == outputs
@@ -175,11 +178,11 @@ class FusedLayer:
             sizes.num_kv_heads,
             sizes.head_dim,
             sizes.inner,
-            self._qkv_inputs,
+            self.num_given,
             eps,
             scale,
         )
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
 
     def __call__(
         self, x: Tensor, pool: tuple[Tensor, Tensor], rows: LayerRows, given: Tensor | None = None
@@ -188,16 +191,17 @@ class FusedLayer:
         instead of norm x. All contiguous. Returns [T, hidden]."""
         assert x.is_contiguous()
         assert len(x) == rows.num_rows
+        assert rows.has_rotation
         assert all(part.is_contiguous() and part.shape[1] == rows.num_slots for part in pool)
         if given is None:
             assert self._has_norm
         else:
             assert given.is_contiguous()
-            assert given.shape == (len(x), self._qkv_inputs)
+            assert given.shape == (len(x), self.num_given)
         out = torch.empty_like(x)
         run = self._long if rows.is_long else self._short
         run(
-            self._address,
+            self.address,
             rows.address,
             x.data_ptr(),
             None if given is None else given.data_ptr(),

@@ -236,7 +236,7 @@ def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def layer_rows(
     layer: FusedLayer,
-    rotation: tuple[Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor] | None,
     write: Tensor | slice,
     parts: Sequence[Part],
     pool: tuple[Tensor, Tensor],
@@ -247,11 +247,8 @@ def layer_rows(
     """
     sizes, num_slots = layer.sizes, pool[0].shape[1]
     row_size = sizes.num_heads * sizes.head_dim
-    cos, sin = rotation
     applies = (
-        _is_plain(cos, torch.float32)
-        and _is_plain(sin, torch.float32)
-        and all(_is_plain(part, torch.float32) for part in pool)
+        all(_is_plain(part, torch.float32) for part in (*(rotation or ()), *pool))
         and (isinstance(write, slice) or _are_slots(write))
         and all(_part_applies(part, row_size, num_slots) for part in parts)
     )

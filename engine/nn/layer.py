@@ -33,7 +33,7 @@ class DecoderLayer:
             mlp.down.in_features,
         )
         matrices = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
-        self._fused = fused_layer(
+        self.fused = fused_layer(
             (input_norm, post_norm), [linear.packed for linear in matrices], sizes, eps, attention.scale
         )
 
@@ -46,10 +46,10 @@ class DecoderLayer:
         given: Tensor | None = None,
     ) -> Tensor:
         """x: [T, H] -> [T, H]; given: [T, in] what attention reads instead of norm x."""
-        if self._fused is not None:
-            rows = plan.for_layers(self._fused, rotation, pool)
+        if self.fused is not None:
+            rows = plan.for_layers(self.fused, rotation, pool)
             if rows is not None:
-                return self._fused(x, pool, rows, given)
+                return self.fused(x, pool, rows, given)
         if given is None:
             assert self.input_norm is not None
             given = rms_norm(x, self.input_norm, self.eps)

@@ -84,7 +84,7 @@ class TestGrowing:
     def test_calibration_of_one_score(self) -> None:
         calibration, draw = Calibration("cpu"), random.Random(1)
         curves = (
-            torch.rand(calibration._map.shape, generator=torch.Generator().manual_seed(1)).sort(-1).values
+            torch.rand(calibration._rates.shape, generator=torch.Generator().manual_seed(1)).sort(-1).values
         )
         calibration._map, calibration._rates = curves, curves.double().numpy()
         for _ in range(200):
