@@ -3,6 +3,7 @@ that they choose, keeps to its time, and says what it left out. No time is asser
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,15 @@ def test_a_cache_that_is_too_small_is_said(steps: Steps) -> None:
         steps.time(Setting(400, 96 - 100, 1))
 
 
+def test_trees_that_are_not_as_asked_for_are_not_timed() -> None:
+    """A head that does not follow so long a sequence drafts nothing."""
+    short = dataclasses.replace(CONFIG, draft_max_model_len=30)
+    engine = build_engine(published_target(NAME), (), published_head(NAME), short)
+    with pytest.raises(EngineError, match="0 steps had such trees, expected 5"):
+        Steps(engine, num_steps=2).time(Setting(1, 40, 4))
+    assert_idle(engine)
+
+
 def test_logits_that_are_no_numbers_end_the_run() -> None:
     engine = tiny_engine()
     bench = Steps(engine, num_steps=1)
@@ -128,11 +138,12 @@ def test_distinct_experts_are_those_of_the_routers(steps: Steps) -> None:
     found = steps.experts(Setting(3, 40, 8))
     assert found is not None
     assert 6 < found <= 8
-    with recorded_routing() as chosen:  # around the steps before it, too
-        counted = steps.experts(Setting(2, 40, 3))
-    last = chosen[-2:]
-    assert [ids.shape for ids in last] == [(6, 2), (6, 2)]
-    assert counted == sum(len(set(ids.flatten().tolist())) for ids in last) / 2
+    for setting in (Setting(1, 40, 2), Setting(2, 40, 2), Setting(1, 40, 3), Setting(2, 40, 3)):
+        with recorded_routing() as chosen:  # around the steps before it, too
+            counted = steps.experts(setting)
+        last = chosen[-2:]
+        assert [ids.shape for ids in last] == [(setting.batch * setting.nodes, 2)] * 2
+        assert counted == sum(len(set(ids.flatten().tolist())) for ids in last) / 2
 
 
 def test_alike_texts_choose_alike(steps: Steps) -> None:
