@@ -7,10 +7,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from draft.head import FeatureDraft
 from engine.build import build_engine
@@ -132,18 +134,26 @@ def test_logits_that_are_no_numbers_end_the_run() -> None:
 # --- what is chosen
 
 
-def test_distinct_experts_are_those_of_the_routers(steps: Steps) -> None:
+def test_distinct_experts_are_those_of_the_routers(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token chooses as many as a token chooses; many choose about as many as independent ones."""
     assert steps.experts(Setting(1, 40, 1)) == 2
     found = steps.experts(Setting(3, 40, 8))
     assert found is not None
     assert 6 < found <= 8
+    kept: list[list[Tensor]] = []
+
+    @contextmanager
+    def kept_routing() -> Iterator[list[Tensor]]:
+        with recorded_routing() as chosen:
+            kept.append(chosen)
+            yield chosen
+
+    monkeypatch.setattr("perf.steps.recorded_routing", kept_routing)
     for setting in (Setting(1, 40, 2), Setting(2, 40, 2), Setting(1, 40, 3), Setting(2, 40, 3)):
-        with recorded_routing() as chosen:  # around the steps before it, too
-            counted = steps.experts(setting)
-        last = chosen[-2:]
-        assert [ids.shape for ids in last] == [(setting.batch * setting.nodes, 2)] * 2
-        assert counted == sum(len(set(ids.flatten().tolist())) for ids in last) / 2
+        counted = steps.experts(setting)
+        chosen = kept[-1]
+        assert [ids.shape for ids in chosen] == [(setting.batch * setting.nodes, 2)] * 2
+        assert counted == sum(len(set(ids.flatten().tolist())) for ids in chosen) / 2
 
 
 def test_alike_texts_choose_alike(steps: Steps) -> None:
