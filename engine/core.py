@@ -121,7 +121,8 @@ class SamplingParams:
 
     The penalties, ``logit_bias`` (token, what is added), ``bad_words`` (token sequences that never come) and
     ``min_tokens`` (before which nothing ends the answer) are edits of the logits: see ``engine.edits``.
-    ``grammar``: what the answer must match; where it can only end, it does, whatever ``ignore_eos`` says.
+    ``grammar``: what the answer must match; where it can only end, it does, whatever ``ignore_eos`` and
+    ``min_tokens`` say.
     ``logprobs``: how many alternatives to report beside every emitted token; None reports nothing.
     """
 

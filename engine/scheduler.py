@@ -342,7 +342,10 @@ class Scheduler:
         end = None if sampling.grammar is None else self._grammars.after(seq).end
         if end is not None:
             return end
-        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+        may_stop = seq.num_generated > sampling.min_tokens  # only a grammar forces a stop token before that
+        if may_stop and (
+            token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
+        ):
             return "stop"
         return "length" if self._remaining(seq) < 1 else None
 

@@ -8,7 +8,7 @@ runs everywhere and is the specification; ``kernels.cpu`` has small compiled ker
 
 from kernels.cpu import kernels_for
 from kernels.cpu_head import FusedHead, fused_head
-from kernels.cpu_layer import FusedLayer, LayerRows, LayerSizes, fused_layer
+from kernels.cpu_layer import FusedLayer, FusedStack, LayerRows, LayerSizes, fused_layer
 from kernels.dispatch import (
     add_rms_norm,
     ancestor_words,
@@ -53,6 +53,7 @@ __all__ = [
     "MOST_OWN",
     "FusedHead",
     "FusedLayer",
+    "FusedStack",
     "LayerRows",
     "LayerSizes",
     "TreeRows",

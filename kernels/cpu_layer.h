@@ -109,13 +109,20 @@ static void share_layer(worker *self, const haast_layer *layer, const haast_rows
         for (int64_t i = at * hidden; i < end * hidden; i++) out[i] = space.total[i] + space.delta[i];
 }
 
-/* As share_layer, by all threads. */
-void haast_decoder_layer(const haast_layer *layer, const haast_rows *rows, const float *x, const float *given,
-                         float *out, float *k_pool, float *v_pool) {
+/* Where a layer's keys and values lie: see share_layer. */
+typedef struct {
+    float *keys, *values;
+} haast_pool;
+
+/* Layers behind one another, by all threads; given: what the first one's attention reads, or NULL. A layer is done
+ * with x before it writes its output, so from the second one on they work in place. */
+void haast_decoder_layers(const haast_layer *const *layers, const haast_pool *pools, int64_t count,
+                          const haast_rows *rows, const float *x, const float *given, float *out) {
     crew crew = {0};
 #pragma omp parallel num_threads((int)rows->threads)
     {
         worker self = {&crew, 0, 0};
-        share_layer(&self, layer, rows, x, given, out, k_pool, v_pool);
+        for (int64_t i = 0; i < count; i++)
+            share_layer(&self, layers[i], rows, i ? out : x, i ? NULL : given, out, pools[i].keys, pools[i].values);
     }
 }

@@ -1,9 +1,9 @@
-"""Whole decoder layers in one call each: ``cpu_layer.h``, for Llama-style layers with matrices in panels.
+"""Whole decoder layers in one call: ``cpu_layer.h``, for Llama-style layers with matrices in panels.
 
 A layer of a small model is ten operations of ten to a hundred microseconds, and a third of its time is the
 way to them: through the interpreter, and through threads that fall asleep and wake up. A ``FusedLayer`` holds
-what never changes, ``LayerRows`` what is the same for all layers of one forward. The bits are those of the
-operations one by one.
+what never changes, ``LayerRows`` what is the same for all layers of one forward, and a ``FusedStack`` runs
+them. The bits are those of the operations one by one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Rows(ctypes.Structure):
     )
 
 
-_SIGNATURE = (_POINTER,) * 7
+_SIGNATURE = (_POINTER,) * 2 + (_LONG,) + (_POINTER,) * 4
 
 
 class Part(Protocol):
@@ -75,7 +75,7 @@ class LayerSizes:
     inner: int
 
     def space(self, num_rows: int, longest: int, threads: int) -> int:
-        """Floats of scratch memory of a call: see ``haast_decoder_layer``."""
+        """Floats of scratch memory of a call: see ``space_of`` in cpu_layer.h."""
         heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
         attention = cpu.WIDTH * (longest + 2 * self.head_dim)
         return num_rows * (3 * self.hidden + heads + 3 * self.inner) + threads * attention
@@ -161,8 +161,8 @@ class FusedLayer:
         eps: float,
         scale: float,
     ) -> None:
-        self.sizes, self._has_norm = sizes, norms[0] is not None
-        self._short, self._long = functions
+        self.sizes, self.has_norm = sizes, norms[0] is not None
+        self.short, self.long = functions
         self.num_given = matrices[0].num_inputs
         heads, inner = sizes.num_heads * sizes.head_dim, sizes.inner
         outputs = heads + 2 * sizes.num_kv_heads * sizes.head_dim, sizes.hidden, 2 * inner, sizes.hidden
@@ -187,27 +187,47 @@ class FusedLayer:
     def __call__(
         self, x: Tensor, pool: tuple[Tensor, Tensor], rows: LayerRows, given: Tensor | None = None
     ) -> Tensor:
-        """x: [T, hidden] float32; pool: K and V, each [Hkv, S, D]; given: [T, in] what attention reads
-        instead of norm x. All contiguous. Returns [T, hidden]."""
+        """This layer alone: as ``FusedStack``, with its pool."""
+        return FusedStack([self], [pool])(x, rows, given)
+
+
+class FusedStack:
+    """Layers of one size behind one another. pools: K and V of each, [Hkv, S, D]."""
+
+    def __init__(self, layers: Sequence[FusedLayer], pools: Sequence[tuple[Tensor, Tensor]]) -> None:
+        assert len(layers) == len(pools) > 0
+        first, (keys, _) = layers[0], pools[0]
+        assert all(layer.sizes == first.sizes for layer in layers)
+        assert all(layer.num_given == first.sizes.hidden and layer.has_norm for layer in layers[1:])
+        assert all(part.shape == keys.shape and part.is_contiguous() for pool in pools for part in pool)
+        self.first, self._num_slots, self._count = first, keys.shape[1], len(layers)
+        self._held = tuple(layers), tuple(pools)  # what the addresses below lead to
+        self._layers = array("q", [layer.address for layer in layers])
+        self._pools = array("q", [part.data_ptr() for pool in pools for part in pool])
+
+    def __call__(self, x: Tensor, rows: LayerRows, given: Tensor | None = None) -> Tensor:
+        """x: [T, hidden] float32; given: [T, in] what the first layer's attention reads instead of norm x;
+        both contiguous. Returns [T, hidden]."""
         assert x.is_contiguous()
         assert len(x) == rows.num_rows
         assert rows.has_rotation
-        assert all(part.is_contiguous() and part.shape[1] == rows.num_slots for part in pool)
+        assert self._num_slots == rows.num_slots
         if given is None:
-            assert self._has_norm
+            assert self.first.has_norm
         else:
             assert given.is_contiguous()
-            assert given.shape == (len(x), self.num_given)
+            assert given.shape == (len(x), self.first.num_given)
         out = torch.empty_like(x)
-        run = self._long if rows.is_long else self._short
+        # Few rows of one layer are over too soon to hand over the interpreter's lock; several layers are not.
+        run = self.first.long if rows.is_long or self._count > 1 else self.first.short
         run(
-            self.address,
+            self._layers.buffer_info()[0],
+            self._pools.buffer_info()[0],
+            self._count,
             rows.address,
             x.data_ptr(),
             None if given is None else given.data_ptr(),
             out.data_ptr(),
-            pool[0].data_ptr(),
-            pool[1].data_ptr(),
         )
         return out
 
@@ -225,7 +245,7 @@ def fused_layer(
     [hidden] float32; matrices: query, key and value together, output, gate and up together, down, each as
     packed by ``dispatch.pack_half`` or ``dispatch.pack_bytes``; scale: of the scores.
     """
-    functions = cpu.threaded("decoder_layer", _SIGNATURE)
+    functions = cpu.threaded("decoder_layers", _SIGNATURE)
     packed = tuple(matrix for matrix in matrices if isinstance(matrix, cpu.PanelMatrix))
     widths = sizes.hidden, sizes.inner, (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
     fits = all(width % cpu.PANEL == 0 for width in widths) and sizes.head_dim % cpu.WIDTH == 0

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="KEY",
         default=argparse.SUPPRESS,
-        help="a key that clients must send; may be repeated",
+        help="a key that clients must send; may be repeated, and then prompts are cached for each key apart",
     )
     group.add_argument(
         "--served-model-name",
@@ -82,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=default.stalled_after,
         metavar="SECONDS",
-        help="without progress after which the engine counts as stalled; 0 turns it off",
+        help="without progress after which the engine counts as stalled: requests end with an error, and "
+        "/health says 503 to whoever may restart the server, until it goes on; 0 turns it off",
     )
     group.add_argument(
         "--allowed-host",
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal. Returns 0, or 1 if the engine died."""
+    """Serve until a signal. Returns 0, or 1 if the engine died, which ends the server too."""
     logging.basicConfig(
         level=args.log_level.upper(),
         stream=sys.stderr,

@@ -5,6 +5,7 @@ A model is a ``Decoder`` with its own layers, rotation and pool; it sets the att
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,10 +98,9 @@ class Decoder:
         x = self.embedding[tokens]
         rotation = self.rope(positions)
         inputs: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            if index in self.feature_layers:
-                inputs[index] = x
-            x = layer(x, rotation, self.pool.layer(index), plan)
+        for first, last in itertools.pairwise(self.bounds):
+            inputs[first] = x
+            x = self._run(first, last, x, rotation, plan)
         inputs[len(self.layers)] = x
         x = rms_norm(x, self.norm, self.config.rms_norm_eps)
         inputs[POST_NORM] = x
@@ -108,6 +108,18 @@ class Decoder:
             torch.cat([inputs[i] for i in self.feature_layers], -1) if self.feature_layers else x[..., :0]
         )
         return x, features
+
+    @property
+    def bounds(self) -> list[int]:
+        """Numbers of the layers before which somebody looks at the rows, the first and the end among them."""
+        inner = (layer for layer in self.feature_layers if 0 < layer < len(self.layers))
+        return sorted({0, *inner, len(self.layers)})
+
+    def _run(self, first: int, last: int, x: Tensor, rotation: Any, plan: RowPlan) -> Tensor:
+        """Layers ``first`` to ``last`` - 1 on x [T, H]."""
+        for index in range(first, last):
+            x = self.layers[index](x, rotation, self.pool.layer(index), plan)
+        return x
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -6,16 +6,20 @@ their Hugging Face names; checkpoint readers deliver that dict, already checked 
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 from torch import Tensor
 
 from engine.config import LlamaConfig
 from engine.kvcache import KVPool
 from engine.models.decoder import Decoder
 from engine.nn.attention import Attention
-from engine.nn.layer import DecoderLayer
+from engine.nn.layer import DecoderLayer, LayerStack
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
 from engine.nn.rope import RopeTable
+from engine.rows import RowPlan
 
 
 def _layer(config: LlamaConfig, weights: dict[str, Tensor], prefix: str, half: bool) -> DecoderLayer:
@@ -83,6 +87,14 @@ class Llama(Decoder):
         self.pool = KVPool(
             config.num_layers, config.num_kv_heads, config.head_dim, num_slots, self.dtype, self.device
         )
+
+        self._stacks = {
+            first: LayerStack(self.layers[first:last], [self.pool.layer(i) for i in range(first, last)])
+            for first, last in itertools.pairwise(self.bounds)
+        }
+
+    def _run(self, first: int, last: int, x: Tensor, rotation: Any, plan: RowPlan) -> Tensor:
+        return self._stacks[first](x, rotation, plan)
 
     def output_rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the output matrix, [n, H]; where it is the embedding, of that, which is never rounded."""

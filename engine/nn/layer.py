@@ -1,17 +1,20 @@
 """A Llama-style decoder layer, shared by targets and heads.
 
-Where its matrices are packed in float16 for a CPU, a whole layer is one call (``kernels.cpu_layer``);
-elsewhere, and for long chunks of prompts, it is its operations one by one. Both have the same bits.
+Where matrices are packed in float16 for a CPU, layers behind one another are one call
+(``kernels.cpu_layer``); elsewhere, and for long chunks of prompts, each is its operations one by one. Both
+have the same bits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from engine.nn.attention import Attention
 from engine.nn.mlp import SwiGLU
 from engine.rows import RowPlan
-from kernels import LayerSizes, add_rms_norm, fused_layer, rms_norm
+from kernels import FusedStack, LayerSizes, add_rms_norm, fused_layer, rms_norm
 
 
 class DecoderLayer:
@@ -56,3 +59,22 @@ class DecoderLayer:
         attended = self.attention(given, rotation, pool, plan)
         x, normed = add_rms_norm(x, attended, self.post_norm, self.eps)
         return x + self.mlp(normed)
+
+
+class LayerStack:
+    """Layers behind one another, and their rows of the pool."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], pools: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._layers, self._pools = tuple(layers), tuple(pools)
+        fused = [layer.fused for layer in layers if layer.fused is not None]
+        self._fused = FusedStack(fused, pools) if fused and len(fused) == len(layers) else None
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor], plan: RowPlan) -> Tensor:
+        """x: [T, H] -> [T, H]."""
+        if self._fused is not None:
+            rows = plan.for_layers(self._fused.first, rotation, self._pools[0])
+            if rows is not None:
+                return self._fused(x, rows)
+        for layer, pool in zip(self._layers, self._pools, strict=True):
+            x = layer(x, rotation, pool, plan)
+        return x

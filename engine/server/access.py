@@ -4,6 +4,9 @@ What is not opened is closed. With a key every route wants it but those in ``OPE
 exist included. A server on a loopback address answers to names of this machine only, or any page could have
 a name of its own point there and be taken for one of ours (DNS rebinding). No page of another origin may read
 answers unless ``--cors-origin`` says so.
+
+A prompt whose beginning somebody asked before is answered sooner. Where there are several keys, that says
+nothing about those who have another one: every key has its own rows in the prefix cache.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from engine.server.state import STATE, ServerOptions
 
 OPEN_ROUTES = ("/health", "/ready")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_DIGEST = web.RequestKey("key_digest", bytes)
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1024}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -106,4 +110,12 @@ async def check_key(request: web.Request, handler: Handler) -> web.StreamRespons
                 None,
                 "invalid_api_key",
             )
+        if len(keys) > 1:
+            request[_DIGEST] = digest
     return await handler(request)
+
+
+def private_salt(request: web.Request, salt: str) -> str:
+    """The cache salt of a request as the engine gets it; one key can say nothing that makes it another's."""
+    digest = request.get(_DIGEST)
+    return salt if digest is None else hmac.new(digest, salt.encode(), hashlib.sha256).hexdigest()

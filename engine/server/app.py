@@ -12,14 +12,19 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from aiohttp import web
 
 from engine.core import Request
 from engine.errors import EngineError
-from engine.server import access, bodies, faults, protocol, side
+from engine.server import access, faults, protocol, side
 from engine.server.access import Handler
 from engine.server.generation import Generation
+from engine.server.prepare import Preparer
 from engine.server.replies import ChatForm, Form, TextForm
 from engine.server.sse import ClientGoneError
 from engine.server.state import STATE, ServerState, Serving
@@ -29,12 +34,13 @@ log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ID = web.RequestKey("request_id", str)
 
+CallT = TypeVar("CallT", bound=protocol.GenerationRequest)
+
 
 def create_app(state: ServerState) -> web.Application:
     """The application. Run it with ``framing.ApiRunner``, or clients that leave go unnoticed."""
     app = web.Application(
-        middlewares=[_envelope, access.check_host, access.answer_preflight, access.check_key],
-        client_max_size=bodies.MAX_BODY,
+        middlewares=[_envelope, access.check_host, access.answer_preflight, access.check_key]
     )
     app[STATE] = state
     app.on_response_prepare.append(_sign)
@@ -53,28 +59,82 @@ def create_app(state: ServerState) -> web.Application:
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
-    arrival = time.perf_counter()
-    serving = request.app[STATE].ready()
-    body = await bodies.json_body(request)
-    call = protocol.decode_chat(body)
-    _note_unknown_fields(request, serving, protocol.unknown_fields(body, call))
-    name = serving.check_model(call.model)
-    with serving.runner.admit(call.num_choices):
-        requests = await serving.prepare(lambda: serving.preparer.chat(call))
-        return await _answer(request, serving, call, requests, ChatForm(call.offers_tools), name, arrival)
+    return await _answer(request, _CHAT)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
+    return await _answer(request, _TEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind(Generic[CallT]):
+    """What tells the two ways of asking apart."""
+
+    decode: Callable[[bytes], CallT]
+    prepare: Callable[[Preparer, CallT], list[Request]]
+    form_of: Callable[[CallT], Form]
+
+
+_CHAT = _Kind(protocol.decode_chat, Preparer.chat, lambda call: ChatForm(call.offers_tools))
+_TEXT = _Kind(protocol.decode_completion, Preparer.completion, lambda _: TextForm())
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is left of a body once its texts are tokens: they may be large, and an answer takes long."""
+
+    requests: list[Request]
+    num_choices: int
+    form: Form
+    model: str
+    with_token_ids: bool
+    stream: protocol.StreamOptions | None  # None for a whole answer
+
+
+async def _answer(request: web.Request, kind: _Kind[CallT]) -> web.StreamResponse:
     arrival = time.perf_counter()
-    serving = request.app[STATE].ready()
-    body = await bodies.json_body(request)
-    call = protocol.decode_completion(body)
-    _note_unknown_fields(request, serving, protocol.unknown_fields(body, call))
-    name = serving.check_model(call.model)
-    with serving.runner.admit(len(protocol.prompts(call)) * call.num_choices):
-        requests = await serving.prepare(lambda: serving.preparer.completion(call))
-        return await _answer(request, serving, call, requests, TextForm(), name, arrival)
+    state = request.app[STATE]
+    serving = state.ready()
+    with ExitStack() as places:  # of the queue, held from before tokenising until the answer is out
+        asked = await _asked(request, serving, kind, places)
+        generation = await Generation.start(
+            serving.runner,
+            serving.served,
+            asked.requests,
+            asked.num_choices,
+            asked.form,
+            asked.model,
+            arrival,
+            asked.with_token_ids,
+        )
+        try:
+            if asked.stream is not None:
+                return await generation.stream(
+                    request, asked.stream, state.options.keep_alive_interval, request[_ID]
+                )
+            return faults.json_response(await generation.collect())
+        finally:
+            generation.release()
+            log.info("%s %s: %s", request[_ID], request.path, generation.describe())
+
+
+async def _asked(request: web.Request, serving: Serving, kind: _Kind[CallT], places: ExitStack) -> _Asked:
+    """Read a request. Neither its body nor what was decoded from it outlives this call."""
+    async with request.app[STATE].bodies.json(request) as body:
+        call = kind.decode(body)
+        _note_unknown_fields(request, serving, protocol.unknown_fields(body, call))
+        model = serving.check_model(call.model)
+        places.enter_context(serving.runner.admit(call.num_answers))
+        requests = await serving.prepare(lambda: kind.prepare(serving.preparer, call))
+    return _Asked(
+        [replace(each, cache_salt=access.private_salt(request, each.cache_salt)) for each in requests],
+        call.num_choices,
+        kind.form_of(call),
+        model,
+        bool(call.return_token_ids),
+        call.stream_options or protocol.StreamOptions() if call.stream else None,
+    )
 
 
 def _note_unknown_fields(request: web.Request, serving: Serving, names: list[str]) -> None:
@@ -89,40 +149,6 @@ def _note_unknown_fields(request: web.Request, serving: Serving, names: list[str
             protocol.shorten(", ".join(map(repr, names))),
             totals.num_unknown_fields,
         )
-
-
-async def _answer(
-    request: web.Request,
-    serving: Serving,
-    call: protocol.GenerationRequest,
-    requests: list[Request],
-    form: Form,
-    name: str,
-    arrival: float,
-) -> web.StreamResponse:
-    options = request.app[STATE].options
-    generation = await Generation.start(
-        serving.runner,
-        serving.served,
-        requests,
-        call.num_choices,
-        form,
-        name,
-        arrival,
-        bool(call.return_token_ids),
-    )
-    try:
-        if call.stream:
-            return await generation.stream(
-                request,
-                call.stream_options or protocol.StreamOptions(),
-                options.keep_alive_interval,
-                request[_ID],
-            )
-        return faults.json_response(await generation.collect())
-    finally:
-        generation.release()
-        log.info("%s %s: %s", request[_ID], request.path, generation.describe())
 
 
 # --- around every handler -----------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def facts(serving: Serving, options: ServerOptions) -> dict[str, Any]:
             "max_num_queued_tokens": options.max_num_queued_tokens,
             "body_bytes": bodies.MAX_BODY,
             "body_values": bodies.MAX_VALUES,
+            "all_bodies_bytes": bodies.MAX_TOTAL,
             "nesting": protocol.MAX_NESTING,
             "prompts": protocol.MAX_PROMPTS,
             "stop_strings": sampling_fields.MAX_STOP_STRINGS,

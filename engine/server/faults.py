@@ -13,6 +13,7 @@ _STATUS_OF_CODE = {
     "model_not_found": 404,
     "invalid_api_key": 401,
     "host_not_allowed": 403,
+    "body_too_slow": 408,
     "body_too_large": 413,
     "unsupported_media_type": 415,
 }

@@ -2,6 +2,9 @@
 
 aiohttp would send back what it could not read, tens of kilobytes of it, and log a traceback. Whoever sends
 garbage gets one line instead, and the log gets one where somebody debugs.
+
+Nor is it any HTTP to say nothing, or half a head: such a connection ends after ``PATIENCE``, as does one that
+is kept open for a next request. Descriptors are few, and whoever holds them all shuts out everybody else.
 """
 
 from __future__ import annotations
@@ -18,7 +21,12 @@ from engine.server import faults
 
 log = logging.getLogger(__name__)
 
-_SETTINGS: Final[dict[str, Any]] = {"access_log": None, "auto_decompress": False}
+PATIENCE: Final = 75.0  # seconds, more than proxies keep a connection that they do not use
+_SETTINGS: Final[dict[str, Any]] = {
+    "access_log": None,
+    "auto_decompress": False,
+    "keepalive_timeout": PATIENCE,
+}
 
 
 class ApiRunner(web.AppRunner):

@@ -14,6 +14,7 @@ answer: a schema that makes no sense is not shown to a model.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Final
 
 from engine.core import Grammar
@@ -21,7 +22,7 @@ from engine.errors import RequestError
 from engine.server.structured import Wanted
 from engine.text.conversation import AnyTokenizer, answer_grammar
 from engine.text.grammar import GrammarCompiler
-from engine.text.tools import JSON_STYLE, ToolUse
+from engine.text.tools import JSON_STYLE, ToolUse, tool_use
 
 _ANY_OBJECT: Final = '{"type": "object"}'
 
@@ -53,6 +54,14 @@ def answer_holder(
     _compile(compiler, grammar, use)
     is_free = schema is None and use is not None and not use.needs_grammar
     return None if is_free else grammar
+
+
+def rehearse(tokenizer: AnyTokenizer, compiler: GrammarCompiler) -> None:
+    """Make at the start what the first grammar would else wait for, and everybody with it: vocabularies are
+    read whole, which takes a large one seconds. One that can have no grammar says so to whoever asks."""
+    use = tool_use([{"type": "function", "function": {"name": "rehearsal"}}], must_call=True)
+    with suppress(RequestError):
+        answer_holder(tokenizer, compiler, use, None)
 
 
 def _schema(grammar: Grammar) -> str | None:

@@ -3,6 +3,8 @@
 The port is bound before the model is loaded, so that a second server fails at once; until then every request
 gets 503 ``starting``. The first SIGTERM or SIGINT drains: new requests get 503 ``draining``, running ones
 have the shutdown timeout to finish, what is left ends with an error. A second signal ends everything at once.
+An engine that died ends the server as well, with exit code 1, as soon as everybody has been told; for one
+that is merely stuck /health says 503, and it is for whoever asks to decide: it may go on.
 A server that another process started for itself also takes that process's end for the first signal.
 """
 
@@ -16,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 
 from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
@@ -26,6 +28,7 @@ from engine.canary import CanaryCounts
 from engine.errors import ConfigError
 from engine.server.app import create_app
 from engine.server.framing import ApiRunner
+from engine.server.held import rehearse
 from engine.server.runner import EngineRunner
 from engine.server.state import ServerOptions, ServerState
 
@@ -36,7 +39,8 @@ _CLOSE_TIMEOUT = 5.0  # seconds that handlers get to send their error event afte
 
 
 async def serve(options: ServerOptions, load: Callable[[], Served], parent: int | None = None) -> int:
-    """Run the server until a signal ends it; returns the exit code, 1 if the engine died meanwhile.
+    """Run the server until a signal, or the end of its engine; returns the exit code, 1 if the engine died or
+    did not stop.
 
     load is called once, on a thread of its own, and returns the model. parent is the descriptor of a pipe
     that the parent process holds open; its closing counts as a signal. Raises ConfigError if the port cannot
@@ -59,7 +63,7 @@ async def serve(options: ServerOptions, load: Callable[[], Served], parent: int 
         await web.SockSite(runner, listening).start()
         url = _url(options.host, listening.getsockname()[1])
         log.info("Listening on %s, loading the model", url)
-        served = await signals.unless_stopped(_on_thread(load))
+        served = await signals.unless_stopped(_on_thread(lambda: _rehearsed(load())))
         if served is None:
             return 0
         serving = state.begin(served)
@@ -70,7 +74,7 @@ async def serve(options: ServerOptions, load: Callable[[], Served], parent: int 
         )
         reporter = asyncio.create_task(report(serving.runner))
         try:
-            await signals.stop.wait()
+            await _first((signals.stop.wait(), serving.runner.dead.wait()))
             await drain(state, serving.runner, signals.again)
         finally:
             reporter.cancel()
@@ -93,13 +97,18 @@ async def drain(state: ServerState, runner: EngineRunner, hurry: asyncio.Event) 
     timeout = state.options.shutdown_timeout
     if runner.in_flight:
         log.info("Shutting down: %d requests have up to %.0f s to finish", runner.in_flight, timeout)
-    waits = [asyncio.ensure_future(runner.idle()), asyncio.ensure_future(hurry.wait())]
-    await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
+    await _first((runner.idle(), hurry.wait()), timeout)
     if runner.in_flight:
         log.warning("Shutting down: %d requests are aborted", runner.in_flight)
         runner.abort_all()
+
+
+async def _first(waits: Iterable[Coroutine[None, None, object]], timeout: float | None = None) -> None:
+    """Wait until one of several waits is over, or for ``timeout`` seconds."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 async def report(runner: EngineRunner, interval: float = REPORT_INTERVAL) -> None:
@@ -210,6 +219,11 @@ def _on_thread(load: Callable[[], Served]) -> asyncio.Future[Served]:
 
     threading.Thread(target=work, name="load", daemon=True).start()
     return future
+
+
+def _rehearsed(served: Served) -> Served:
+    rehearse(served.tokenizer, served.grammar_compiler)
+    return served
 
 
 def _bind(options: ServerOptions) -> socket.socket:

@@ -21,12 +21,13 @@ _REFUSALS = {
     401: "The API key is missing or wrong",
     403: "The server may not be called by this host name",
     404: "No such model",
+    408: "The body does not arrive",
     413: "The body is too large",
     415: "The body is not plain application/json",
     500: "A mistake of the server's",
     503: "Starting, draining, full, stalled or dead: the error's code says which",
 }
-_OF_BODIES = (400, 404, 413, 415)  # only where there is one
+_OF_BODIES = (400, 404, 408, 413, 415)  # only where there is one
 
 
 class ChatAnswer(replies.ChatChoice):

@@ -43,8 +43,11 @@ class Reader(Protocol):
         """The stop string that ended the text, None so far."""
         ...
 
-    def push(self, token_ids: Iterable[int]) -> list[Event]:
-        """Take new tokens; return what became certain, no event empty."""
+    def push(self, token_ids: Iterable[int], may_stop: bool = True) -> list[Event]:
+        """Take new tokens; return what became certain, no event empty.
+
+        may_stop: whether stop strings count that end in these tokens.
+        """
         ...
 
     def flush(self) -> list[Event]:
@@ -62,8 +65,8 @@ class TextReader:
     def stopped(self) -> str | None:
         return self._detokenizer.stopped
 
-    def push(self, token_ids: Iterable[int]) -> list[Event]:
-        return _text_event(self._detokenizer.push(token_ids))
+    def push(self, token_ids: Iterable[int], may_stop: bool = True) -> list[Event]:
+        return _text_event(self._detokenizer.push(token_ids, may_stop))
 
     def flush(self) -> list[Event]:
         return _text_event(self._detokenizer.flush())
@@ -129,6 +132,7 @@ class Output:
         reason: EndReason | None = delta.finish_reason
         is_silent = (  # a stop token has its text left out, as a stop string has
             reason == "stop"
+            and self._may_stop(len(delta.token_ids))
             and delta.token_ids[-1] in sampling.stop_token_ids
             and not sampling.include_stop_str_in_output
         )
@@ -157,10 +161,15 @@ class Output:
             return self._reader.push(token_ids), len(token_ids)
         events: list[Event] = []
         for count, token in enumerate(token_ids, start=1):
-            events += self._reader.push((token,))
+            events += self._reader.push((token,), self._may_stop(count))
             if self._reader.stopped is not None:
                 return events, count
         return events, len(token_ids)
+
+    def _may_stop(self, count: int) -> bool:
+        """Whether the token that comes as number ``count`` from now on may be the one that stops the answer,
+        which has ``min_tokens`` before it, as in vLLM."""
+        return self.num_tokens + count > self.request.sampling.min_tokens
 
 
 def _reader(tokenizer: AnyTokenizer, stop: tuple[str, ...], reading: Reading) -> Reader:

@@ -135,6 +135,11 @@ class GenerationRequest(SamplingFields, kw_only=True):
     continue_final_message: Any = None
     chat_template: Any = None
 
+    @property
+    def num_answers(self) -> int:
+        """How many answers it asks for in all."""
+        return self.num_choices
+
 
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
@@ -169,6 +174,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_answers(self) -> int:
+        return len(prompts(self)) * self.num_choices
 
 
 StructT = TypeVar("StructT", bound=Struct)

@@ -6,9 +6,9 @@ known of it, it lays down as an EngineState.
 
 Whatever happens, nobody waits for ever. A request that the engine refuses, or cannot go on with, fails alone.
 A step that raises fails the requests that ran; those that waited go on. If one raises again and again, or
-what is left does not add up, the engine is dead: every request in flight fails, and new ones are refused
-(code ``engine_dead``). If a step does not end, the requests in flight fail too (``engine_stalled``), and new
-ones are refused until it does.
+what is left does not add up, the engine is dead: every request in flight fails, new ones are refused (code
+``engine_dead``), and whoever waits for ``dead`` hears of it. If a step does not end, the requests in flight
+fail too (``engine_stalled``), and new ones are refused until it does.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class EngineRunner:
         self.in_flight = 0
         self.totals = Totals()
         self.failure: str | None = None
+        self.dead = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -270,6 +271,7 @@ class EngineRunner:
 
     def _fail_all(self, failure: str) -> None:
         self.failure = failure
+        self.dead.set()
         for ticket in set(self._tickets.values()):
             ticket.fail(EngineFailedError(f"the engine failed: {failure}"))
         self._tickets.clear()
@@ -284,8 +286,8 @@ class EngineRunner:
                     self._step()
         except BaseException as error:  # SystemExit too: clients have to hear of whatever ends this thread
             log.exception(
-                "the engine failed: all requests in flight end with an error, new ones get 503 until the "
-                "server is restarted"
+                "the engine failed: all requests in flight end with an error, and new ones get 503 until the "
+                "server ends"
             )
             self._post(self._fail_all, type(error).__name__)
         finally:

@@ -27,12 +27,13 @@ from engine.text.conversation import AnyTokenizer
 
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 16
-_MAX_WORD_CHARS = 256
+_MAX_WORD_CHARS = 256  # of a bad word or a stop string: every step looks for them
 _GREEDY_BELOW = 1e-5  # a temperature below this divides logits beyond float32; it is greedy in all but name
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: far from any two seeds that people choose
 
 PositiveInt = Annotated[int, Meta(ge=1, le=1 << 31)]
 TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
+StopString = Annotated[str, Meta(min_length=1, max_length=_MAX_WORD_CHARS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
@@ -64,7 +65,7 @@ class SamplingFields(Struct, kw_only=True):
         ]
         | None
     ) = None
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -102,11 +103,6 @@ def check(fields: SamplingFields) -> None:
         raise RequestError(
             f"seed must be a signed 64-bit integer, found one of {fields.seed.bit_length()} bits", "seed"
         )
-    stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-    if len(stop) > MAX_STOP_STRINGS:
-        raise RequestError(f"found {len(stop)} stop strings, at most {MAX_STOP_STRINGS} are allowed", "stop")
-    if "" in stop:
-        raise RequestError("a stop string must not be empty", "stop")
     blank = next((place for place, word in enumerate(fields.bad_words or []) if not word.strip()), None)
     if blank is not None:
         raise RequestError("a bad word must not be blank", f"bad_words[{blank}]")

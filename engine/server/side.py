@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from engine.server import bodies, exposition, faults, openapi, protocol, tokens
+from engine.server import exposition, faults, openapi, protocol, tokens
 from engine.server.facts import facts
 from engine.server.replies import ModelList, StatusReply, VersionReply
 from engine.server.state import STATE
@@ -70,14 +70,16 @@ async def server_info(request: web.Request) -> web.Response:
 @routes.post("/tokenize")
 async def tokenize(request: web.Request) -> web.Response:
     serving = request.app[STATE].alive()
-    call = protocol.decode(await bodies.json_body(request), tokens.TokenizeRequest)
-    serving.check_model(call.model)
-    return faults.json_response(await serving.beside(lambda: tokens.tokenize(serving.preparer, call)))
+    async with request.app[STATE].bodies.json(request) as body:
+        call = protocol.decode(body, tokens.TokenizeRequest)
+        serving.check_model(call.model)
+        return faults.json_response(await serving.beside(lambda: tokens.tokenize(serving.preparer, call)))
 
 
 @routes.post("/detokenize")
 async def detokenize(request: web.Request) -> web.Response:
     serving = request.app[STATE].alive()
-    call = protocol.decode(await bodies.json_body(request), tokens.DetokenizeRequest)
-    serving.check_model(call.model)
-    return faults.json_response(await serving.beside(lambda: tokens.detokenize(serving.preparer, call)))
+    async with request.app[STATE].bodies.json(request) as body:
+        call = protocol.decode(body, tokens.DetokenizeRequest)
+        serving.check_model(call.model)
+        return faults.json_response(await serving.beside(lambda: tokens.detokenize(serving.preparer, call)))

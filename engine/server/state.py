@@ -14,6 +14,7 @@ from aiohttp import web
 
 from engine.build import Served
 from engine.errors import CapacityError, RequestError
+from engine.server.bodies import Bodies
 from engine.server.prepare import Preparer
 from engine.server.replies import ModelCard
 from engine.server.runner import EngineRunner
@@ -113,6 +114,7 @@ class ServerState:
     options: ServerOptions
     serving: Serving | None = None
     is_draining: bool = False
+    bodies: Bodies = field(default_factory=Bodies)
 
     def begin(self, served: Served) -> Serving:
         """Start the engine's thread and become ready. Call on the event loop."""
@@ -143,9 +145,10 @@ class ServerState:
 
     def ready(self) -> Serving:
         """The model, if new requests may come. Raises CapacityError."""
+        serving = self.alive()
         if self.is_draining:
             raise CapacityError("the server is shutting down and takes no new requests", "draining")
-        return self.alive()
+        return serving
 
 
 STATE = web.AppKey("STATE", ServerState)

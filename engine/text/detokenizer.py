@@ -10,12 +10,15 @@ is kept:
 The first stop string to be *complete* ends the text, and of several that end at the same character the
 longest. This is what a reader of the stream sees, so the text does not depend on how many tokens each push
 brings. ``StopSearch`` is the second half of this and looks for other strings, too.
+
+A stop string may be told not to count yet (``min_tokens``). What counts is where it ends: one that begins in
+such text and ends behind it does.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from engine.errors import RequestError
@@ -39,11 +42,19 @@ class StopSearch:
         self._strings = strings
         self._held = ""
 
-    def push(self, text: str) -> str:
-        """Take more text; return what became safe. Not to be used once a string was found."""
+    def push(self, text: str, ignored: Collection[str] = ()) -> str:
+        """Take more text; return what became safe. Not to be used once a string was found.
+
+        ignored: those of the strings that do not count where they end in this text.
+        """
         assert self.found is None
-        text = self._held + text
-        ends = [(text.find(each) + len(each), -len(each), each) for each in self._strings if each in text]
+        num_held, text = len(self._held), self._held + text
+        ends = []
+        for each in self._strings:
+            # One that ends in what was held has been ignored.
+            begin = -1 if each in ignored else text.find(each, max(num_held + 1 - len(each), 0))
+            if begin >= 0:
+                ends.append((begin + len(each), -len(each), each))
         if ends:
             end, _, self.found = min(ends)
             self.rest, self._held = text[end:], ""
@@ -60,14 +71,11 @@ class StopSearch:
     def _held_len(self, text: str) -> int:
         """Length of the longest suffix that begins one of the strings."""
         longest = max(map(len, self._strings), default=1) - 1
-        return next(
-            (
-                size
-                for size in range(min(longest, len(text)), 0, -1)
-                if any(each.startswith(text[-size:]) for each in self._strings)
-            ),
-            0,
-        )
+        for size in range(min(longest, len(text)), 0, -1):
+            suffix = text[-size:]
+            if any(each.startswith(suffix) for each in self._strings):
+                return size
+        return 0
 
 
 class Detokenizer:
@@ -77,6 +85,8 @@ class Detokenizer:
         if not all(stop):
             raise RequestError("stop contains an empty string", param="stop")
         self._tokenizer = tokenizer
+        self._stop = stop
+        self._ignored: tuple[str, ...] = ()  # in what was pushed last
         self._search = StopSearch(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -84,14 +94,20 @@ class Detokenizer:
     def stopped(self) -> str | None:
         return self._search.found
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Take new tokens; return the text that became safe. Empty once stopped."""
+    def push(self, token_ids: Iterable[int], may_stop: bool = True) -> str:
+        """Take new tokens; return the text that became safe. Empty once stopped.
+
+        may_stop: whether stop strings count that end in these tokens.
+        """
         if self.stopped is not None:
             return ""
-        return self._search.push(self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids))))
+        self._ignored = () if may_stop else self._stop
+        text = self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids)))
+        return self._search.push(text, self._ignored)
 
     def flush(self) -> str:
         """The answer is over: return what is still held, an incomplete character as U+FFFD."""
         if self.stopped is not None:
             return ""
-        return self._search.push(self._decoder.decode(b"", final=True)) + self._search.flush()
+        rest = self._decoder.decode(b"", final=True)
+        return self._search.push(rest, self._ignored) + self._search.flush()

@@ -86,7 +86,7 @@ class GrammarCompiler:
 
     def _compile(self, grammar: Grammar) -> LLMatcher | str:
         """The matcher, or why there is none."""
-        problem = _oversize(grammar)
+        problem = _oversize(grammar) or self._lack
         if problem:
             return problem
         try:
@@ -101,9 +101,14 @@ class GrammarCompiler:
             problem = matcher.get_error()
         return _short(problem)
 
+    @property
+    def _lack(self) -> str:
+        """What no grammar can do without, empty if it is there."""
+        return "" if self._tokenizer.eos_token_ids else "the model has no token that ends an answer"
+
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        """Made for the first grammar: it takes a fraction of a second, and most servers never see one."""
+        """Made for the first grammar; a server has one compiled before it is ready (``held.rehearse``)."""
         wrapper = TokenizerWrapper(_Vocabulary(self._tokenizer))
         return LLTokenizer(wrapper, eos_token=list(self._tokenizer.eos_token_ids))
 

@@ -112,6 +112,7 @@ class CallTextParser:
         self._tags = {special[tag]: tag.encode() for tag in (OPEN, CLOSE) if tag in special}
         self._call_key = call_key
         self._stop = stop
+        self._may_stop = True
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._state = _State.TEXT
         self._is_margin = False  # right behind a call, where white space is the format's
@@ -119,8 +120,12 @@ class CallTextParser:
         self._head = ""  # of the open call, its tag included
         self._value = _ValueScanner()
 
-    def push(self, token_ids: Iterable[int]) -> list[Event]:
-        """Take new tokens; return what became certain, no event empty, neighbours of one kind joined."""
+    def push(self, token_ids: Iterable[int], may_stop: bool = True) -> list[Event]:
+        """Take new tokens; return what became certain, no event empty, neighbours of one kind joined.
+
+        may_stop: whether stop strings count that end in these tokens.
+        """
+        self._may_stop = may_stop
         return self._read(self._decoder.decode(b"".join(map(self._token_bytes, token_ids))))
 
     def flush(self) -> list[Event]:
@@ -153,11 +158,12 @@ class CallTextParser:
         if self._is_margin:
             text = text.lstrip()
             self._is_margin = not text
-        events: list[Event] = [TextDelta(self._search.push(text))]
+        ignored = () if self._may_stop else set(self._stop).difference(_OPENINGS)
+        events: list[Event] = [TextDelta(self._search.push(text, ignored))]
         tag = self._search.found
         if tag is None:
             return events, ""
-        if tag in self._stop:
+        if tag in self._stop and self._may_stop:
             self.stopped = tag
             return events, ""
         self._state, self._head = _State.HEAD, tag

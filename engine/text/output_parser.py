@@ -128,6 +128,7 @@ class OutputParser:
         self._tokenizer = tokenizer
         self._call_key = call_key
         self._state = _State.TEXT
+        self._may_stop = True
         self._text = Detokenizer(tokenizer, stop)
         self._inner = Detokenizer(tokenizer)  # of reasoning or arguments, empty in between
         self._name: list[int] = []  # what may become a name; until then it may become text
@@ -138,8 +139,12 @@ class OutputParser:
         """The stop string that ended the text, None so far. What comes after it is ignored."""
         return self._text.stopped
 
-    def push(self, token_ids: Iterable[int]) -> list[Event]:
-        """Take new tokens; return what became certain, no event empty, neighbours of one kind joined."""
+    def push(self, token_ids: Iterable[int], may_stop: bool = True) -> list[Event]:
+        """Take new tokens; return what became certain, no event empty, neighbours of one kind joined.
+
+        may_stop: whether stop strings count that end in these tokens.
+        """
+        self._may_stop = may_stop
         events: list[Event] = []
         for token in token_ids:
             if self.stopped is not None:
@@ -156,14 +161,14 @@ class OutputParser:
         """Take a token that is no marker."""
         match self._state:
             case _State.TEXT:
-                return [TextDelta(self._text.push((token,)))]
+                return [TextDelta(self._push_text((token,)))]
             case _State.NAME:
                 self._name.append(token)
                 self._name_size += len(self._tokenizer.token_bytes(token))
                 if self._name_size <= _NAME_LIMIT:
                     return []
                 self._state = _State.TEXT
-                return [TextDelta(self._text.push(self._take_name()))]
+                return [TextDelta(self._push_text(self._take_name()))]
             case _:
                 return [self._inner_delta(self._inner.push((token,)))]
 
@@ -190,11 +195,14 @@ class OutputParser:
             case _State.TEXT:
                 rest = TextDelta(self._text.flush())
             case _State.NAME:  # no [ARGS] came, so it was none
-                rest = TextDelta(self._text.push(self._take_name()) + self._text.flush())
+                rest = TextDelta(self._push_text(self._take_name()) + self._text.flush())
             case _:
                 rest = self._inner_delta(self._inner.flush())
         self._state = state
         return [rest]
+
+    def _push_text(self, token_ids: Iterable[int]) -> str:
+        return self._text.push(token_ids, self._may_stop)
 
     def _start_call(self) -> ToolCallStart:
         name = b"".join(map(self._tokenizer.token_bytes, self._take_name())).decode(errors="replace")

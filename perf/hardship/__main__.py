@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -80,8 +79,7 @@ async def run(flags: Sequence[str], scale: Scale, seed: int) -> dict[str, Any]:
         rows.append(await _row("fuzzing, before failures", stage, fuzzing))
         before = await stage.observer.at_rest(_PATIENCE_S)
         rows.append(await _row("broken step", stage, broken_step, before))
-        unknown = dataclasses.replace(before, pages=math.inf, running=math.inf, waiting=math.inf)
-        rows.append(await _row("dead engine", stage, dead_engine, unknown))
+        rows.append(await _row("dead engine", stage, dead_engine))
         rows.append(await _end("end of a dead engine", stage, 1))
     return result | {"trials": rows, "holds": not any(row["num_problems"] for row in rows)} | machine()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-import msgspec
-
 from perf.hardship.broken_server import BREAK_STEP, END_THREAD
 from perf.hardship.client import Outcome, ask, completion
 from perf.hardship.stage import Findings, Stage
@@ -36,26 +34,17 @@ async def broken_step(stage: Stage, findings: Findings) -> None:
 
 
 async def dead_engine(stage: Stage, findings: Findings) -> None:
-    """The engine's thread ends: everything in flight is told, nothing new is taken, and the exit code says
-    it."""
+    """The engine's thread ends: everything in flight is told, then the server ends by itself, and its exit
+    code says why."""
     outcomes = await _beside(stage, END_THREAD, findings)
     fates = Counter(outcome.code or "complete" for _, outcome in outcomes)
     for number, outcome in outcomes:
         if outcome.code not in ("engine_failed", "engine_dead"):
             stage.judge(number, outcome, findings)
         findings.expect(outcome.has_ended, f"{stage.describe(number)}: the stream has no end mark")
-    refused = await stage.ask(0)
-    findings.expect(
-        (refused.status, refused.code, refused.retry_after) == (503, "engine_dead", None),
-        f"after its end: found {refused.status} {refused.code}, Retry-After {refused.retry_after}, expected "
-        "503 engine_dead without one",
-    )
-    status, body = await stage.observer.get("health")
-    code = msgspec.json.decode(body).get("error", {}).get("code")
-    findings.expect((status, code) == (503, "engine_dead"), f"/health: found {status} {code}")
-    metrics = await stage.observer.metrics()
-    findings.expect(metrics["haast:engine_up"] == 0, "haast:engine_up is not 0")
-    findings.figures |= {"others": dict(fates), "health": status}
+    code = await stage.server.ended()
+    findings.expect(code == 1, f"the server ended with exit code {code}, expected 1, and no signal")
+    findings.figures |= {"others": dict(fates), "exit_code": code}
 
 
 async def _beside(stage: Stage, fault: int, findings: Findings) -> list[tuple[int, Outcome]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import sys
@@ -31,6 +32,13 @@ class ServerProcess:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    async def ended(self) -> int | None:
+        """Wait for it to end by itself; returns its exit code, None if it does not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_TIMEOUT):
+                return await self.process.wait()
+        return None
 
     async def end(self) -> int:
         """Terminate it; returns its exit code, which is negative if it did not listen and was killed."""

@@ -276,6 +276,24 @@ def test_any_mixture(data: st.DataObject) -> None:
     assert all(is_explained(*each) for each in zip(PROMPTS, plain, params, strict=True))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_what_a_request_edits_does_not_reach_its_draft(temperature: float) -> None:
+    """Target and draft throw the same dice, which no edit touches; the edits are the target's alone."""
+    trees = []
+    for bias in ((), tuple((token, 9.0) for token in range(0, VOCAB, 3))):
+        engine = make_engine(MODEL, "eagle3", speculation=TREE, eos=EOS)
+        asked = SamplingParams(temperature=temperature, seed=3, max_tokens=16)
+        engine.add(EngineRequest(0, tuple(PROMPTS[0]), asked))
+        engine.step()
+        (seq,) = engine.scheduler.running
+        seq.request = replace(seq.request, sampling=replace(asked, logit_bias=bias))
+        (batch,) = engine.scheduler.next_batches()
+        trees.append(engine.draft.propose(batch, engine.grammars.allowed))
+    assert trees[0].tokens.shape[1] > 3
+    assert torch.equal(trees[0].tokens, trees[1].tokens)
+    assert torch.equal(trees[0].parents, trees[1].parents)
+
+
 def test_who_forbids_everything_fails_alone() -> None:
     params = [
         replace(USUAL[0], bad_words=tuple((token,) for token in range(VOCAB)), logprobs=2),

@@ -18,7 +18,16 @@ from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from draft.masking import NEVER, FrontierMask, num_allowed
-from engine.core import SPECULATION_OFF, Delta, Grammar, Request, SamplingParams, Speculation
+from engine.core import (
+    SPECULATION_OFF,
+    Batch,
+    Delta,
+    DraftTree,
+    Grammar,
+    Request,
+    SamplingParams,
+    Speculation,
+)
 from engine.core import Sequence as Seq
 from engine.errors import RequestError
 from engine.grammar import Place
@@ -73,6 +82,14 @@ def steps_of(engine: Engine, requests: Sequence[Request]) -> list[list[Delta]]:
         steps.append(engine.step())
     assert_idle(engine)
     return steps
+
+
+def chain_behind(batch: Batch, answer: Sequence[int], most: int) -> DraftTree:
+    """The next tokens of an answer, for a batch of one."""
+    (seq,) = batch.seqs
+    most = min(most, batch.speculation[0].most_accepted)
+    chain = [seq.tokens[-1], *answer[seq.num_generated : seq.num_generated + most]]
+    return DraftTree(torch.tensor([chain]), torch.arange(len(chain))[None] - 1)
 
 
 def text(token_ids: Sequence[int]) -> str:
@@ -300,6 +317,34 @@ def test_a_forced_token_comes_whatever_other_edits_say() -> None:
     assert spec.token_ids == plain.token_ids
 
 
+@pytest.mark.parametrize("num_drafted", [0, 1, 2, 5])
+def test_a_forced_token_is_the_choice_in_a_tree_too(num_drafted: int) -> None:
+    """Behind the prompt, behind a drafted token, and behind one that is forced itself."""
+    (true,) = TOY.encode("true")
+    sampling = params(Grammar("regex", "true[ab]{2}true true[cd]"), bad_words=((true,),))
+    plain = engine_for().generate([[1]], sampling)[0]
+    assert text(plain.token_ids).count("true") == 3
+    prophet = Prophet({0: plain.token_ids}, VOCAB)
+    prophet.propose = lambda batch, mask=None: chain_behind(batch, plain.token_ids, num_drafted)  # type: ignore[method-assign]
+    spec = engine_for(prophet, speculation=TREE).generate([[1]], sampling)[0]
+    assert spec.token_ids == plain.token_ids
+    assert (spec.num_accepted > 0) == (num_drafted > 0)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 20])
+def test_a_forced_stop_token_stops_behind_min_tokens(min_tokens: int) -> None:
+    """Whether it is forced behind a choice or as the choice itself; the grammar's own end always counts."""
+    (true,) = TOY.encode("true")
+    sampling = params(
+        Grammar("regex", "[ab]true[cd]true"), stop_token_ids=(true,), min_tokens=min_tokens, ignore_eos=True
+    )
+    plain = engine_for().generate([[1]], sampling)[0]
+    assert text(plain.token_ids).count("true") == (1 if min_tokens < 2 else 2)
+    assert plain.finish_reason == "stop"
+    spec = engine_for("eagle3", speculation=TREE).generate([[1]], sampling)[0]
+    assert spec.token_ids == plain.token_ids
+
+
 # --- what goes wrong
 
 
@@ -433,8 +478,13 @@ def test_what_cannot_be_compiled_is_never_queued() -> None:
 def test_drafted_nodes_are_those_the_grammar_allows() -> None:
     """Those of heads and of lookups, in a batch and alone."""
     repeating = Grammar("regex", "([ab]{1,9}[,:]){6}[cd]")
-    for draft, num, least in (("eagle3", 1, 20), ("eagle3", 3, 60), ("eagle", 2, 40), ("ngram", 3, 9)):
-        grammar = repeating if draft == "ngram" else KINDS["object"]
+    for draft, num, least, grammar in (
+        ("eagle3", 1, 20, KINDS["object"]),
+        ("eagle3", 3, 60, KINDS["object"]),
+        ("eagle", 2, 40, KINDS["object"]),
+        ("ngram", 3, 9, repeating),
+        ("eagle3", 3, 20, repeating),
+    ):
         engine = engine_for(draft, speculation=BOTH)
         propose, num_nodes = engine.draft.propose, 0
 

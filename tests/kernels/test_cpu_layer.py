@@ -147,6 +147,24 @@ def test_one_call_has_the_bits_of_ten(
     assert all(torch.equal(*pair) for pair in zip(pools, theirs, strict=True))
 
 
+def test_a_stack_is_its_layers_one_after_another() -> None:
+    layers = [Layer.random(SIZES, seed=seed).fused() for seed in (0, 100, 200)]
+    fused = [layer for layer in layers if layer is not None]
+    pools = normal(3, 2, SIZES.num_kv_heads, NUM_SLOTS, SIZES.head_dim, seed=40)
+    theirs = pools.clone()
+    rotation = normal(3, 1, SIZES.head_dim, seed=30), normal(3, 1, SIZES.head_dim, seed=31)
+    part = Part(1, 3, (slice(0, 13),), hidden_some(1, 3, 13, 0))
+    rows = cpu_layer.LayerRows(SIZES, rotation, slice(10, 13), [part], NUM_SLOTS)
+    x = normal(3, SIZES.hidden, seed=20)
+    given_x, expected = x.clone(), x
+    for layer, (keys, values) in zip(fused, theirs, strict=True):
+        expected = layer(expected, (keys, values), rows)
+    found = cpu_layer.FusedStack(fused, [(keys, values) for keys, values in pools])(x, rows)
+    assert torch.equal(found, expected)
+    assert torch.equal(x, given_x)
+    assert torch.equal(pools, theirs)
+
+
 def test_layers_that_do_not_fit_are_left_as_operations() -> None:
     layer = Layer.random(SIZES)
     assert layer.fused() is not None

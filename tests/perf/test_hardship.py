@@ -80,7 +80,7 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert figures["fuzzing"]["accepted"] > 0
     assert figures["overload"]["refused"] > 0
     assert figures["broken step"]["health"] == 200
-    assert figures["dead engine"]["health"] == 503
+    assert figures["dead engine"]["exit_code"] == 1
 
 
 def test_a_server_that_does_not_start() -> None:

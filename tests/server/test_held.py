@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -11,10 +12,13 @@ import pytest
 from engine.config import EngineConfig
 from engine.core import Grammar
 from engine.errors import RequestError
+from engine.server.held import rehearse
 from engine.server.prepare import Preparer
 from engine.server.protocol import decode_chat
-from engine.text.mistral import MistralTokenizer
-from engine.text.tokenizer import Tokenizer
+from engine.text import mistral_grammar
+from engine.text.conversation import AnyTokenizer
+from engine.text.grammar import GrammarCompiler
+from tests.server.fakes import ByteTokenizer
 from tests.server.mistral import QUESTION, WEATHER, spell
 from tests.text.hermes import allows, compiler, hermes_tokenizer
 from tests.text.tekken import tekken_tokenizer
@@ -26,15 +30,36 @@ MISTRAL_CALL = ("[TOOL_CALLS]", "weather", "[ARGS]", '{"city": "Rome"}')
 
 
 @lru_cache(maxsize=2)
-def preparer(tokenizer: Tokenizer | MistralTokenizer) -> Preparer:
-    return Preparer(tokenizer, EngineConfig(max_model_len=65536), compiler(tokenizer))
+def preparer(tokenizer: Hashable) -> Preparer:
+    return Preparer(cast(AnyTokenizer, tokenizer), EngineConfig(max_model_len=65536), compiler(tokenizer))
 
 
-def grammar(tokenizer: Tokenizer | MistralTokenizer, **fields: Any) -> Grammar | None:
+def grammar(tokenizer: AnyTokenizer, **fields: Any) -> Grammar | None:
     """What holds the answer to this request."""
     call = decode_chat(msgspec.json.encode({**QUESTION, **fields}))
-    [request] = preparer(tokenizer).chat(call)
+    [request] = preparer(cast(Hashable, tokenizer)).chat(call)
     return request.sampling.grammar
+
+
+def test_a_rehearsal_reads_mistrals_vocabulary_once_for_all() -> None:
+    mistral_grammar._factory.cache_clear()
+    compiler_ = GrammarCompiler(tekken_tokenizer())
+    rehearse(tekken_tokenizer(), compiler_)
+    assert "_vocabulary" in vars(compiler_)
+    assert mistral_grammar._factory.cache_info().misses == 1
+    assert grammar(tekken_tokenizer(), tools=[WEATHER], tool_choice="required") is not None
+    assert mistral_grammar._factory.cache_info().misses == 1
+
+
+def test_a_vocabulary_without_an_end_says_so_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a model is served all the same."""
+
+    endless = ByteTokenizer()
+    monkeypatch.setattr(endless, "eos_token_ids", ())
+    rehearse(endless, GrammarCompiler(endless))
+    with pytest.raises(RequestError, match="no token that ends an answer") as refused:
+        grammar(endless, response_format={"type": "json_object"})
+    assert refused.value.param == "response_format"
 
 
 def test_free_answers_are_held_by_nothing() -> None:

@@ -114,6 +114,29 @@ def test_cve_2025_46570_a_salt_hides_what_others_asked() -> None:
     assert found[3] > 30
 
 
+def test_cve_2025_46570_each_of_several_keys_has_a_salt_of_its_own() -> None:
+    """Whatever a client sends as its salt, it finds no row that another key's client left."""
+
+    async def salts_of(*keys: str) -> list[list[str]]:
+        async with server(api_keys=keys) as api:
+            for key in keys:
+                for more in ({}, {"cache_salt": "mine"}, {"cache_salt": "mine"}):
+                    headers = {"Authorization": f"Bearer {key}"}
+                    assert (await api.post(CHAT, BODY | more, **headers))[0] == 200
+            salts = [request.cache_salt for request in api.engine.added]
+            for salt in salts[3:]:  # what another client has, should it become known
+                body = BODY | {"cache_salt": salt}
+                assert (await api.post(CHAT, body, Authorization=f"Bearer {keys[0]}"))[0] == 200
+                assert api.engine.added[-1].cache_salt not in salts
+            return [salts[at : at + 3] for at in range(0, len(salts), 3)]
+
+    assert asyncio.run(salts_of("alone")) == [["", "mine", "mine"]]
+    first, second = asyncio.run(salts_of("first", "second"))
+    assert [first[1], second[1]] == [first[2], second[2]]  # its own rows each of them finds
+    assert len({*first, *second}) == 4
+    assert not any("first" in salt or "mine" in salt for salt in first)
+
+
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "..%2F..%2Fetc%2Fpasswd", "a/../../b", "fake%00", "/fake"]
 )

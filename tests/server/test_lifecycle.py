@@ -6,18 +6,23 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from typing import Any
 
 import aiohttp
 import pytest
+from llguidance import LLTokenizer
 
 from engine.build import Served
+from engine.core import Delta
 from engine.errors import CheckpointError, ConfigError
 from engine.server import lifecycle
 from engine.server.runner import EngineRunner
 from engine.server.state import ServerOptions
-from tests.server.fakes import FakeEngine, script, serve_fake, until
+from engine.text import grammar
+from engine.text.conversation import AnyTokenizer
+from tests.server.fakes import ByteTokenizer, FakeEngine, script, serve_fake, until
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -30,6 +35,7 @@ def run_lifecycle(
     load_error: Exception | None = None,
     load_time: float = 0.0,
     parent: int | None = None,
+    tokenizer: AnyTokenizer | None = None,
     **options: Any,
 ) -> int:
     """lifecycle.serve with the fake model, while ``during(url)`` acts as a client."""
@@ -43,7 +49,7 @@ def run_lifecycle(
             time.sleep(load_time)
             if load_error is not None:
                 raise load_error
-            return serve_fake(engine)
+            return serve_fake(engine, tokenizer=tokenizer)
 
         serving = asyncio.create_task(lifecycle.serve(ServerOptions(port=port, **options), load, parent))
         client = asyncio.create_task(during(f"http://127.0.0.1:{port}"))
@@ -81,6 +87,28 @@ def test_port_answers_while_the_model_loads_and_signal_ends_it() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert run_lifecycle(FakeEngine(), during, load_time=0.3) == 0
+
+
+def test_what_grammars_need_is_made_before_the_server_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not on the event loop."""
+    makers: list[str] = []
+
+    def recorded(*args: Any, **more: Any) -> LLTokenizer:
+        makers.append(threading.current_thread().name)
+        return LLTokenizer(*args, **more)
+
+    monkeypatch.setattr(grammar, "LLTokenizer", recorded)
+
+    async def during(url: str) -> None:
+        async with aiohttp.ClientSession(url) as http:
+            await get_ready(http)
+            assert makers == ["load"]
+            asked = {**BODY, "structured_outputs": {"regex": "[a-z]+"}}
+            assert (await http.post(CHAT, json=asked)).status == 200
+            assert makers == ["load"]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run_lifecycle(FakeEngine(), during, tokenizer=ByteTokenizer()) == 0
 
 
 def test_signal_while_loading_ends_at_once() -> None:
@@ -144,15 +172,35 @@ def test_dead_engine_is_an_exit_code_and_one_line_of_log(caplog: pytest.LogCaptu
         async with aiohttp.ClientSession(url) as http:
             await get_ready(http)
             assert [(await http.post(CHAT, json=BODY)).status for _ in range(3)] == [500] * 3
-            assert [(await http.post(CHAT, json=BODY)).status for _ in range(3)] == [503] * 3
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    assert run_lifecycle(FakeEngine(fail_at=0), during) == 1
+    assert run_lifecycle(FakeEngine(fail_at=0), during) == 1  # and no signal
     *steps, line = [record for record in caplog.records if record.levelname == "ERROR"]
     assert [step.message.partition(":")[0] for step in steps] == ["a step failed"] * 2
     assert line.message.startswith("the engine failed")
-    assert "503 until the server is restarted" in line.message
+    assert "503 until the server ends" in line.message
     assert line.exc_info is not None
+
+
+def test_a_dead_engine_ends_the_server_once_everybody_is_told() -> None:
+    """Streams have their error and their end mark, and nobody waits for the shutdown timeout."""
+    engine = FakeEngine(LONG, fail_at=5, step_time=0.02)
+
+    def broken(why: str) -> list[Delta]:
+        raise AssertionError("pages are missing")
+
+    engine.fail_running = broken  # type: ignore[method-assign]
+
+    async def during(url: str) -> None:
+        async with aiohttp.ClientSession(url) as http:
+            await get_ready(http)
+            streams = [await http.post(CHAT, json={**BODY, "stream": True}) for _ in range(2)]
+            for text in [await stream.text() for stream in streams]:
+                assert '"code":"engine_failed"' in text
+                assert text.endswith("data: [DONE]\n\n")
+
+    started = time.monotonic()
+    assert run_lifecycle(engine, during, shutdown_timeout=60) == 1
+    assert time.monotonic() - started < 10
 
 
 def test_an_engine_that_does_not_stop_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,15 @@ import pytest
 
 from engine.core import SPECULATION_OFF, Delta, Request, SamplingParams, Speculation
 from engine.server.metrics import RequestStats, StampedDelta, summarise
-from engine.server.output import Output, text_of
+from engine.server.output import Output, Reading, text_of
 from tests.server.fakes import EOS, ByteTokenizer, script
+from tests.text.hermes import hermes_tokenizer
 
 TREE = Speculation(nodes=4, depth=3, top_k=2)
 
 
-def output(stop: tuple[str, ...] = (), speculation: Speculation = TREE) -> Output:
-    request = Request(1, (1, 2), SamplingParams(stop=stop))
+def output(stop: tuple[str, ...] = (), speculation: Speculation = TREE, **more: Any) -> Output:
+    request = Request(1, (1, 2), SamplingParams(stop=stop, **more))
     return Output(cast(Any, ByteTokenizer()), request, speculation, arrival=10.0)
 
 
@@ -149,6 +150,64 @@ def test_stop_string_stays_if_it_is_asked_for(size: int) -> None:
     grown = "".join(texts(out, script(*chunks(b"so ENTER END and more", size), finish="length")))
     assert grown == out.answer.text == "so ENTER END"
     assert (out.finish_reason, out.num_tokens) == ("stop", 12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize(
+    ("min_tokens", "text", "num_tokens"),
+    [
+        (2, "a ", 5),  # ends with token 5
+        (4, "a ", 5),  # min_tokens is what comes before it
+        (5, "a END b ", 11),  # the next one
+        (10, "a END b ", 11),
+        (11, "a END b END c", 13),
+    ],
+)
+def test_stop_strings_wait_for_min_tokens(size: int, min_tokens: int, text: str, num_tokens: int) -> None:
+    out = output(stop=("END",), min_tokens=min_tokens)
+    for one in stamped(script(*chunks(b"a END b END c", size), finish="length")):
+        out.push(one)
+    reason = "length" if min_tokens == 11 else "stop"
+    assert (out.answer.text, out.finish_reason, out.num_tokens) == (text, reason, num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reading"),
+    [
+        (ByteTokenizer(), Reading.TEXT),
+        (ByteTokenizer(), Reading.CHAT),
+        (hermes_tokenizer(), Reading.CHAT_WITH_TOOLS),
+    ],
+    ids=["text", "markers", "tags"],
+)
+@pytest.mark.parametrize(
+    ("min_tokens", "text"), [(3, "a "), (4, "a "), (5, "a END "), (8, "a END "), (9, "a END ENDED")]
+)
+def test_every_reader_waits_for_min_tokens(
+    tokenizer: Any, reading: Reading, min_tokens: int, text: str
+) -> None:
+    params = SamplingParams(stop=("EN", "END"), min_tokens=min_tokens)
+    out = Output(tokenizer, Request(1, (1,), params), TREE, 10.0, reading)
+    for one in stamped(script(b"a EN", b"D EN", b"DED", finish="length")):
+        out.push(one)
+    assert out.answer.text == text
+
+
+@pytest.mark.parametrize("min_tokens", [0, 100])
+def test_a_tag_that_may_not_stop_is_a_tag(min_tokens: int) -> None:
+    call = b'<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    params = SamplingParams(stop=("<tool_call>",), min_tokens=min_tokens)
+    out = Output(hermes_tokenizer(), Request(1, (1,), params), TREE, 10.0, Reading.CHAT_WITH_TOOLS)
+    out.push(StampedDelta(Delta(1, (*call, EOS), "stop"), 11.0, 12.0))
+    assert [found.name for found in out.answer.calls] == (["f"] if min_tokens else [])
+
+
+@pytest.mark.parametrize(("min_tokens", "text"), [(2, "ab"), (3, "abc")])
+def test_a_token_that_may_not_stop_has_its_text(min_tokens: int, text: str) -> None:
+    """A grammar can be at its end with a stop token that comes too early to be one."""
+    out = output(stop_token_ids=(ord("c"),), min_tokens=min_tokens)
+    out.push(StampedDelta(Delta(1, tuple(b"abc"), "stop"), 11.0, 12.0))
+    assert (out.answer.text, out.num_tokens) == (text, 3)
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "ab"), (True, "abc")])

@@ -47,6 +47,8 @@ def sampling(**fields: Any) -> Any:
         ({"seed": 1.5}, "seed"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": ""}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"stop": ["x", "x" * 257]}, "stop[1]"),
         ({"stop": [1]}, "stop[0]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"stop_token_ids": [1] * 129}, "stop_token_ids"),

@@ -13,7 +13,7 @@ import pytest
 
 from engine.canary import CanaryCounts
 from engine.core import Delta, Request, SamplingParams
-from engine.server import lifecycle, sse
+from engine.server import framing, lifecycle, sse
 from engine.server.metrics import StampedDelta
 from engine.server.ticket import Ticket
 from tests.server.fakes import ByteTokenizer, FakeEngine, Server, script, server, until
@@ -230,6 +230,32 @@ def test_what_is_no_http_gets_our_error_and_is_not_sent_back(
 
     asyncio.run(scenario())
     assert [record.name for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HT",
+    ],
+    ids=["nothing", "half a head", "a request", "one and a half"],
+)
+def test_a_connection_that_asks_nothing_ends(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert framing._SETTINGS["keepalive_timeout"] == framing.PATIENCE < 120
+    monkeypatch.setitem(framing._SETTINGS, "keepalive_timeout", 0.2)
+
+    async def scenario() -> None:
+        async with server() as api:
+            host, port = api.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            answer = await asyncio.wait_for(reader.read(), 5)  # to the end: the server closes it
+            writer.close()
+            assert answer.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+
+    asyncio.run(scenario())
 
 
 def test_a_request_that_fails_alone() -> None:

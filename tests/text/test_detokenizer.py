@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 
 import pytest
@@ -28,9 +29,10 @@ def run(detokenizer: Detokenizer, pushes: Iterable[Iterable[int]]) -> str:
     return "".join(detokenizer.push(push) for push in pushes) + detokenizer.flush()
 
 
-def first_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
-    """(text before the stop, the stop), found by reading one character at a time."""
-    for end in range(1, len(text) + 1):
+def first_stop(text: str, stops: tuple[str, ...], num_safe: int = 0) -> tuple[str, str | None]:
+    """(text before the stop, the stop), found by reading one character at a time; none ends in the first
+    ``num_safe``."""
+    for end in range(num_safe + 1, len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
                 return text[: end - len(stop)], stop
@@ -63,6 +65,23 @@ def test_any_split_gives_the_same_text(
         ours = detokenizer(*stop)
         assert run(ours, pushes) == expected
         assert ours.stopped == expected_stop
+
+
+@settings(max_examples=400, deadline=None)
+@given(tokens, stops, st.integers(0, 12))
+@example(list(b"abcx"), ("abcd", "bc"), 3)  # a stop in what is held for another
+@example(list(b"abcd"), ("bcd",), 3)
+@example(list(b"aab"), ("ab",), 3)
+@example([*b"xa", 0xE6], ("a\ufffd",), 3)
+def test_no_stop_ends_in_the_first_tokens(token_ids: list[int], stop: tuple[str, ...], num_safe: int) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pieces = [decoder.decode(Bytes().token_bytes(token)) for token in token_ids]
+    # What is no character yet at the end belongs to the last token.
+    pieces = [*pieces[:-1], pieces[-1] + decoder.decode(b"", final=True)] if pieces else []
+    expected = first_stop("".join(pieces), stop, len("".join(pieces[:num_safe])))
+    ours = detokenizer(*stop)
+    text = "".join(ours.push((token,), number >= num_safe) for number, token in enumerate(token_ids))
+    assert (text + ours.flush(), ours.stopped) == expected
 
 
 @settings(max_examples=100, deadline=None)
