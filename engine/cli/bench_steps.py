@@ -168,7 +168,8 @@ _MOST_NODES: Final = 16  # that four levels with four children a node are sure t
 
 def open_pair(args: argparse.Namespace) -> tuple[Checkpoint | MistralCheckpoint, AnyHead]:
     """Target and head without their weights. Raises ConfigError, CheckpointError."""
-    name, spoken = model_name(args), asked(args).head
+    name, draft = model_name(args), asked(args)
+    spoken = draft.head
     head: AnyHead = "none" if spoken is None else spoken
     checkpoint: Checkpoint | MistralCheckpoint
     if name is not None and name in PUBLISHED:
@@ -187,6 +188,9 @@ def open_pair(args: argparse.Namespace) -> tuple[Checkpoint | MistralCheckpoint,
         checkpoint = with_layers(checkpoint, args.num_hidden_layers)
     if isinstance(head, str) and head not in ("none", "ngram"):
         head = open_head(head, dummy=True)
+    kind = "eagle" if isinstance(head, MistralHead) else head if isinstance(head, str) else head.kind
+    if draft.method not in (None, kind):
+        raise ConfigError(f"the method asked for is {draft.method!r}, but the head is one of {kind!r}")
     return checkpoint, head
 
 

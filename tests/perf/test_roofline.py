@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.synthetic import write_target
-from engine.checkpoint.synthetic_config import TINY
+from engine.checkpoint.native import read_mistral_head
+from engine.checkpoint.synthetic import write_head, write_target
+from engine.checkpoint.synthetic_config import TINY, head_config
 from engine.cli.roofline import GPUS, Reads, distinct_experts, floor_seconds, routing_overlap, step_bytes
 from engine.errors import ConfigError
 from perf.roofline import bandwidth_share, gpu_named, main
@@ -83,6 +84,25 @@ def test_roofline_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert second["floor_ms"] >= first["floor_ms"] > 0
     assert first["bandwidth_share"] == pytest.approx(first["gigabytes"] / 8 / 1e-3, rel=0.1)
     assert "bandwidth_share" not in second
+
+
+def test_roofline_of_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that the file holds, kv_b in bfloat16, and the output, whose vocabulary is too small to cut."""
+    target = write_target(tmp_path / "tiny", TINY, "native-bf16")
+    head = write_head(tmp_path / "head", head_config(TINY))
+    assert (
+        main([str(target), "--spec-model", str(head), "--gpu", "H200", "--context", "7", "--batch", "2"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    stored = read_mistral_head(head).stored.values()
+    held = sum(one.num_elements * (1 if one.dtype == "F8_E4M3" else 2) for one in stored if one.shape)
+    kv_b = 2 * 4 * (16 + 32) * 16
+    read = held + kv_b + 512 * 64 * 2 + 2 * 7 * 2 * (16 + 16) * 2
+    rows_and_scales = 2 * 64 * 2 + 4 * sum(not one.shape for one in stored)
+    assert result["draft_level_bytes"] == pytest.approx(read, abs=rows_and_scales)
+    assert result["draft_level_floor_ms"] == pytest.approx(1e3 * read / 4.8e12, abs=1e-4)
+    assert main([str(target), "--spec-model", "nowhere"]) == 1
+    assert "nowhere: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["x", "--batch", "0"], ["x", "--step-ms", "-1"]])

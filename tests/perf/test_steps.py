@@ -316,6 +316,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("--prompt-lens", 512), "was made for at most 512 positions"),
         (("--num-hidden-layers", 3), "has 2 layers, found 3 asked for, expected 1 to 2"),
         (("--quantization", "int4"), "--quantization is 'int4', expected fp8, nvfp4"),
+        (("--spec-method", "eagle3"), "the method asked for is 'eagle3', but the head is one of 'eagle'"),
         (("--max-tokens", 5), "found --max-tokens 5 (flag), which is for answers"),
         (("--max-model-len", 99), "found --max-model-len 99 (flag), which --contexts"),
         (("--json", "/no/such/place/x.json"), "the directory does not exist"),
