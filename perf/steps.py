@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Final
+from typing import Any, Final
 from unittest.mock import patch
 
 import torch
@@ -34,9 +34,10 @@ from engine.core import SPECULATION_OFF, Batch, DraftTree, Request, SamplingPara
 from engine.core import Sequence as Seq
 from engine.errors import EngineError
 from engine.models.decoder import Decoder
-from engine.nn.moe import Router
 from engine.sampler import sampling_tensors
 from engine.step import Engine
+from kernels import route
+from kernels.moe import Routing
 from verify.stats import StepTimes
 
 LONGEST_CHAIN: Final = 5  # nodes
@@ -293,14 +294,13 @@ def pretend_cached(engine: Engine, request: Request) -> None:
 def recorded_routing() -> Iterator[list[Tensor]]:
     """The expert ids [T, k] that every layer's router chooses while the context lasts, layer after layer."""
     chosen: list[Tensor] = []
-    route = Router.__call__
 
-    def recorded(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
-        ids, weights = route(router, x)
-        chosen.append(ids)
-        return ids, weights
+    def recorded(x: Tensor, gate: Tensor, num_chosen: int, *rest: Any) -> Routing:
+        routing = route(x, gate, num_chosen, *rest)
+        chosen.append(routing.ids[:, :num_chosen])  # shared ones come last
+        return routing
 
-    with patch.object(Router, "__call__", recorded):
+    with patch("engine.nn.moe.route", recorded):
         yield chosen
 
 
