@@ -45,7 +45,7 @@ _LEVELS, _CHILDREN = 4, 4
 _WARM_UP: Final = 3  # steps of a setting that are not counted
 _PATIENCE: Final = 4  # steps for each that is counted, before a setting is given up
 _OVERLAP_NODES: Final = 4  # of the tree whose routing is made alike
-_HALVINGS: Final = 7
+_HALVINGS, _COUNTS = 7, 3  # of the search for how much texts have in common, and forwards for each
 
 
 def room(num_steps: int) -> int:
@@ -107,6 +107,7 @@ class Steps:
         assert isinstance(engine.target, Decoder), "the bench fills the rows of a model of ours"
         self.engine, self.target, self.num_steps = engine, engine.target, num_steps
         self._generator = torch.Generator().manual_seed(seed)
+        self._on_device = torch.Generator(engine.target.device).manual_seed(seed)
         self._next_id = 0
         self._fill_rows()
 
@@ -117,7 +118,9 @@ class Steps:
             pools.append(self.engine.draft.model.pool.rows)
         for rows in pools:
             for layer in rows:  # one at a time: a pool may be most of the memory
-                layer.copy_(torch.randn(layer.shape, dtype=self.target.dtype, device=layer.device))
+                layer.copy_(
+                    torch.empty_like(layer, dtype=self.target.dtype).normal_(generator=self._on_device)
+                )
 
     # --- decoding
 
@@ -238,7 +241,7 @@ class Steps:
 
     def make_alike(self, share: float) -> None:
         """See ``alike``."""
-        alike(self.target.embedding, share)
+        alike(self.target.embedding, share, self._on_device)
 
     def share_for(self, overlap: float, context: int) -> float:
         """How much embeddings must have in common for the routing of a small chain to overlap so much; found
@@ -249,8 +252,8 @@ class Steps:
         for _ in range(_HALVINGS):
             share = (low + high) / 2
             self.make_alike(share)
-            distinct = self.experts(setting)
-            assert distinct is not None, "its experts were counted"
+            counts = [self.experts(setting) for _ in range(_COUNTS)]
+            distinct = sum(count for count in counts if count is not None) / _COUNTS
             found = routing_overlap(config.num_experts, config.num_experts_per_tok, setting.nodes, distinct)
             low, high = (share, high) if found < overlap else (low, share)
         return share
@@ -304,8 +307,9 @@ def recorded_routing() -> Iterator[list[Tensor]]:
         yield chosen
 
 
-def alike(embedding: Tensor, share: float) -> None:
+def alike(embedding: Tensor, share: float, generator: torch.Generator) -> None:
     """Fill an embedding [V, H] with random rows of unit spread, of whose variance ``share``, 0 to 1, is the
     same for all."""
-    embedding.normal_().mul_(math.sqrt(1 - share))
-    embedding.add_(torch.randn_like(embedding[0]).mul_(math.sqrt(share)))
+    embedding.normal_(generator=generator).mul_(math.sqrt(1 - share))
+    common = torch.empty_like(embedding[0]).normal_(generator=generator)
+    embedding.add_(common.mul_(math.sqrt(share)))
