@@ -36,7 +36,7 @@ class _Step:
     is_usual: bool = True  # whether the draft's time may be learned from
     level_rows: list[int] = field(default_factory=list)  # of the levels expanded so far
     marks: tuple[Mark, Mark] = (0.0, 0.0)  # of the head's beginning and end
-    levels: list[list[list[float]]] = field(default_factory=list)  # path values of each active one's tree
+    grown: DraftTree | None = None  # the head's trees of the active ones, read when the step is over
 
 
 class Planning:
@@ -90,12 +90,7 @@ class Planning:
 
     def note(self, tree: DraftTree, marks: tuple[Mark, Mark]) -> None:
         """The head's own trees, of the active places in order, and when it began and ended."""
-        assert tree.scores is not None
-        self._step.marks = marks
-        self._step.levels = [
-            _by_level(parents, values)
-            for parents, values in zip(tree.parents.tolist(), tree.scores.value.tolist(), strict=True)
-        ]
+        self._step.grown, self._step.marks = tree, marks
 
     def cut(self, tree: DraftTree) -> DraftTree:
         """The best nodes of the batch's trees, as many as pay for their rows."""
@@ -111,7 +106,7 @@ class Planning:
         """Learn what became of the trees; accepted: draft tokens, for each place."""
         step = self._step
         expected = step.chances if tree.scores is None else _values(tree)
-        levels = dict(zip(step.active, step.levels, strict=True)) if step.levels else {}
+        levels = dict(zip(step.active, _levels(step.grown), strict=True)) if step.grown is not None else {}
         self.planner.observe(
             [
                 Drafted(request_id, levels.get(place, ()), sum(expected[place]), accepted[place])
@@ -160,6 +155,13 @@ def _values(tree: DraftTree) -> list[list[float]]:
         [value for value, parent in zip(own[1:], parents[1:], strict=True) if parent >= 0]
         for own, parents in zip(tree.scores.value.tolist(), tree.parents.tolist(), strict=True)
     ]
+
+
+def _levels(tree: DraftTree) -> list[list[list[float]]]:
+    """Path values by level of every tree."""
+    assert tree.scores is not None
+    both = zip(tree.parents.tolist(), tree.scores.value.tolist(), strict=True)
+    return [_by_level(parents, values) for parents, values in both]
 
 
 def _by_level(parents: list[int], values: list[float]) -> list[list[float]]:

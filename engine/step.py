@@ -207,7 +207,8 @@ class Engine:
 def _cost(batch: Batch, deltas: Items[Delta], times: StepTimes) -> StepCost:
     """What a step of decodes alone took. A prompt's rows are cheaper than a tree's, of which every one is
     scored: steps that have both would say that trees are cheap."""
-    rows = sum(1 + delta.num_draft_tokens for delta in deltas if delta.is_decode)
+    own = deltas[-len(batch.seqs) :]  # behind those of aborted requests, which have no rows
+    rows = sum(1 + delta.num_draft_tokens for delta in own)
     context = sum(seq.kv_len for seq in batch.seqs) / len(batch.seqs)
     return StepCost(rows, context, times.total_s)
 

@@ -8,6 +8,7 @@ with ``HAAST_CPU_KERNELS=0``, ``kernels_for`` returns None and the torch referen
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -138,7 +139,7 @@ def _library() -> Path | None:
 
 
 def _compiled() -> Path:
-    """The library's file, compiled if this machine has not done so. Raises OSError, ValueError or
+    """The library's file, compiled if this machine has none that loads. Raises OSError, ValueError or
     SubprocessError."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     flags = (*FLAGS, _OPENMP) if _shares_openmp() else FLAGS
@@ -148,7 +149,9 @@ def _compiled() -> Path:
     directory = _directory()
     path = directory / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if path.exists():
-        return path
+        with contextlib.suppress(OSError):  # cut short when the machine went down, or linked for another
+            ctypes.PyDLL(str(path))
+            return path
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         built = Path(scratch) / "cpu.so"
         command = [*compiler, str(SOURCE), "-o", str(built), "-lm"]

@@ -56,7 +56,6 @@ class FusedHead:
         assert offers is not None
         self.layer, self.vocab_size = layer, logits.num_outputs
         (self._short, self._long), (self._offers, _) = forward, offers
-        self._num_tokens, self._num_positions = len(embedding), len(rotation[0])
         self._held = norms, embedding, rotation, logits, token_ids  # what the addresses below lead to
         self._struct = _Head(
             *(part.data_ptr() for part in (embedding, *norms, *rotation, token_ids)),

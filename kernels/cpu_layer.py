@@ -99,6 +99,7 @@ class LayerRows:
         for part in parts:
             _append_sequences(table, part)
         num_rows, num_sequences, longest = sum(table[1::7]), len(table) // 7, max(table[4::7])
+        assert num_rows > 0, "nobody has any rows"
         cos_at = sin_at = None
         if rotation is not None:
             cos, sin = rotation

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +41,8 @@ from engine.step import Engine
 from engine.warmup import warm_up
 
 if TYPE_CHECKING:
-    from perf.step_costs import Costs, Wanted
+    from perf.kernel_timing import Ceilings
+    from perf.step_costs import Costs, Floors, Wanted
 
 AnyHead = HeadCheckpoint | MistralHead | str
 
@@ -88,6 +90,8 @@ def refuse_without_dummy(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and the result. Raises ConfigError or CheckpointError."""
+    from perf.step_costs import Floors
+
     began = time.perf_counter()
     _refuse(
         args, _OF_ANSWERS, "which is for answers; of random weights (--load-format dummy) steps are timed"
@@ -96,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = wanted_of(args)
     checkpoint, head = open_pair(args)
     config = config_for(engine_config(args), wanted, checkpoint)
+    limits = _limits(config.device)  # now, while there is memory to copy
     with LoadingBar() as bar:
         engine = build_engine(checkpoint, (), head, config, bar.update)
     warm_up(engine)
@@ -103,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     facts = {"benchmark": "steps", **_facts(args, checkpoint, head, config), "load_s": round(loaded, 2)}
     result: dict[str, Any] = {}
     # Written after each figure, so that what ends a run early takes none of them.
-    for result in _measured(began, facts, engine, checkpoint, head, wanted):
+    floors = Floors.of(checkpoint, head if isinstance(head, MistralHead) else None, config, limits)
+    for result in _measured(began, facts, engine, floors, wanted):
         _write(result, args.json)
     del engine
     gc.collect()  # an engine is full of cycles, and the peer needs its memory
@@ -237,21 +243,24 @@ def _facts(
     } | provenance.provenance(config.device, config.dtype_name)
 
 
+def _limits(device: str) -> Ceilings:
+    """What the device reaches; its memory is free again afterwards."""
+    from perf.kernel_timing import measured_ceilings
+
+    if not device.startswith("cuda"):
+        return measured_ceilings("cpu")
+    found = measured_ceilings("cuda")
+    torch.cuda.empty_cache()
+    return found
+
+
 def _measured(
-    began: float,
-    facts: Mapping[str, Any],
-    engine: Engine,
-    checkpoint: Checkpoint | MistralCheckpoint,
-    head: AnyHead,
-    wanted: Wanted,
+    began: float, facts: Mapping[str, Any], engine: Engine, floors: Floors, wanted: Wanted
 ) -> Iterator[dict[str, Any]]:
     """The result after each figure of the engine, the last one whole."""
-    from perf.kernel_timing import measured_ceilings
-    from perf.step_costs import Costs, Floors
+    from perf.step_costs import Costs
     from perf.steps import Steps
 
-    limits = measured_ceilings("cuda" if engine.config.device.startswith("cuda") else "cpu")
-    floors = Floors.of(checkpoint, head if isinstance(head, MistralHead) else None, engine.config, limits)
     costs = Costs(Steps(engine, wanted.num_steps), floors, wanted)
     for name in costs.measure(began):
         sys.stderr.write(f"{time.perf_counter() - began:6.1f} s  {name}\n")

@@ -174,7 +174,7 @@ def run(draft: str, page_size: int, num_rows: int, budget: int, max_seqs: int, o
 
 
 @settings(
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -17,11 +17,10 @@ from engine.core import Decision, Request, SamplingParams, Speculation
 from engine.step import Engine
 from tests.engine.rig import (
     PLAIN,
-    Model,
     assert_idle,
     echo_model,
+    known_plain_tokens,
     make_engine,
-    plain_tokens,
     prompts_of,
     record,
 )
@@ -29,11 +28,7 @@ from tests.engine.state import TOLERANCE, state_error
 
 LIMITS = Speculation(9, 4, 3, lookup=5)
 PROMPTS = prompts_of([1, 9, 2, 21])
-
-
-@pytest.fixture(scope="module")
-def echo() -> Model:
-    return echo_model(3)
+MODEL = echo_model(3)
 
 
 class Fickle(Planner):
@@ -79,14 +74,14 @@ class Fickle(Planner):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
 @pytest.mark.parametrize("count", [1, 4])
-def test_tokens_and_state(echo: Model, draft: str, count: int, temperature: float) -> None:
+def test_tokens_and_state(draft: str, count: int, temperature: float) -> None:
     prompts = [(prompt * 3)[:24] for prompt in PROMPTS[:count]]
     params = [SamplingParams(temperature=temperature, top_k=4, seed=i, max_tokens=45) for i in range(count)]
     planner = Fickle(count)
-    engine = make_engine(echo, draft, speculation=LIMITS, planner=planner, num_pages=200)
+    engine = make_engine(MODEL, draft, speculation=LIMITS, planner=planner, num_pages=200)
     recording = record(engine, prompts, params)
-    assert [c.token_ids for c in recording.completions] == plain_tokens(echo, prompts, params)
-    assert state_error(echo, recording, draft) < TOLERANCE
+    assert [c.token_ids for c in recording.completions] == known_plain_tokens(MODEL, prompts, params)
+    assert state_error(MODEL, recording, draft) < TOLERANCE
     assert planner.seen == {"tree", "lookup", "chain"}
     assert sum(c.num_accepted for c in recording.completions) > 0, "idle unless something is accepted"
     assert_idle(engine)
@@ -95,14 +90,14 @@ def test_tokens_and_state(echo: Model, draft: str, count: int, temperature: floa
 
 @pytest.mark.parametrize("draft", ["eagle3", "eagle"])
 def test_a_head_that_was_off_for_long_comes_back_with_its_rows(
-    echo: Model, draft: str, monkeypatch: pytest.MonkeyPatch
+    draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it missed is bounded on the way, and filled in exactly."""
     monkeypatch.setattr("draft.head._MOST_PENDING", 64)
     params = [SamplingParams(temperature=0, max_tokens=150)]
     planner = Fickle(1)
     planner.until[0] = 100
-    engine = make_engine(echo, draft, speculation=LIMITS, planner=planner)
+    engine = make_engine(MODEL, draft, speculation=LIMITS, planner=planner)
     waiting: list[int] = []
 
     def watch(engine: Engine) -> None:
@@ -110,13 +105,13 @@ def test_a_head_that_was_off_for_long_comes_back_with_its_rows(
         waiting.extend(pending.num_waiting for pending in engine.draft._pending.values())
 
     recording = record(engine, [PROMPTS[1]], params, after_step=watch)
-    assert recording.completions[0].token_ids == plain_tokens(echo, [PROMPTS[1]], params)[0]
-    assert state_error(echo, recording, draft) < TOLERANCE
+    assert recording.completions[0].token_ids == known_plain_tokens(MODEL, [PROMPTS[1]], params)[0]
+    assert state_error(MODEL, recording, draft) < TOLERANCE
     assert max(waiting) == 64
     assert recording.completions[0].num_accepted > 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     budget=st.sampled_from([12, 40, 96]),
@@ -128,15 +123,14 @@ def test_every_stream_is_that_of_the_lone_request(
     seed: int, budget: int, num_pages: int, caching: bool, sizes: list[Speculation | None]
 ) -> None:
     """Planned, fixed and plain requests beside each other, with little room."""
-    model = echo_model(3)
     draw = random.Random(seed)
-    prompts = [(prompt * 3)[: draw.randint(1, 30)] for prompt in [*PROMPTS, PROMPTS[1]]]
-    params = [
-        SamplingParams(temperature=draw.choice((0.0, 0.9)), top_k=4, seed=i, max_tokens=draw.randint(1, 25))
-        for i in range(5)
+    prompts = [(prompt * 3)[: draw.choice((1, 8, 19, 30))] for prompt in [*PROMPTS, PROMPTS[1]]]
+    longest = [
+        SamplingParams(temperature=draw.choice((0.0, 0.9)), top_k=4, seed=i, max_tokens=25) for i in range(5)
     ]
+    params = [replace(param, max_tokens=draw.randint(1, 25)) for param in longest]
     engine = make_engine(
-        model,
+        MODEL,
         "eagle3",
         speculation=LIMITS,
         planner=Fickle(seed),
@@ -145,13 +139,31 @@ def test_every_stream_is_that_of_the_lone_request(
         prefix_caching=caching,
     )
     recording = record(engine, prompts, params, sizes, arrivals=[draw.randint(0, 12) for _ in prompts])
-    assert [c.token_ids for c in recording.completions] == plain_tokens(model, prompts, params)
+    whole = known_plain_tokens(MODEL, prompts, longest)
+    expected = [tokens[: param.max_tokens] for tokens, param in zip(whole, params, strict=True)]
+    assert [c.token_ids for c in recording.completions] == expected
     assert_idle(engine)
 
 
-def test_the_real_planner_learns_and_says_why(echo: Model) -> None:
+def test_a_step_costs_what_its_own_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that also says of requests that they were aborted has no rows of theirs."""
+    engine = make_engine(MODEL, "eagle3", planner=Planner())
+    sizes: list[int] = []
+    monkeypatch.setattr(engine.draft, "account", lambda cost: sizes.append(cost.num_rows))
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    for number in range(4):
+        engine.add(Request(number, (1, 2, 3), params, PLAIN if number < 3 else Speculation(3, 2, 1)))
+    for aborted in ((), (), (0, 1), ()):
+        for number in aborted:
+            engine.abort(number)
+        drafted = {delta.request_id: delta.num_draft_tokens for delta in engine.step()}[3]
+    assert drafted > 0
+    assert sizes == [4 + 2, 2 + 2, 2 + 2]
+
+
+def test_the_real_planner_learns_and_says_why() -> None:
     planner = Planner(stops_early=True)
-    engine = make_engine(echo, "eagle3", speculation=LIMITS, planner=planner)
+    engine = make_engine(MODEL, "eagle3", speculation=LIMITS, planner=planner)
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     sizes = (None, PLAIN, Speculation(3, 2, 1))
     for number, size in enumerate(sizes):

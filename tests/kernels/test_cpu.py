@@ -484,6 +484,15 @@ class TestLibrary:
         assert [file.stat().st_mtime_ns for file in fresh_library.iterdir()] == [changed]
 
     @needs_compiler
+    def test_one_that_does_not_load_is_compiled_anew(self, fresh_library: Path) -> None:
+        """As a crash leaves it before its bytes have reached the disk."""
+        built = cpu._compiled()
+        built.write_bytes(b"")
+        assert cpu.kernels_for(torch.float32) is not None
+        assert list(fresh_library.iterdir()) == [built]
+        assert built.stat().st_size > 0
+
+    @needs_compiler
     def test_a_changed_source_is_compiled_anew(
         self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
