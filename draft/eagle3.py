@@ -22,6 +22,7 @@ from engine.nn.attention import Attention
 from engine.nn.layer import DecoderLayer
 from engine.nn.linear import Linear, fuse
 from engine.nn.mlp import SwiGLU
+from engine.nn.norm import Norm
 from engine.nn.rope import RopeTable
 from engine.rows import RowPlan
 from kernels import fused_head, rms_norm
@@ -112,7 +113,7 @@ class Eagle3Model:
         return self.layer(feature, self.rope(positions), pool, plan, given)
 
     def logits(self, feature: Tensor) -> Tensor:
-        return self.lm_head(rms_norm(feature, self.norm, self.eps)).float()
+        return self.lm_head(feature, Norm(self.norm, self.eps)).float()
 
     def offers(self, feature: Tensor, count: int) -> Offers:
         if self._fused is not None:

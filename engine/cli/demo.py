@@ -36,6 +36,7 @@ _PASSED_ON = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "page_size",
+    "kv_cache_dtype",
     "kv_cache_memory",
     "gpu_memory_utilization",
     "enable_prefix_caching",

@@ -76,8 +76,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         "--kv-cache-dtype",
         choices=tuple(KV_DTYPES),
         default="auto",
-        help="of the model's KV rows: auto is that of --dtype; fp8, for CUDA devices, is half of bfloat16's "
-        "memory and changes answers a little",
+        metavar="KIND",
+        help="of the model's KV rows: auto is that of --dtype; fp8 (fp8_e4m3), for CUDA devices, takes half of "
+        "bfloat16's memory and changes answers a little",
     )
     group.add_argument(
         "--quantization",
