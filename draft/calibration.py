@@ -10,12 +10,14 @@ is interpolated between bucket centres, so that ties among candidates stay rare.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.core import DraftTree, SamplingTensors, Verdict, depths_of
+from engine.core import DraftTree, Verdict, depths_of
 
 NUM_BUCKETS = 12
 _MAX_DEPTH, _MAX_RANK = 16, 8  # deeper and later ones share the last entry
@@ -46,9 +48,22 @@ class Calibration:
         self._centres = (np.arange(NUM_BUCKETS) + 0.5) / NUM_BUCKETS
         self._rates = np.broadcast_to(self._centres, shape).copy()
         self._touched: set[tuple[int, int, int]] = set()
-        self._map: Tensor | None = None  # the rates on the device, made when they are asked for
-        self._device = device
+        self._map = torch.zeros(shape, device=device)  # the rates, at an address that graphs may hold on to
+        self._is_stale = True
         self._observed = 0
+
+    def start_over(self) -> None:
+        """Forget what was observed."""
+        self.trials[:], self.hits[:], self._rates[:] = 0.0, 0.0, self._centres
+        self._touched.clear()
+        self._is_stale = True
+        self._observed = 0
+
+    def send(self) -> None:
+        """Bring the device's map up to date: before a graph runs that reads it."""
+        if self._is_stale:
+            self._map.copy_(torch.from_numpy(self._rates).float())
+            self._is_stale = False
 
     def __call__(self, raw: Tensor, depth: int, sampled: Tensor) -> Tensor:
         """Calibrated conditional acceptance of children at one depth.
@@ -58,8 +73,7 @@ class Calibration:
         """
         k = raw.shape[-1]
         rank = torch.arange(k, device=raw.device).clamp(max=_MAX_RANK - 1)
-        if self._map is None:
-            self._map = torch.from_numpy(self._rates).float().to(self._device)
+        self.send()
         curves = self._map[sampled.long(), min(depth, _MAX_DEPTH) - 1][:, rank]  # [B, k, buckets]
         place = (raw * NUM_BUCKETS - 0.5).clamp(0, NUM_BUCKETS - 1)
         low = place.floor().long().clamp(max=NUM_BUCKETS - 2)
@@ -76,13 +90,13 @@ class Calibration:
         left, right = float(curve[low]), float(curve[low + 1])
         return left + (right - left) * (place - low)
 
-    def observe(self, tree: DraftTree, verdict: Verdict, sampling: SamplingTensors) -> None:
-        """Count every node whose parent was accepted: only there did the target judge it.
+    def observe(self, tree: DraftTree, verdict: Verdict, sampled: Sequence[bool]) -> None:
+        """Count every node whose parent was accepted: only there did the target judge it. All of it on the
+        host; sampled: of each sequence.
 
         Grafted nodes, which have no score, are none of the head's.
         """
         assert tree.scores is not None
-        modes = [int(temperature > 0) for temperature in sampling.temperature.tolist()]
         parents = tree.parents.tolist()
         depths = [depths_of(own) for own in parents]
         raws, ranks = tree.scores.raw.tolist(), tree.scores.rank.tolist()
@@ -93,7 +107,7 @@ class Calibration:
             for node in range(1, len(parents[row])):
                 if parents[row][node] in accepted and raws[row][node] > 0:
                     key = (
-                        modes[row],
+                        int(sampled[row]),
                         min(depths[row][node], _MAX_DEPTH) - 1,
                         min(ranks[row][node], _MAX_RANK - 1),
                         min(int(raws[row][node] * NUM_BUCKETS), NUM_BUCKETS - 1),
@@ -114,4 +128,4 @@ class Calibration:
                 rates = isotonic(rates, weights)
             self._rates[curve] = rates
         self._touched.clear()
-        self._map = None
+        self._is_stale = True

@@ -55,7 +55,7 @@ class HeadModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class Rows:
     """Some sequences of a batch, seen by the head."""
 
     kv_lens: Tensor  # [b]
@@ -75,7 +75,7 @@ class _ScratchRows:
     Scratch row s of a sequence with k children a level holds node s % k of level s // k.
     """
 
-    rows: _Rows
+    rows: Rows
     limits: Limits
     longest: int  # rows before the scratch rows of the longest sequence, row 0 included
     _seen: Tensor | None = None  # [b, F, nodes expanded so far] bool: the last level's ancestors and selves
@@ -127,10 +127,18 @@ class Growth:
         [b, 1, H], after the roots of those. Returns [b, N]."""
         device = roots.device
         index = torch.tensor(active, dtype=torch.int64).to(device)
-        kv_lens, root = batch.kv_lens[index], roots[index, 0]
-        rows = _Rows(kv_lens, batch.page_table[index], batch.page_size, batch.sampling.select(index))
-        limits = Limits.of([self._bounded(batch.speculation[row]) for row in active], str(device))
+        rows = Rows(
+            batch.kv_lens[index], batch.page_table[index], batch.page_size, batch.sampling.select(index)
+        )
+        limits = Limits.of([self.bounded(batch.speculation[row]) for row in active], str(device))
         longest = max(batch.seqs[row].kv_len for row in active) + 1
+        return self.in_tensors(rows, roots[index, 0], limits, longest, features)
+
+    def in_tensors(
+        self, rows: Rows, roots: Tensor, limits: Limits, longest: int, features: Tensor
+    ) -> DraftTree:
+        """Trees of all of ``rows``: roots: [b]; longest: as for ``_ScratchRows``; features as for
+        ``together``."""
         scratch, frontier = _ScratchRows(rows, limits, longest), features
         sampled = rows.sampling.temperature > 0
 
@@ -145,7 +153,7 @@ class Growth:
 
         first = self._offers(frontier, rows, 0, limits.max_top_k)
         return grow(
-            root,
+            roots,
             first,
             limits,
             expand,
@@ -156,8 +164,8 @@ class Growth:
     def alone(self, batch: Batch, start: int, features: Tensor) -> DraftTree:
         """The tree of a batch of one on a CPU, whose row 0 lies at slot ``start``; features as for
         ``together``."""
-        seq, spec = batch.seqs[0], self._bounded(batch.speculation[0])
-        rows = _Rows(batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
+        seq, spec = batch.seqs[0], self.bounded(batch.speculation[0])
+        rows = Rows(batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
         places, frontier = SoloRows(start, seq.kv_len), features
         sampled = seq.request.sampling.temperature > 0
 
@@ -187,11 +195,11 @@ class Growth:
             self.is_worth,
         )
 
-    def _bounded(self, spec: Speculation) -> Speculation:
+    def bounded(self, spec: Speculation) -> Speculation:
         """A node cannot have more children than the head has tokens."""
         return replace(spec, top_k=min(spec.top_k, len(self.model.token_ids)))
 
-    def _offers(self, feature: Tensor, rows: _Rows, depth: int, top_k: int) -> Offers:
+    def _offers(self, feature: Tensor, rows: Rows, depth: int, top_k: int) -> Offers:
         """The best children of nodes at one depth: feature [b, F, H] -> offers [b, F, k]."""
         sampling = rows.sampling
         is_noisy = self.shared_noise and not sampling.all_greedy

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from draft.calibration import Calibration
+from draft.captured import CapturedProposals, Pairs, Shape
 from draft.growth import Growth, HeadModel
-from draft.masking import FrontierMask, num_allowed
+from draft.masking import FrontierMask, has_grammar, num_allowed
 from draft.ngram import Lookup, PromptLookup
 from draft.none import Unplanned, root_tokens
 from draft.pending import Pending
@@ -30,6 +31,7 @@ from draft.planning import Planning
 from draft.tree import graft
 from engine.clock import Clock
 from engine.core import Batch, Decision, DraftScores, DraftTree, Sequence, Speculation, StepCost, Verdict
+from engine.graphs import Graphs
 from engine.roles import DraftMask, DraftRows
 from engine.rows import RowPlan, chain_bias, first_slot, plan_chains, plan_spans, span
 from kernels import compact_rows
@@ -70,7 +72,7 @@ class FeatureDraft:
     shared_noise: rank candidates with the sampler's own noise; max_len: tokens of a sequence up to which the
     head is used, None for no limit. A sequence that has outgrown it has no trees any more, lookups only;
     planner: decides how much to draft, where a request does not; without one all is drafted that the limits
-    allow. It is its own DraftRows, too.
+    allow; graphs: capture proposals. It is its own DraftRows, too.
     """
 
     def __init__(
@@ -81,16 +83,21 @@ class FeatureDraft:
         shared_noise: bool = True,
         max_len: int | None = None,
         planner: Planner | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.model, self.name, self.shared_noise, self.max_len = model, name, shared_noise, max_len
         self.device = str(model.token_ids.device)
         self._planning = None if planner is None else Planning(planner)
         self._clock = Clock(self.device)
-        self.start_over()
+        self.calibration = Calibration(self.device)
+        anything = FrontierMask((), None, model.token_ids)
+        self._growth = Growth(model, self.calibration, shared_noise, anything, None)
+        self._captured = CapturedProposals(self._growth, Graphs() if graphs is None else graphs, self.device)
         self._pending: dict[int, Pending] = {}
+        self.start_over()
 
     def start_over(self) -> None:
-        self.calibration = Calibration(self.device)
+        self.calibration.start_over()
         self.coverage = Coverage(self.model.token_ids)
         self.lookup = PromptLookup()
         if self._planning is not None:
@@ -153,7 +160,8 @@ class FeatureDraft:
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Pair the features of the accepted nodes with the tokens that followed them."""
         if tree.scores is not None:
-            self.calibration.observe(tree, verdict, batch.sampling)
+            sampled = [seq.request.sampling.temperature > 0 for seq in batch.seqs]
+            self.calibration.observe(tree, verdict, sampled)
         lengths, paths, bonuses = verdict.length.tolist(), verdict.path.tolist(), verdict.bonus.tolist()
         tree_tokens = tree.tokens.tolist()
         ready: list[tuple[int, int]] = []  # rows of the batch, and how many of their pairs can run now
@@ -171,7 +179,7 @@ class FeatureDraft:
             pending.append([*tokens, bonuses[row]], features[row], path)
             # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for
             # the first answer token's sake the last chunk waits until that token is out.
-            goes_on = batch.prompt is not None and batch.prompt.next_token[row] >= 0
+            goes_on = batch.prompt is not None and not batch.chooses(row)
             if (goes_on and pending.num_waiting > 1) or pending.num_waiting > _MOST_PENDING:
                 ready.append((row, pending.num_waiting - 1))
         if ready:
@@ -205,9 +213,14 @@ class FeatureDraft:
         """Trees for the sequences that speculate, the root alone for the others."""
         both = list(zip(batch.seqs, batch.speculation, strict=True))
         lookups = [self._look_up(seq, spec.lookup, mask) for seq, spec in both]
-        tree = self._trees(batch, [row for row, of in enumerate(both) if self._can_grow(*of)], mask)
+        active = [row for row, of in enumerate(both) if self._can_grow(*of)]
+        shape = self._captured_shape(batch, active, lookups, mask)
+        if shape is not None:
+            return self._propose_captured(batch, shape, active, lookups)
+        tree = self._trees(batch, active, mask)
         if any(lookups):
             chains = [([], []) if lookup is None else (lookup.tokens, lookup.chances) for lookup in lookups]
+            chains += [([], [])] * (len(tree.tokens) - len(chains))
             longest = max(len(tokens) for tokens, _ in chains)
             tokens = [tokens + [-1] * (longest - len(tokens)) for tokens, _ in chains]
             chances = [chances + [0.0] * (longest - len(chances)) for _, chances in chains]
@@ -224,30 +237,64 @@ class FeatureDraft:
         num = 0 if found is None else num_allowed(found.tokens, seq, mask)
         return Lookup(found.tokens[:num], found.chances[:num]) if found is not None and num else None
 
+    def _captured_shape(
+        self, batch: Batch, active: list[int], lookups: Items[Lookup | None], mask: DraftMask | None
+    ) -> Shape | None:
+        """The graph that proposes for a batch, None where it is done step by step: what grammars allow is
+        asked level by level, and at first a sequence has its whole prompt pending."""
+        if not batch.is_fixed or not active:
+            return None
+        if mask is not None and any(has_grammar(seq) for seq in batch.seqs):
+            return None
+        return Shape.of(
+            len(batch.kv_lens),
+            max(self._pending[batch.seqs[row].request.id].num_waiting for row in active),
+            max((len(found.tokens) for found in lookups if found is not None), default=0),
+            [self._growth.bounded(batch.speculation[row]) for row in active],
+        )
+
+    def _propose_captured(
+        self, batch: Batch, shape: Shape, active: list[int], lookups: Items[Lookup | None]
+    ) -> DraftTree:
+        self._begin(batch, active)
+        started = self._clock.mark()
+        pairs: list[Pairs | None] = [None] * len(batch.seqs)
+        for row in active:
+            pending = self._pending[batch.seqs[row].request.id]
+            pairs[row] = Pairs(*pending.take(pending.num_waiting))
+        sizes = [self._growth.bounded(spec) for spec in batch.speculation]
+        tree = self._captured(batch, shape, sizes, pairs, lookups)
+        if self._planning is not None:
+            self._planning.note(tree, (started, self._clock.mark()))
+        return tree
+
+    def _begin(self, batch: Batch, active: list[int]) -> None:
+        """The head is about to draft for some sequences of a batch."""
+        for row in active:
+            self.coverage.count(batch.seqs[row])
+        if self._planning is not None:
+            pendings = [self._pending[batch.seqs[row].request.id] for row in active]
+            sizes = [] if self.device == "cpu" else [batch.speculation[row] for row in active]
+            self._planning.begin(active, max(pending.num_waiting for pending in pendings), sizes)
+
     def _trees(self, batch: Batch, active: list[int], mask: DraftMask | None) -> DraftTree:
         """The head's trees for some rows of a batch, the root alone for the others."""
         roots = root_tokens(batch)
         if not active:
             return DraftTree(roots, torch.full_like(roots, -1))
-        for row in active:
-            self.coverage.count(batch.seqs[row])
-        if self._planning is not None:
-            pendings = [self._pending[batch.seqs[row].request.id] for row in active]
-            self._planning.begin(active, max(pending.num_waiting for pending in pendings))
+        self._begin(batch, active)
         started = self._clock.mark()
         tree = self._grown(batch, active, roots, mask)
         if self._planning is not None:
             self._planning.note(tree, (started, self._clock.mark()))
-        return tree if len(active) == len(batch.seqs) else _spread(tree, active, roots)
+        return tree if len(active) == len(roots) else _spread(tree, active, roots)
 
     def _grown(self, batch: Batch, active: list[int], roots: Tensor, mask: DraftMask | None) -> DraftTree:
         """The head's trees for some rows of a batch, [len(active), N]."""
-        growth = Growth(
-            self.model,
-            self.calibration,
-            self.shared_noise,
-            FrontierMask([batch.seqs[row] for row in active], mask, self.model.token_ids),
-            None if self._planning is None else self._planning.is_worth_level,
+        growth = replace(
+            self._growth,
+            masked=FrontierMask([batch.seqs[row] for row in active], mask, self.model.token_ids),
+            is_worth=None if self._planning is None else self._planning.is_worth_level,
         )
         features = self._extend_all(batch, active)
         if len(batch.seqs) == 1 and self.device == "cpu":

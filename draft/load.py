@@ -28,6 +28,7 @@ from draft.planner import Planner
 from engine.checkpoint.dummy import HEAD_SEED, fill_plain
 from engine.config import POST_NORM, Fields, LlamaConfig
 from engine.errors import CheckpointError
+from engine.graphs import Graphs
 from engine.roles import Target
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -52,11 +53,12 @@ class HeadCheckpoint:
         shared_noise: bool = True,
         half: bool = True,
         planner: Planner | None = None,
+        graphs: Graphs | None = None,
     ) -> FeatureDraft:
         """Load the weights and attach the head to its target. Raises CheckpointError naming file and tensor.
 
         half: round the head's matrices to float16 where that is faster (on a CPU in float32); planner:
-        decides how much to draft.
+        decides how much to draft; graphs: capture proposals.
         """
         weights = self.read(target.embedding.dtype, str(target.embedding.device))
         # Published heads often say 2048, whatever their target takes.
@@ -81,7 +83,7 @@ class HeadCheckpoint:
             check_shapes(self.path, weights, eagle_shapes(self.config, weights))
             head = EagleModel(shape, weights, embedding, target.logits, num_slots)
         name = f"{self.kind} ({self.path.name})"
-        return FeatureDraft(head, name, shared_noise=shared_noise, planner=planner)
+        return FeatureDraft(head, name, shared_noise=shared_noise, planner=planner, graphs=graphs)
 
     def read(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         """Every tensor of the directory; see ``read_weights``."""

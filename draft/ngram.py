@@ -87,16 +87,15 @@ class NgramDraft(Unplanned):
         chains = [
             chain[: num_allowed(chain, seq, mask)] for seq, chain in zip(batch.seqs, chains, strict=True)
         ]
-        longest = max(map(len, chains))
-        tokens = torch.zeros(len(chains), 1 + longest, dtype=torch.int64)
+        roots, longest = root_tokens(batch), max(map(len, chains))
+        tokens = torch.zeros(len(roots), 1 + longest, dtype=torch.int64)  # rows behind the chains are padding
         parents = torch.full_like(tokens, -1)
         for row, chain in enumerate(chains):
             tokens[row, 1 : 1 + len(chain)] = torch.tensor(chain, dtype=torch.int64)
             parents[row, 1 : 1 + len(chain)] = torch.arange(len(chain))
-        device = batch.kv_lens.device
-        tokens = tokens.to(device)
-        tokens[:, :1] = root_tokens(batch)
-        return DraftTree(tokens, parents.to(device))
+        tokens = tokens.to(roots.device)
+        tokens[:, :1] = roots
+        return DraftTree(tokens, parents.to(roots.device))
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         pass

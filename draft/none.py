@@ -13,6 +13,8 @@ from engine.roles import DraftMask
 
 def root_tokens(batch: Batch) -> Tensor:
     """[B, 1] int64: the last committed token of every sequence."""
+    if batch.roots is not None:
+        return batch.roots[:, None]
     device = batch.kv_lens.device
     return torch.tensor([seq.tokens[-1] for seq in batch.seqs], dtype=torch.int64).to(device)[:, None]
 

@@ -32,6 +32,7 @@ class Pending:
 
     def take(self, count: int) -> tuple[list[int], Tensor]:
         """Remove the first ``count`` pairs: tokens, and features [count, F]."""
+        # A chain's nodes lie side by side, and then nobody needs a list of them.
         taken = [
             features[: len(nodes)] if nodes == list(range(len(nodes))) else features[nodes]
             for features, nodes in self._features

@@ -67,10 +67,14 @@ class Planning:
         self._step = _Step([seq.request.id for seq in seqs], chances)
         return list(decisions)
 
-    def begin(self, active: list[int], most_pending: int) -> None:
+    def begin(self, active: list[int], most_pending: int, sizes: Items[Speculation] = ()) -> None:
         """The head drafts for these places of the batch; most_pending: pairs that one of them catches up
-        with."""
+        with; sizes: of their trees where nobody asks before a level, for there all are expanded."""
         self._step.active, self._step.is_usual = active, most_pending <= _USUAL_PENDING
+        self._step.level_rows = [
+            sum(size.top_k for size in sizes if size.depth > depth)
+            for depth in range(1, max((size.depth for size in sizes), default=0))
+        ]
 
     def is_worth_level(self, depth: int, values: Items[Items[float]], frontier: Items[Items[float]]) -> bool:
         """Whether to expand nodes of this depth: path values of all candidates and of those that would be
@@ -89,8 +93,9 @@ class Planning:
         return is_worth
 
     def note(self, tree: DraftTree, marks: tuple[Mark, Mark]) -> None:
-        """The head's own trees, of the active places in order, and when it began and ended."""
-        self._step.grown, self._step.marks = tree, marks
+        """The head's own trees, of the active places in order, and when it began and ended. A device is not
+        asked how they look: there they come with what became of them."""
+        self._step.grown, self._step.marks = tree if tree.tokens.device.type == "cpu" else None, marks
 
     def cut(self, tree: DraftTree) -> DraftTree:
         """The best nodes of the batch's trees, as many as pay for their rows."""
@@ -106,7 +111,11 @@ class Planning:
         """Learn what became of the trees; accepted: draft tokens, for each place."""
         step = self._step
         expected = step.chances if tree.scores is None else _values(tree)
-        levels = dict(zip(step.active, _levels(step.grown), strict=True)) if step.grown is not None else {}
+        if step.grown is not None:
+            levels = dict(zip(step.active, _levels(step.grown), strict=True))
+        else:
+            of_all = _levels(tree) if step.active else []
+            levels = {place: of_all[place] for place in step.active}
         self.planner.observe(
             [
                 Drafted(request_id, levels.get(place, ()), sum(expected[place]), accepted[place])
@@ -158,17 +167,16 @@ def _values(tree: DraftTree) -> list[list[float]]:
 
 
 def _levels(tree: DraftTree) -> list[list[list[float]]]:
-    """Path values by level of every tree."""
+    """Path values by level of every tree, best first, of nodes that the head has offered."""
     assert tree.scores is not None
-    both = zip(tree.parents.tolist(), tree.scores.value.tolist(), strict=True)
-    return [_by_level(parents, values) for parents, values in both]
-
-
-def _by_level(parents: list[int], values: list[float]) -> list[list[float]]:
-    """Values of a tree's nodes by level, best first."""
-    depths = depths_of(parents)
-    levels: list[list[float]] = [[] for _ in range(max(depths))]
-    for depth, value in zip(depths, values, strict=True):
-        if depth > 0:
-            levels[depth - 1].append(value)
-    return [sorted(level, reverse=True) for level in levels]
+    found = []
+    for parents, raws, values in zip(
+        tree.parents.tolist(), tree.scores.raw.tolist(), tree.scores.value.tolist(), strict=True
+    ):
+        depths = depths_of(parents)
+        levels: list[list[float]] = [[] for _ in range(max(depths))]
+        for depth, raw, value in zip(depths, raws, values, strict=True):
+            if depth > 0 and raw > 0:
+                levels[depth - 1].append(value)
+        found.append([sorted(level, reverse=True) for level in levels if level])
+    return found

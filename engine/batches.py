@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 import torch
+from torch import Tensor
 
 from engine.core import Batch, Decision, PromptChunk, SamplingParams, SamplingTensors, Sequence, Speculation
-from engine.sampler import sampling_tensors
+from engine.graphs import SEQ_BUCKETS, Mailbox, bucket
+from engine.sampler import sampling_columns, sampling_tensors, tensors_of
+
+_PADDING = SamplingParams(temperature=0)  # of rows that belong to nobody
 
 
 class Batches:
-    """Builds the batches of an engine, on its device."""
+    """Builds the batches of an engine, on its device.
 
-    def __init__(self, device: str, page_size: int) -> None:
-        self._device, self._page_size = device, page_size
+    fixed: decodes lie in tensors that are there for good (see ``core.Batch``), with pages for ``most_rows``
+    rows of every sequence.
+    """
+
+    def __init__(self, device: str, page_size: int, most_rows: int = 0, *, fixed: bool = False) -> None:
+        self._device, self._page_size, self._fixed = device, page_size, fixed
+        self._table_width = -(-most_rows // page_size)
+        self._mailboxes: dict[int, Mailbox] = {}  # by number of sequences
         self._sampling = [SamplingParams()], sampling_tensors([SamplingParams()], device)
 
     def of_decodes(self, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
         """The decodes of a step. decisions: what to draft for each; pages for it are reserved."""
+        num_seqs = bucket(len(seqs), SEQ_BUCKETS) if self._fixed else None
+        if num_seqs is not None and max(len(seq.pages) for seq in seqs) <= self._table_width:
+            return self._fixed_batch(num_seqs, seqs, decisions)
         return self._batch(seqs, [decision.speculation for decision in decisions], None, decisions)
 
     def of_chunks(self, seqs: Items[Sequence], sizes: Items[int], speculation: Items[Speculation]) -> Batch:
@@ -54,9 +67,51 @@ class Batches:
             prompt=chunk,
         )
 
+    def _fixed_batch(self, num_seqs: int, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
+        """num_seqs: with padding. One copy takes everything to the device."""
+        box = self._mailboxes.get(num_seqs)
+        if box is None:
+            box = self._mailboxes[num_seqs] = Mailbox(self._fields(num_seqs), self._device)
+        missing = num_seqs - len(seqs)
+        params = [seq.request.sampling for seq in seqs]
+        columns = {
+            "roots": torch.tensor([seq.tokens[-1] for seq in seqs] + [0] * missing),
+            "kv_lens": torch.tensor([seq.kv_len for seq in seqs] + [0] * missing),
+            **sampling_columns(params + [_PADDING] * missing),
+        }
+        for name, column in columns.items():
+            box.host[name].copy_(column)
+        _fill(box.host["page_table"], [seq.pages for seq in seqs])
+        box.send()
+        return Batch(
+            seqs=tuple(seqs),
+            kv_lens=box.device["kv_lens"],
+            page_table=box.device["page_table"],
+            page_size=self._page_size,
+            sampling=tensors_of(params, box.device),
+            speculation=tuple(decision.speculation for decision in decisions),
+            decisions=tuple(decisions),
+            roots=box.device["roots"],
+        )
+
+    def _fields(self, num_seqs: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "roots": ((num_seqs,), torch.int64),
+            "kv_lens": ((num_seqs,), torch.int64),
+            "page_table": ((num_seqs, self._table_width), torch.int64),
+            **{name: ((num_seqs,), column.dtype) for name, column in sampling_columns([]).items()},
+        }
+
     def _sampling_tensors(self, seqs: Items[Sequence]) -> SamplingTensors:
         """Where the sequences are those of the step before, as nearly always, the same tensors."""
         params = [seq.request.sampling for seq in seqs]
         if params != self._sampling[0]:
             self._sampling = params, sampling_tensors(params, self._device)
         return self._sampling[1]
+
+
+def _fill(table: Tensor, pages: Items[list[int]]) -> None:
+    """Write the pages of each sequence; what is behind them, and behind the sequences, is the dummy page."""
+    table.zero_()
+    for row, own in enumerate(pages):
+        table[row, : len(own)] = torch.tensor(own)

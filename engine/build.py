@@ -23,6 +23,7 @@ from engine.checkpoint.hub import local_directory
 from engine.checkpoint.native import PARAMS, MistralHead, read_mistral_head
 from engine.config import EngineConfig, LlamaConfig, Mistral4Config
 from engine.errors import CheckpointError, ConfigError
+from engine.graphs import CudaDevice, Graphs
 from engine.memory import num_pages, with_kv_memory
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
@@ -140,20 +141,27 @@ def build_engine(
     pages = PagePool(num_pages(model, draft, config), config.page_size)
     num_slots = pages.num_pages * config.page_size
     target = _target(checkpoint, config, num_slots, feature_layers, progress)
+    graphs = _graphs(config)
     if config.device.startswith("cuda"):
         torch.cuda.empty_cache()  # weights that were put together are free, in pieces that nothing else fits
     proposer: Draft
     if isinstance(draft, HeadCheckpoint):
-        proposer = draft.build(target, num_slots, planner=_planner(config))
+        proposer = draft.build(target, num_slots, planner=_planner(config), graphs=graphs)
     elif isinstance(draft, MistralHead):
         assert isinstance(target, Mistral4)
-        proposer = _mistral_draft(draft, target, config, num_slots)
+        proposer = _mistral_draft(draft, target, config, num_slots, graphs)
     elif isinstance(draft, str):
         proposer = NgramDraft() if draft == "ngram" else NoDraft()
     else:
         proposer = draft
     log = StepLog(config.spec_log) if config.spec_log is not None else None
-    return Engine(config, target, proposer, pages, eos_token_ids, log, grammar_compiler)
+    return Engine(config, target, proposer, pages, eos_token_ids, log, grammar_compiler, graphs)
+
+
+def _graphs(config: EngineConfig) -> Graphs:
+    """A CPU has nothing to capture: its launches are calls."""
+    is_captured = config.device.startswith("cuda") and not config.enforce_eager
+    return Graphs(CudaDevice(config.device) if is_captured else None)
 
 
 def _planner(config: EngineConfig) -> Planner | None:
@@ -187,7 +195,9 @@ def _check_pair(head: MistralHead, target: LlamaConfig | Mistral4Config) -> None
             raise CheckpointError(f"head {head.path}: its {key} is {found}, the target's {expected}")
 
 
-def _mistral_draft(head: MistralHead, target: Mistral4, config: EngineConfig, num_slots: int) -> FeatureDraft:
+def _mistral_draft(
+    head: MistralHead, target: Mistral4, config: EngineConfig, num_slots: int, graphs: Graphs
+) -> FeatureDraft:
     """Mistral's Eagle head on its target, whose embedding and output rows it shares unless it has its own.
 
     The output is cut to the first ``draft_vocab_size`` tokens: control tokens, then those that byte-pair
@@ -213,4 +223,4 @@ def _mistral_draft(head: MistralHead, target: Mistral4, config: EngineConfig, nu
 
     network = MistralEagleModel(head.config, weights, embedding, output, num_slots, ids)
     name, max_len = f"eagle ({head.path.name})", config.draft_max_model_len
-    return FeatureDraft(network, name, max_len=max_len, planner=_planner(config))
+    return FeatureDraft(network, name, max_len=max_len, planner=_planner(config), graphs=graphs)

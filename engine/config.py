@@ -83,6 +83,7 @@ class EngineConfig:
     planned: bool = True  # with a head, that is the most to draft and a planner decides; else always drafted
     draft_vocab_size: int = 32768  # tokens that Mistral's head drafts among; 0: the whole vocabulary
     draft_max_model_len: int = 16384  # longer sequences are decoded plainly by Mistral's head
+    enforce_eager: bool = False  # on a GPU: no graphs (engine.graphs)
     canary: float = 0.0  # share of the decode steps that are decoded once more, plainly: see engine.canary
     spec_log: str | None = None
     dummy_weights: bool = False  # random numbers in the shape of model and head; weight files are not read

@@ -33,6 +33,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -206,6 +207,11 @@ class SamplingTensors:
     any_top_p: bool
     most_top_k: int  # no less than any top_k, a power of two; 0 where all are off
 
+    @property
+    def facts(self) -> tuple[bool, bool, bool, int]:
+        """Those host facts: two batches of the same take the same operations."""
+        return self.all_greedy, self.any_filter, self.any_top_p, self.most_top_k
+
     def select(self, rows: Tensor) -> SamplingTensors:
         """The parameters of some of the batch's sequences (rows: [b] int64)."""
         return replace(
@@ -245,6 +251,16 @@ class DraftTree:
         real = self.parents >= 0
         real[:, 0] = True
         return real
+
+    def resized(self, num_nodes: int) -> DraftTree:
+        """The same trees with so many nodes each, more or less padding among them."""
+        missing = (0, num_nodes - self.tokens.shape[1])
+        if missing == (0, 0):
+            return self
+        scores = self.scores
+        if scores is not None:
+            scores = DraftScores(*(pad(of, missing) for of in (scores.raw, scores.value, scores.rank)))
+        return DraftTree(pad(self.tokens, missing), pad(self.parents, missing, value=-1), scores)
 
     def depths(self) -> Tensor:
         """[B, N] int64: edges from the root; 0 for padding.
@@ -298,7 +314,12 @@ class PromptChunk:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The decodes of one step, or its chunks of prompts, and all that the step needs of them; built whole by
-    the scheduler."""
+    the scheduler.
+
+    Decodes that may be captured (``engine.graphs``) are *fixed*: their tensors are there for good, and are
+    filled anew for every step. There B is a bucket: rows behind those of the sequences are padding, whose
+    pages are all the dummy page.
+    """
 
     seqs: tuple[Sequence, ...]
     kv_lens: Tensor  # [B] int64
@@ -308,6 +329,11 @@ class Batch:
     speculation: tuple[Speculation, ...]  # what to draft for each sequence
     prompt: PromptChunk | None = None  # set for chunks of prompts
     decisions: tuple[Decision, ...] = ()  # of decodes: why they draft what they draft
+    roots: Tensor | None = None  # [B] int64: the last committed tokens, of a fixed batch
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.roots is not None
 
     @property
     def is_prefill(self) -> bool:

@@ -66,6 +66,10 @@ class EditList:
         self._edits = tuple(edits)
         self._asked: dict[int, tuple[int, ...]] = {}  # by request id: numbers of edits
 
+    def apply_to(self, batch: Batch) -> bool:
+        """Whether a sequence of the batch asks for any."""
+        return any(self._of(seq) for seq in batch.seqs)
+
     def edited(self, logits: Tensor, batch: Batch, tree: DraftTree) -> Tensor:
         """Logits [B, R, V] after all edits: a copy, or themselves if nobody asks for any.
 

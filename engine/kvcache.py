@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.core import Batch, Verdict
-from kernels import compact_rows
+from kernels import MOST_OWN, compact_path, compact_rows
 
 
 class KVPool:
@@ -81,10 +81,11 @@ def accepted_slots(batch: Batch, verdict: Verdict) -> tuple[Tensor, Tensor]:
 
 def compact(pool: KVPool | LatentPool, batch: Batch, verdict: Verdict) -> None:
     """Move the accepted rows of every sequence to the front of its scratch rows."""
-    if verdict.path.device.type == "cpu" and not _moves_any(verdict):
-        return
-    source, destination = accepted_slots(batch, verdict)
-    if source.numel():
+    num_nodes = verdict.path.shape[1]
+    if verdict.path.device.type != "cpu" and num_nodes <= MOST_OWN:
+        compact_path(pool.rows, verdict.path, own_slots(batch, verdict))
+    elif verdict.path.device.type != "cpu" or _moves_any(verdict):
+        source, destination = accepted_slots(batch, verdict)
         compact_rows(pool.rows, source, destination)
 
 

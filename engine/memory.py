@@ -8,6 +8,7 @@ says. On a GPU it is a share of all there is, less the weights and what a step n
     - GPU_RESERVE                     CUDA itself, fragments
     - weight_bytes                    of target and head
     - activation_bytes                of the largest step
+    - graph_bytes                     of captured steps
     = kv_cache_memory                 in pages of both models' rows, and one page that is nobody's
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Final, cast
 
 import torch
@@ -27,12 +29,18 @@ from engine.checkpoint.plan import NVFP4_BLOCK, Plan
 from engine.checkpoint.safetensors_header import read_header
 from engine.config import EngineConfig, LlamaConfig, Mistral4Config
 from engine.errors import ConfigError
+from engine.graphs import NODE_BUCKETS, SEQ_BUCKETS, bucket
 from engine.kvcache import KVPool, LatentPool
 from engine.roles import Draft
 
 # Bytes for CUDA itself, fragments, and few matrices that are held wider than stored; as in ``haast check``.
 GPU_RESERVE: Final = 2_000_000_000
 _GIB: Final = 1 << 30
+# Of graphs: what one of them takes beside its tensors, and how many there are before rare ones.
+_LAUNCH_BYTES: Final = 8 << 20
+_NUM_GRAPHS: Final = 48
+_WANTED: Final = re.compile(r"Tried to allocate ([0-9.]+) ([KMG]i)B")
+_UNITS: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 def num_pages(
@@ -70,7 +78,7 @@ def with_kv_memory(
         return config
     free, total = torch.cuda.mem_get_info(config.device)
     weights = weight_bytes(checkpoint, draft, config)
-    activations = activation_bytes(checkpoint.config, config)
+    activations = activation_bytes(checkpoint.config, config) + graph_bytes(checkpoint.config, config)
     budget = kv_budget(total, free, share, weights, activations)
     per_slot = _pair_bytes_per_slot(checkpoint.config, draft, config)
     slack = 2 * config.page_size  # the dummy page, and a last page that is not full
@@ -80,10 +88,11 @@ def with_kv_memory(
         raise ConfigError(
             f"max_model_len {config.max_model_len} does not fit: {share:.0%} of {total / _GIB:.1f} GiB "
             f"({free / _GIB:.1f} GiB are free), less {weights / _GIB:.1f} GiB for weights and "
-            f"{(activations + GPU_RESERVE) / _GIB:.1f} GiB for activations and CUDA, leave "
+            f"{(activations + GPU_RESERVE) / _GIB:.1f} GiB for activations, graphs and CUDA, leave "
             f"{max(budget, 0) / _GIB:.1f} GiB for the KV cache, which needs {needed / _GIB:.1f} GiB; "
             + (f"--max-model-len {fits} would fit" if fits else "no length would fit")
             + ", a larger --gpu-memory-utilization or smaller --max-num-batched-tokens leaves more"
+            + ("" if config.enforce_eager else ", and so does --enforce-eager")
         )
     return dataclasses.replace(config, kv_cache_memory=budget)
 
@@ -159,6 +168,36 @@ def activation_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) 
         experts = rows * num_choices * (width * model.moe_intermediate_size + 4 * model.hidden_size)
         queries = 2 * rows * model.num_heads * (model.latent_dim + model.kv_lora_rank) * width
     return queries + stream + experts + logits
+
+
+def graph_bytes(model: LlamaConfig | Mistral4Config, config: EngineConfig) -> int:
+    """What graphs hold: launches, and in their pool, which no other step uses, the logits of the largest
+    captured one as in ``activation_bytes``. 0 without graphs."""
+    if config.enforce_eager or not config.device.startswith("cuda"):
+        return 0
+    most_nodes = config.speculation.nodes + config.speculation.lookup
+    num_seqs = bucket(config.max_num_seqs, SEQ_BUCKETS) or SEQ_BUCKETS[-1]
+    num_nodes = bucket(most_nodes, NODE_BUCKETS) or NODE_BUCKETS[-1]
+    return num_seqs * num_nodes * model.vocab_size * 4 * 5 + _LAUNCH_BYTES * _NUM_GRAPHS
+
+
+def out_of_memory(error: torch.OutOfMemoryError, config: EngineConfig, free: int, total: int) -> ConfigError:
+    """What to say of an allocation that failed at start: what to lower, and by how much. free, total: bytes
+    of the GPU now."""
+    found = _WANTED.search(str(error))
+    wanted = float(found[1]) * _UNITS[found[2]] if found is not None else 0.0
+    missing = max(wanted - free, 0.0) + _GIB // 2  # and some room beside it
+    share = config.gpu_memory_utilization
+    if share is None:
+        advice = f"lower --kv-cache-memory by {missing / _GIB:.1f} GiB"
+    else:
+        less = max(share - missing / total, 0.0)
+        advice = f"lower --gpu-memory-utilization from {share:.2f} to {less:.2f} ({missing / _GIB:.1f} GiB)"
+    eager = "" if config.enforce_eager else ", or give --enforce-eager, which needs none for graphs"
+    return ConfigError(
+        f"out of memory at start: {wanted / _GIB:.2f} GiB were asked for, {free / _GIB:.2f} of "
+        f"{total / _GIB:.1f} GiB are free; {advice}{eager}"
+    )
 
 
 def _head_numbers(head: HeadCheckpoint) -> int:

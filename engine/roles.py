@@ -114,7 +114,8 @@ class Draft(Protocol):
         ...
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
-        """Learn what was accepted. features: [B, N, F] of the scored nodes."""
+        """Learn what was accepted. tree, verdict: on the host; features: [B, N, F] of the scored nodes, where
+        they were computed, and the draft's to keep."""
         ...
 
     def start_over(self) -> None:

@@ -9,8 +9,10 @@ decoding").
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,18 +24,32 @@ from kernels import choose, gumbel_noise, nucleus
 NEVER = float("-inf")
 
 
-def sampling_tensors(params: list[SamplingParams], device: str) -> SamplingTensors:
-    """Parameters of a batch as tensors."""
+_COLUMNS: Final = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+}
 
-    def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
 
+def sampling_columns(params: Items[SamplingParams]) -> dict[str, Tensor]:
+    """Parameters of a batch as tensors on the host, [B] each, by their names."""
+    return {
+        name: torch.tensor([getattr(one, name) for one in params], dtype=dtype)
+        for name, dtype in _COLUMNS.items()
+    }
+
+
+def sampling_tensors(params: Items[SamplingParams], device: str) -> SamplingTensors:
+    """Parameters of a batch on a device."""
+    return tensors_of(params, {name: of.to(device) for name, of in sampling_columns(params).items()})
+
+
+def tensors_of(params: Items[SamplingParams], columns: Mapping[str, Tensor]) -> SamplingTensors:
+    """Parameters of a batch whose columns lie where they should; there may be more in them, for padding."""
     return SamplingTensors(
-        temperature=column([p.temperature for p in params], torch.float32),
-        top_k=column([p.top_k for p in params], torch.int64),
-        top_p=column([p.top_p for p in params], torch.float32),
-        min_p=column([p.min_p for p in params], torch.float32),
-        seed=column([p.seed for p in params], torch.int64),
+        **{name: columns[name] for name in _COLUMNS},
         all_greedy=all(p.temperature == 0 for p in params),
         any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
         any_top_p=any(p.top_p < 1 for p in params),
@@ -145,6 +161,10 @@ class Sampler:
     def __call__(self, scores: Scores, batch: Batch, tree: DraftTree) -> Tensor:
         """Returns [B, R] int64, as ``choose``."""
         return self.choose(self.edited(scores, batch, tree), batch)
+
+    def edits(self, batch: Batch) -> bool:
+        """Whether scores of the batch are edited at all."""
+        return self._edits.apply_to(batch)
 
     def edited(self, scores: Scores, batch: Batch, tree: DraftTree) -> Scores:
         """The scores as the requests edit them: what is to be chosen from. The raw ones stay as they are."""

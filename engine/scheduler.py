@@ -53,7 +53,8 @@ class Scheduler:
 
     prefixes finds and keeps rows in ``pages``; eos_token_ids end a sequence unless it ignores them; draft is
     asked how much it wants to draft and how many KV rows that may write, and told when a sequence ends or
-    starts over, as is ``forget_edits``; grammars say where answers end and what must follow them.
+    starts over, as is ``forget_edits``; grammars say where answers end and what must follow them; captured:
+    decodes may be, see ``engine.graphs``.
     """
 
     def __init__(
@@ -66,12 +67,15 @@ class Scheduler:
         vocab_size: int,
         forget_edits: Callable[[Sequence], None],
         grammars: Grammars,
+        *,
+        captured: bool = False,
     ) -> None:
         self.config, self.pages, self.prefixes = config, pages, prefixes
         self.waiting: deque[Sequence] = deque()  # both in order
         self.running: list[Sequence] = []
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
-        self._batches = Batches(config.device, pages.page_size)
+        most_rows = config.max_model_len + max(MOST_OWN, draft.scratch_rows(config.speculation))
+        self._batches = Batches(config.device, pages.page_size, most_rows, fixed=captured)
         self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
         self._forget_edits, self._grammars = forget_edits, grammars
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)

@@ -16,17 +16,17 @@ from engine.canary import Canary, CanaryCounts
 from engine.clock import Clock
 from engine.config import EngineConfig
 from engine.core import Batch, Delta, DraftTree, FinishReason, Request, SamplingParams, Speculation, StepCost
+from engine.decoding import Decoding
 from engine.edits import sampling_edits
 from engine.errors import EngineError
 from engine.grammar import Grammars
-from engine.logprobs import emitted_logprobs
+from engine.graphs import Graphs
 from engine.pages import PagePool
 from engine.prefix import PrefixCache
 from engine.roles import Draft, Target
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text.grammar import GrammarCompiler
-from verify.accept import accept, accept_all
 from verify.stats import StepSink, StepTimes
 
 
@@ -67,8 +67,10 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         step_log: StepSink | None = None,
         grammar_compiler: GrammarCompiler | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.config, self.target, self.draft = config, target, draft
+        self.graphs = Graphs() if graphs is None else graphs
         self.grammars = Grammars(grammar_compiler, target.vocab_size)
         edits = sampling_edits(target.vocab_size, config.device, eos_token_ids)
         self.sampler = Sampler([*edits, self.grammars])
@@ -84,7 +86,9 @@ class Engine:
             target.vocab_size,
             self.sampler.forget,
             self.grammars,
+            captured=self.graphs.are_on,
         )
+        self.decoding = Decoding(target, self.sampler, self.graphs, config.device)
         self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
         self.last_times = StepTimes()
@@ -105,23 +109,17 @@ class Engine:
             for batch in batches
         ]
         drafted = self._clock.mark()
-        scores = self.target.score(batches, trees)
-        scored = self._clock.mark()
-        verdicts = []
-        for batch, tree, found in zip(batches, trees, scores, strict=True):
-            choice = self.sampler(found, batch, tree)  # the target's own token after every scored node
-            verdict = accept_all(batch.prompt, choice) if batch.prompt is not None else accept(tree, choice)
-            self.target.compact(batch, verdict)  # accepted rows first; rows past them are scratch
-            self.draft.observe(batch, tree, verdict, found.features)
-            logprobs = emitted_logprobs(found, choice, verdict, batch)
-            deltas += self.scheduler.commit(batch, tree, verdict, logprobs)
-            verdicts.append(verdict)
-        self.last_times = StepTimes.between(started, drafted, scored, self._clock.mark())
+        decoded = self.decoding(batches, trees)  # score, choose, accept, compact
+        verified = self._clock.mark()
+        for batch, found in zip(batches, decoded, strict=True):
+            self.draft.observe(batch, found.tree, found.verdict, found.features)
+            deltas += self.scheduler.commit(batch, found.tree, found.verdict, found.logprobs)
+        self.last_times = StepTimes.between(started, drafted, verified, self._clock.mark())
         if not batches[0].is_prefill:  # decodes come first
             if len(batches) == 1:
                 self.draft.account(_cost(batches[0], deltas, self.last_times))
             if self.step_log is not None:
-                self.step_log.write(batches[0], trees[0], verdicts[0], self.last_times)
+                self.step_log.write(batches[0], decoded[0].tree, decoded[0].verdict, self.last_times)
         if self.config.canary:
             self.canary.check(self.scheduler.running, deltas)
         return deltas

@@ -5,13 +5,14 @@ planner would else have to find that out on the first requests, and a size whose
 slow would long be left alone. What made-up text says of acceptance is forgotten.
 
 A few dozen steps, in which everything also runs for the first time: memory is touched, libraries set up their
-threads, a device compiles.
+threads, a device compiles. And where steps are captured (``engine.graphs``), these are: greedy ones in the
+first round, sampled ones in the second. Rarer ones are when they first come.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from engine.config import EngineConfig
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
@@ -39,16 +40,20 @@ def sizes(config: EngineConfig) -> Iterator[tuple[int, Speculation]]:
             yield from ((num_seqs, shape) for shape in shapes[:2])
 
 
-def warm_up(engine: Engine) -> None:
-    """Run a few steps of every size on an idle engine whose speculation is planned; of others nothing is to
-    be learned."""
-    if not engine.config.planned or engine.draft.rows is None:
+def warm_up(engine: Engine, progress: Callable[[float, str], None] = lambda share, text: None) -> None:
+    """Run a few steps of every size on an idle engine, if they are captured or its speculation is planned; of
+    others nothing is to be learned. progress(share, what) is called as it goes on."""
+    has_head, captured = engine.draft.rows is not None, engine.graphs.are_on
+    if not captured and not (engine.config.planned and has_head):
         return
     assert engine.num_running == engine.num_waiting == 0, "others wait"
     log, engine.step_log = engine.step_log, None
     ids = itertools.count(-1, -1)
-    for num_seqs, shape in list(sizes(engine.config)) * _ROUNDS:
-        requests = [_request(next(ids), engine, shape) for _ in range(num_seqs)]
+    kinds = [kind for kind in sizes(engine.config) if has_head or kind[1].is_off]
+    for number, (num_seqs, shape) in enumerate(kinds * _ROUNDS):
+        progress(number / (len(kinds) * _ROUNDS), f"{num_seqs} requests, {shape.nodes} nodes")
+        temperature = float(captured and number >= len(kinds))
+        requests = [_request(next(ids), engine, shape, temperature) for _ in range(num_seqs)]
         if requests[0].sampling.max_tokens < 1:
             break
         for request in requests:
@@ -60,14 +65,15 @@ def warm_up(engine: Engine) -> None:
         for request in requests:
             engine.abort(request.id)
         engine.scheduler.take_aborted()
+    progress(1.0, "done")
     engine.step_log = log
     engine.draft.start_over()
     engine.scheduler.prefixes.num_asked = engine.scheduler.prefixes.num_found = 0
 
 
-def _request(number: int, engine: Engine, shape: Speculation) -> Request:
+def _request(number: int, engine: Engine, shape: Speculation, temperature: float) -> Request:
     config, vocab_size = engine.config, engine.target.vocab_size
     prompt = tuple((number * 7919 + place * 104729) % vocab_size for place in range(_PROMPT))
     room = min(config.max_model_len - _PROMPT, _STEPS * (shape.nodes + 1))
-    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=room)
+    sampling = SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=room)
     return Request(number, prompt, sampling, shape, cache_salt=_SALT)

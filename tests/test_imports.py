@@ -22,6 +22,7 @@ FLOORS = {
     "engine.server": 4,
     "engine.cli": 4,
     "engine.step": 3,
+    "engine.decoding": 3,
     "engine.scheduler": 3,
     "engine.build": 3,
     "engine.canary": 3,

@@ -58,13 +58,13 @@ def step_records(
     tokens, parents, depths = tree.tokens.tolist(), tree.parents.tolist(), tree.depths().tolist()
     scores = tree.scores
     counts, paths, lengths = tree.real().sum(1).tolist(), verdict.path.tolist(), verdict.length.tolist()
-    records = []
+    kv_lens, records = batch.kv_lens.tolist(), []
     for row, seq in enumerate(batch.seqs):
         nodes = slice(0, counts[row])
         record: dict[str, Any] = {
             "step": step,
             "request": seq.request.id,
-            "context_len": int(batch.kv_lens[row]) + 1,
+            "context_len": kv_lens[row] + 1,
             "batch_size": len(batch.seqs),
             "temperature": seq.request.sampling.temperature,
             "tokens": tokens[row][nodes],

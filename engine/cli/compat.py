@@ -50,7 +50,6 @@ _NO_LORA: Final = "adapters are not served: merge them into the checkpoint"
 _TOOLS: Final = (
     "what an answer holds is read by the vocabulary's own tokens: use mistral, or leave the flag out"
 )
-_NO_GRAPHS: Final = "nothing is captured or compiled"
 
 TABLE: Final[tuple[Row, ...]] = (
     # several GPUs and processes
@@ -137,10 +136,10 @@ TABLE: Final[tuple[Row, ...]] = (
         "no effect: haast has its own attention for each kind of model",
         otherwise="note",
     ),
-    _switch("accept", _NO_GRAPHS, "--enforce-eager", "--disable-cuda-graph"),
     Row(
         ("--compilation-config", "-cc", "--cuda-graph-max-bs", "--max-cudagraph-capture-size"),
-        f"no effect: {_NO_GRAPHS}",
+        "no effect: nothing is compiled, and graphs are captured for up to 32 requests of up to 32 nodes; "
+        "--enforce-eager does without them",
         otherwise="note",
     ),
     _switch("note", "no effect: steps are not overlapped", "--async-scheduling"),

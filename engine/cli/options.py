@@ -10,7 +10,8 @@ import argparse
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -21,11 +22,13 @@ from engine.checkpoint.dummy import open_dummy
 from engine.checkpoint.published import Quantised
 from engine.cli import speculative
 from engine.cli.environment import Switch
-from engine.cli.progress import LoadingBar
+from engine.cli.progress import LoadingBar, PhaseBar
 from engine.cli.speculative import Asked, asked, check_method
 from engine.config import EngineConfig, LlamaConfig
 from engine.core import Speculation
 from engine.errors import ConfigError
+from engine.memory import out_of_memory
+from engine.step import Engine
 from engine.warmup import warm_up
 from kernels import has_fast_bfloat16
 
@@ -140,6 +143,15 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
         "--gpu-memory-utilization leaves",
     )
 
+    group.add_argument(
+        "--enforce-eager",
+        "--disable-cuda-graph",
+        action=Switch,
+        off=("--no-enforce-eager",),
+        default=default.enforce_eager,
+        help="on a GPU: launch the kernels of a step one by one, without CUDA graphs; slower, but nothing is "
+        "captured at start",
+    )
     group.add_argument(
         "--enable-prefix-caching",
         action=Switch,
@@ -279,6 +291,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         draft_max_model_len=default.draft_max_model_len
         if draft.max_model_len is None
         else draft.max_model_len,
+        enforce_eager=args.enforce_eager,
         canary=args.canary,
         spec_log=args.spec_log,
         dummy_weights=args.load_format == "dummy",
@@ -339,7 +352,8 @@ def open_engine(args: argparse.Namespace) -> Served:
             num_read = done
             bar.update(done, total)
 
-        served = build(model, draft.head, config, update)
+        with _enough_memory(config):
+            served = build(model, draft.head, config, update)
     log.info(
         "Model loading took %.2f GiB and %.1f s: %s, %s, from %s",
         num_read / (1 << 30),
@@ -348,8 +362,34 @@ def open_engine(args: argparse.Namespace) -> Served:
         config.dtype_name,
         served.root,
     )
-    warm_up(served.engine)
+    with _enough_memory(served.engine.config):
+        _warm_up(served.engine)
     return served
+
+
+@contextmanager
+def _enough_memory(config: EngineConfig) -> Iterator[None]:
+    """Turns a failed allocation into a ConfigError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, config, *torch.cuda.mem_get_info(config.device)) from error
+
+
+def _warm_up(engine: Engine) -> None:
+    """Run the first steps; where they are captured, with a bar."""
+    graphs = engine.graphs
+    if not graphs.are_on:
+        warm_up(engine)
+        return
+    with PhaseBar("Capturing graphs") as bar:
+        warm_up(engine, bar.update)
+    log.info(
+        "Graph capturing took %.2f GiB and %.1f s: %d graphs, others when they are needed",
+        graphs.num_bytes / (1 << 30),
+        graphs.seconds,
+        len(graphs.keys),
+    )
 
 
 def _check_draft(draft: Asked, model: str | None, config: EngineConfig) -> None:

@@ -161,15 +161,22 @@ def _merge(
     parts: tl.tensor,
     lse: tl.tensor,
     out: tl.tensor,
+    kv_lens: tl.tensor,
     num_rows: tl.tensor,
+    rows_of_seq: tl.tensor,
+    num_own: tl.tensor,
     num_splits: tl.tensor,
+    least_keys: tl.constexpr,
     value_dim: tl.constexpr,
     value_block: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """One row: parts [splits, rows, D] weighed by lse [splits, rows]. A split that saw nothing has -inf
-    there, and its part was never written."""
+    there, and its part was never written. Those that would begin behind the sequence's last key, however
+    short splits are, are not looked at: a page table may be wide for all."""
     row = tl.program_id(0).to(tl.int64)
+    num_keys = tl.load(kv_lens + row // rows_of_seq).to(tl.int32) + num_own
+    num_splits = tl.minimum(num_splits, tl.cdiv(num_keys, least_keys))
     column = tl.arange(0, value_block)
     most = -float("inf")
     total = 0.0
@@ -318,8 +325,12 @@ def _run(
             parts,
             lse,
             out,
+            rows.kv_lens,
             num_rows,
+            num_nodes * num_heads,
+            rows.num_own,
             num_splits,
+            least_keys=_LEAST_KEYS,
             value_dim=value_dim,
             value_block=_block(value_dim),
             block=min(power_of_two(num_splits), 8),

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from draft.calibration import Calibration, isotonic
 from draft.tree import Limits, Offers, grow
-from engine.core import DraftScores, DraftTree, SamplingParams, Speculation, Verdict
-from engine.sampler import sampling_tensors
+from engine.core import DraftScores, DraftTree, Speculation, Verdict
 
 Truth = Callable[
     [float, int, int], float
@@ -56,7 +55,6 @@ def stream(
 ) -> None:
     """Trees of two siblings, each with one child, judged by the truth."""
     draw = random.Random(seed)
-    params = sampling_tensors([SamplingParams(temperature=float(sampled))] * num_seqs, "cpu")
     parents = torch.tensor([[-1, 0, 0, 1, 2]]).repeat(num_seqs, 1)
     rank = torch.tensor([[0, 0, 1, 0, 0]]).repeat(num_seqs, 1)
     for _ in range(steps):
@@ -73,7 +71,7 @@ def stream(
                     break
         length = (paths >= 0).sum(1)
         tree = DraftTree(torch.zeros(num_seqs, 5, dtype=torch.int64), parents, DraftScores(raw, raw, rank))
-        calibration.observe(tree, Verdict(paths, length, length), params)
+        calibration.observe(tree, Verdict(paths, length, length), [sampled] * num_seqs)
 
 
 def curve(calibration: Calibration, depth: int, rank: int, sampled: bool, points: int = 100) -> Tensor:
@@ -146,7 +144,7 @@ def test_only_judged_nodes_count() -> None:
         ),
     )
     verdict = Verdict(torch.tensor([[0, 3, -1, -1, -1]]), torch.tensor([2]), torch.tensor([7]))
-    calibration.observe(tree, verdict, sampling_tensors([SamplingParams(temperature=0)], "cpu"))
+    calibration.observe(tree, verdict, [False])
     assert calibration.trials.sum() == pytest.approx(2)
     assert calibration.hits.sum() == pytest.approx(1)
     assert (
@@ -201,7 +199,7 @@ def test_nodes_of_prompt_lookup_teach_nothing_about_the_head() -> None:
         ),
     )
     verdict = Verdict(torch.tensor([[0, 1, 2]]), torch.tensor([3]), torch.tensor([8]))
-    calibration.observe(tree, verdict, sampling_tensors([SamplingParams(temperature=0)], "cpu"))
+    calibration.observe(tree, verdict, [False])
     assert calibration.trials.sum() == 0
 
 

@@ -69,6 +69,7 @@ def test_the_example_of_the_module(draft: FeatureDraft) -> None:
 def test_a_chunk_of_a_prompt_is_extended_at_once_but_for_its_last_pair(draft: FeatureDraft) -> None:
     chunk = PromptChunk(torch.tensor([[7, 8, 9]]), torch.tensor([3]), torch.tensor([5]), (3,))
     batch = batch_of([[7]], [TREE], chunk)
+    batch.seqs[0].forced = [8, 9, 5, 6]
     tree = DraftTree(chunk.tokens, torch.tensor([[-1, 0, 1]]))
     draft.observe(
         batch, tree, Verdict(torch.tensor([[0, 1, 2]]), torch.tensor([3]), torch.tensor([5])), features(3)
@@ -76,6 +77,7 @@ def test_a_chunk_of_a_prompt_is_extended_at_once_but_for_its_last_pair(draft: Fe
     assert (draft._pending[0].num_rows, draft._pending[0].num_waiting) == (2, 1)
     last = PromptChunk(torch.tensor([[5, 6]]), torch.tensor([2]), torch.tensor([-1]), (2,))
     batch = batch_of([[7, 8, 9, 5]], [TREE], last)
+    batch.seqs[0].forced = [6]
     tree = DraftTree(last.tokens, torch.tensor([[-1, 0]]))
     draft.observe(
         batch, tree, Verdict(torch.tensor([[0, 1]]), torch.tensor([2]), torch.tensor([4])), features(2)

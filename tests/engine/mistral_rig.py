@@ -20,6 +20,7 @@ from draft.none import NoDraft
 from engine.config import EngineConfig, Mistral4Config, YarnScaling
 from engine.core import Request, SamplingParams, Speculation
 from engine.core import Sequence as Seq
+from engine.graphs import Graphs
 from engine.models.mistral4 import Mistral4
 from engine.nn.linear import Linear
 from engine.nn.weight import Fp8Weight, Nvfp4Weight, Weight
@@ -171,9 +172,9 @@ def echo_pair(seed: int = 0, gain: float = 0.3) -> Pair:
     return dataclasses.replace(pair, weights=weights, head=head)
 
 
-def owned(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """A dict of its own for an engine to consume; tensors are shared."""
-    return dict(weights)
+def owned(weights: Mapping[str, Weight], device: str = "cpu") -> dict[str, Weight]:
+    """A dict of its own for an engine to consume; on a CPU tensors are shared."""
+    return {name: of.to(device) if isinstance(of, Tensor) else of for name, of in weights.items()}
 
 
 def is_matrix(name: str) -> bool:
@@ -213,10 +214,13 @@ def make_engine(
     eos: tuple[int, ...] = (),
     max_num_batched_tokens: int = 48,
     max_num_seqs: int = 8,
+    device: str = "cpu",
+    graphs: Graphs | None = None,
 ) -> Engine:
     """draft: "none" or "eagle"; weights and head: instead of the pair's own; token_ids: the only tokens that
-    the head may name."""
+    the head may name; device: for plain weights alone."""
     config = EngineConfig(
+        device=device,
         max_model_len=200,
         max_num_batched_tokens=max_num_batched_tokens,
         page_size=page_size,
@@ -225,15 +229,15 @@ def make_engine(
     )
     num_slots = num_pages * page_size
     layers = MistralEagleModel.feature_layers if draft == "eagle" else ()
-    target = Mistral4(pair.config, owned(weights or pair.weights), num_slots, layers)
+    target = Mistral4(pair.config, owned(weights or pair.weights, device), num_slots, layers)
     proposer: Draft = NoDraft()
     if draft == "eagle":
         output = target.logits if token_ids is None else Linear(target.output_rows(token_ids))
         network = MistralEagleModel(
-            pair.head_config, owned(head or pair.head), target.embedding, output, num_slots, token_ids
+            pair.head_config, owned(head or pair.head, device), target.embedding, output, num_slots, token_ids
         )
-        proposer = FeatureDraft(network, "eagle")
-    return Engine(config, target, proposer, PagePool(num_pages, page_size), eos)
+        proposer = FeatureDraft(network, "eagle", graphs=graphs)
+    return Engine(config, target, proposer, PagePool(num_pages, page_size), eos, graphs=graphs)
 
 
 def plain_tokens(

@@ -26,6 +26,7 @@ from draft.planner import Planner
 from engine.config import POST_NORM, EngineConfig, LlamaConfig
 from engine.core import Batch, DraftTree, Request, SamplingParams, Speculation, Verdict
 from engine.core import Sequence as Seq
+from engine.graphs import Graphs
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
 from engine.pages import PagePool
@@ -128,10 +129,12 @@ def echo_model(seed: int = 0, gain: float = 0.35) -> Model:
     return dataclasses.replace(model, weights=weights, eagle=eagle, eagle3=eagle3)
 
 
-def copies(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def copies(
+    weights: dict[str, Tensor], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, Tensor]:
     """The engine consumes the dict it is given. dtype: of what is not a table of token ids."""
     return {
-        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
         for name, tensor in weights.items()
     }
 
@@ -154,9 +157,12 @@ def make_engine(
     canary: float = 0.0,
     dtype: torch.dtype = torch.float32,
     grammar_compiler: GrammarCompiler | None = None,
+    device: str = "cpu",
+    graphs: Graphs | None = None,
 ) -> Engine:
     """draft: "none", "ngram", "eagle3", "eagle" or an object; planner: of a head."""
     config = EngineConfig(
+        device=device,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         page_size=page_size,
@@ -173,27 +179,33 @@ def make_engine(
     )
     num_slots = num_pages * page_size
     proposer: Draft
-    target = Llama(model.config, copies(model.weights, dtype), num_slots, layers, half_weights)
+    target = Llama(model.config, copies(model.weights, dtype, device), num_slots, layers, half_weights)
     if draft == "eagle3":
         head3 = Eagle3Model(
             model.eagle3_config,
-            {n: t for n, t in copies(model.eagle3, dtype).items() if n != "t2d"},
+            {n: t for n, t in copies(model.eagle3, dtype, device).items() if n != "t2d"},
             target.embedding,
             FEATURE_LAYERS,
             num_slots,
         )
-        proposer = FeatureDraft(head3, "eagle3", shared_noise=shared_noise, planner=planner)
+        proposer = FeatureDraft(head3, "eagle3", shared_noise=shared_noise, planner=planner, graphs=graphs)
     elif draft == "eagle":
         head = EagleModel(
-            model.eagle_config, copies(model.eagle, dtype), target.embedding, target.logits, num_slots
+            model.eagle_config, copies(model.eagle, dtype, device), target.embedding, target.logits, num_slots
         )
-        proposer = FeatureDraft(head, "eagle", shared_noise=shared_noise, planner=planner)
+        proposer = FeatureDraft(head, "eagle", shared_noise=shared_noise, planner=planner, graphs=graphs)
     elif isinstance(draft, str):
         proposer = NgramDraft() if draft == "ngram" else NoDraft()
     else:
         proposer = draft
     return Engine(
-        config, target, proposer, PagePool(num_pages, page_size), eos, grammar_compiler=grammar_compiler
+        config,
+        target,
+        proposer,
+        PagePool(num_pages, page_size),
+        eos,
+        grammar_compiler=grammar_compiler,
+        graphs=graphs,
     )
 
 

@@ -1,50 +1,73 @@
-"""The same engine on a GPU, with the plain torch operations: equal tokens, equal to those of the host."""
+"""The same engine on a GPU: equal tokens, with graphs and without, equal to those of the host; and where its
+memory is once everything is captured."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 
-from draft.eagle3 import Eagle3Model
-from draft.head import FeatureDraft
-from draft.none import NoDraft
-from engine.config import EngineConfig
 from engine.core import SamplingParams
-from engine.models.llama import Llama
-from engine.pages import PagePool
-from engine.roles import Draft
+from engine.graphs import CudaDevice, Graphs
 from engine.step import Engine
-from tests.engine.rig import FEATURE_LAYERS, TREE, Model, copies, echo_model, prompts_of
+from tests.engine.rig import CHAIN, PLAIN, TREE, Model, echo_model, make_engine, prompts_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-
-def engine_on(device: str, model: Model, *, with_head: bool) -> Engine:
-    config = EngineConfig(
-        device=device, max_model_len=200, max_num_batched_tokens=16, page_size=4, speculation=TREE
-    )
-    on_device = {name: tensor.to(device) for name, tensor in copies(model.weights).items()}
-    target = Llama(model.config, on_device, 480, FEATURE_LAYERS)
-    draft: Draft = NoDraft()
-    if with_head:
-        weights = {name: t.to(device) for name, t in copies(model.eagle3).items() if name != "t2d"}
-        shape = dataclasses.replace(model.eagle3_config)
-        draft = FeatureDraft(Eagle3Model(shape, weights, target.embedding, FEATURE_LAYERS, 480), "eagle3")
-    return Engine(config, target, draft, PagePool(120, 4), ())
+PROMPTS = prompts_of([1, 9, 2, 21])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_speculative_tokens_equal_plain_tokens_and_those_of_the_host(temperature: float) -> None:
+@pytest.fixture(scope="module")
+def echo() -> Model:
+    return echo_model(3)
+
+
+def engine_on_gpu(model: Model, draft: str, *, captured: bool) -> Engine:
     torch.backends.cuda.matmul.allow_tf32 = False
-    model, prompts = echo_model(3), prompts_of([1, 9, 2, 21])
-    params = [SamplingParams(temperature=temperature, seed=i, max_tokens=24) for i in range(len(prompts))]
-    host = [c.token_ids for c in engine_on("cpu", model, with_head=False).generate(prompts, params)]
-    plain = [c.token_ids for c in engine_on("cuda", model, with_head=False).generate(prompts, params)]
-    fast = [c.token_ids for c in engine_on("cuda", model, with_head=True).generate(prompts, params)]
-    assert plain == host
-    assert fast == plain
+    graphs = Graphs(CudaDevice("cuda") if captured else None)
+    speculation = PLAIN if draft == "none" else TREE
+    return make_engine(model, draft, speculation=speculation, device="cuda", graphs=graphs)
+
+
+def params_of(temperature: float) -> list[SamplingParams]:
+    return [SamplingParams(temperature=temperature, seed=i, max_tokens=24) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("draft", ["none", "ngram", "eagle3", "eagle"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_tokens_are_those_of_the_host(echo: Model, draft: str, temperature: float, captured: bool) -> None:
+    params = params_of(temperature)
+    host = [c.token_ids for c in make_engine(echo, speculation=PLAIN).generate(PROMPTS, params)]
+    engine = engine_on_gpu(echo, draft, captured=captured)
+    for _ in range(2):  # at first everything is captured, then replayed
+        assert [c.token_ids for c in engine.generate(PROMPTS, params)] == host
+    assert bool(engine.graphs.keys) == captured
+
+
+def test_one_sequence_after_another(echo: Model) -> None:
+    """Batches of one, of growing contexts, in rows and pages that others have left."""
+    params = params_of(0.7)
+    engine = engine_on_gpu(echo, "eagle3", captured=True)
+    for prompt, param in zip(PROMPTS * 2, params * 2, strict=True):
+        host = make_engine(echo, speculation=CHAIN).generate([prompt], param)
+        assert engine.generate([prompt], param)[0].token_ids == host[0].token_ids
+
+
+@pytest.mark.parametrize("draft", ["none", "eagle3"])
+def test_the_steady_state_takes_no_memory_from_the_device(echo: Model, draft: str) -> None:
+    """Once all is captured, tensors come from what torch has; it asks the device for nothing."""
+    engine, params = engine_on_gpu(echo, draft, captured=True), params_of(0.0)
+    num_graphs = -1
+    while num_graphs < len(engine.graphs.keys):  # what the head learns may call for another tree
+        num_graphs = len(engine.graphs.keys)
+        engine.generate(PROMPTS, params)
+    before = torch.cuda.memory_stats()
+    engine.generate(PROMPTS, params)
+    after = torch.cuda.memory_stats()
+    assert len(engine.graphs.keys) == num_graphs
+    for counter in ("segment.all.allocated", "num_device_alloc"):
+        assert after.get(counter, 0) == before.get(counter, 0), counter
+    assert engine.graphs.seconds > 0

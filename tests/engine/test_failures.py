@@ -139,10 +139,11 @@ def test_what_a_step_did_before_it_raised_is_told(monkeypatch: pytest.MonkeyPatc
     engine.step()
     engine.add(Request(1, tuple(PROMPTS[1]), SAMPLING))
 
-    def broken(*args: object) -> None:
-        raise MemoryError("no memory left")
+    def broken(batch: Batch, *args: object) -> None:
+        if batch.is_prefill:
+            raise MemoryError("no memory left")
 
-    monkeypatch.setattr("engine.step.accept_all", broken)
+    monkeypatch.setattr(engine.draft, "observe", broken)
     with pytest.raises(MemoryError):
         engine.step()
     told = [

@@ -25,8 +25,10 @@ from engine.errors import ConfigError
 from engine.memory import (
     GPU_RESERVE,
     activation_bytes,
+    graph_bytes,
     kv_budget,
     num_pages,
+    out_of_memory,
     plan_bytes,
     weight_bytes,
     with_kv_memory,
@@ -102,7 +104,8 @@ def test_the_published_pair(published: tuple[Layout, Path, Path], monkeypatch: p
 
     on_gpu(monkeypatch, H200)
     if layout == "native-nvfp4":
-        left = int(0.8 * H200) - 2_000_000_000 - weights - activations
+        graphs = 32 * 8 * 131072 * 4 * 5 + 48 * (8 << 20)
+        left = int(0.8 * H200) - 2_000_000_000 - weights - activations - graphs
         assert with_kv_memory(checkpoint, draft, config).kv_cache_memory == left
         assert left > 262144 * (23_040 + 1_280)
         narrow = dataclasses.replace(config, kv_cache_dtype=torch.float8_e4m3fn, kv_cache_memory=left)
@@ -138,6 +141,9 @@ def test_other_processes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     on_gpu(monkeypatch, 80 * GIB, 10 * GIB)
     sized = with_kv_memory(checkpoint, draft, config)
     taken = weight_bytes(checkpoint, draft, config) + activation_bytes(checkpoint.config, config)
+    taken += graph_bytes(checkpoint.config, config)
+    eager = with_kv_memory(checkpoint, draft, dataclasses.replace(config, enforce_eager=True))
+    assert eager.kv_cache_memory - sized.kv_cache_memory == graph_bytes(checkpoint.config, config) > 0
     assert sized.kv_cache_memory == 10 * GIB - GPU_RESERVE - taken
     assert dataclasses.replace(sized, kv_cache_memory=config.kv_cache_memory) == config
     without = dataclasses.replace(config, gpu_memory_utilization=None)
@@ -186,3 +192,19 @@ def test_a_share_of_no_gpu_is_refused() -> None:
     for share, device in ((0.8, "cpu"), (0.0, "cuda"), (1.1, "cuda")):
         with pytest.raises(ConfigError, match=f"gpu_memory_utilization is {share} on {device}, expected"):
             EngineConfig(gpu_memory_utilization=share, device=device)
+
+
+@pytest.mark.parametrize(
+    ("share", "advice"),
+    [
+        (0.9, r"lower --gpu-memory-utilization from 0\.90 to 0\.88 \(1\.5 GiB\), or give --enforce-eager"),
+        (None, r"lower --kv-cache-memory by 1\.5 GiB, or give --enforce-eager"),
+    ],
+)
+def test_an_allocation_that_fails_says_what_to_lower(share: float | None, advice: str) -> None:
+    config = EngineConfig(device="cuda", gpu_memory_utilization=share)
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity .."
+    )
+    said = str(out_of_memory(error, config, 2 * GIB, 80 * GIB))
+    assert re.search("3.00 GiB were asked for, 2.00 of 80.0 GiB are free; " + advice, said), said

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import engine.decoding
 import engine.models.decoder
 import engine.rows
-import engine.step
 import verify.accept
 from draft.head import FeatureDraft
 from engine.core import Batch, DraftTree, SamplingParams, Speculation, Verdict
@@ -60,7 +60,7 @@ def bonus_at_the_root(patch: pytest.MonkeyPatch) -> None:
         verdict = verify.accept.accept(tree, choice)
         return Verdict(verdict.path, verdict.length, choice[:, 0])
 
-    patch.setattr(engine.step, "accept", wrong)
+    patch.setattr(engine.decoding, "accept", wrong)
 
 
 def ancestors_not_checked(patch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def ancestors_not_checked(patch: pytest.MonkeyPatch) -> None:
             bonuses.append(int(choice[row, nodes[-1]]))
         return Verdict(path, torch.tensor(lengths), torch.tensor(bonuses))
 
-    patch.setattr(engine.step, "accept", wrong)
+    patch.setattr(engine.decoding, "accept", wrong)
 
 
 def no_mistake(patch: pytest.MonkeyPatch) -> None:

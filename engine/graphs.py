@@ -1,0 +1,176 @@
+"""CUDA graphs: a function's launches captured once, and replayed at the price of one.
+
+A kernel of a small batch takes a GPU about as long as its launch takes the host. A graph holds the launches
+of a function, with the addresses that they read and write, and the device runs through it by itself. So a
+function that is captured
+
+- reads what changes from tensors that stay where they are: its inputs, which are copied to the graph's own
+  before each replay, or a ``Mailbox``, which the host fills. A number of Python's is what it was when the
+  graph was captured, for ever;
+- never waits for the device, and never does one thing or another by what a tensor holds;
+- may run twice over: before it is captured it runs for real, and what it overwrites it has written itself.
+
+All graphs share one pool of memory, and what one needs on its way may lie where another has its results: they
+are there until the next replay of any graph.
+
+Sizes come in buckets, of sequences and of nodes; what is missing is padding, which lies on the dummy page.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+SEQ_BUCKETS: Final = (1, 2, 4, 8, 16, 32)
+NODE_BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+
+_WARM_UPS = 2  # runs before a capture: the first compiles and allocates, the second is as all others
+_ALIGNMENT = 16  # bytes: the widest load of a kernel
+
+T = TypeVar("T")
+
+
+def bucket(size: int, buckets: Sequence[int]) -> int | None:
+    """The least bucket that holds so many, None if none does."""
+    return next((one for one in buckets if one >= size), None)
+
+
+class Device(Protocol):
+    """What captures."""
+
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        """What replays the function's work on a device, and where its results then lie."""
+        ...
+
+    def num_free_bytes(self) -> int:
+        """Memory that nobody has taken."""
+        ...
+
+
+class CudaDevice:
+    """Captures on a CUDA device, into a pool of memory that all graphs share."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                function()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: of what they do on the device, nothing belongs to the graph.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            results = function()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return graph.replay, results
+
+    def num_free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    inputs: tuple[Tensor, ...]
+    replay: Callable[[], object]
+    results: Any
+
+
+class Graphs:
+    """Functions captured when they are first called, by key. Without a device they are simply called."""
+
+    def __init__(self, device: Device | None = None) -> None:
+        self._device = device
+        self._captured: dict[Hashable, _Captured] = {}
+        self.seconds, self.num_bytes = 0.0, 0  # that captures have taken
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """Of the functions that are captured."""
+        return list(self._captured)
+
+    @property
+    def are_on(self) -> bool:
+        return self._device is not None
+
+    def __call__(self, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> T:
+        """The results of a function of tensors.
+
+        key: says what the function does besides, and of which shapes; two functions of one key are the same.
+        """
+        if self._device is None:
+            return function(*inputs)
+        found = self._captured.get(key)
+        if found is None:
+            found = self._captured[key] = self._capture(self._device, function, inputs)
+        for fixed, given in zip(found.inputs, inputs, strict=True):
+            assert fixed.shape == given.shape, f"{key}: {list(given.shape)}, captured {list(fixed.shape)}"
+            assert fixed.dtype == given.dtype, f"{key}: {given.dtype}, captured {fixed.dtype}"
+            fixed.copy_(given)
+        found.replay()
+        results: T = found.results
+        return results
+
+    def _capture(self, device: Device, function: Callable[..., T], inputs: Sequence[Tensor]) -> _Captured:
+        started, free = time.perf_counter(), device.num_free_bytes()
+        fixed = tuple(given.clone(memory_format=torch.contiguous_format) for given in inputs)
+        replay, results = device.capture(lambda: function(*fixed))
+        self.seconds += time.perf_counter() - started
+        self.num_bytes += max(free - device.num_free_bytes(), 0)
+        return _Captured(fixed, replay, results)
+
+
+class Mailbox:
+    """Tensors that stay where they are on a device, filled by one copy from the host.
+
+    fields: shape and dtype of each, by name. Write to ``host``, then ``send``; ``device`` has what was sent
+    last. A copy may be under way when ``send`` returns: write again when a later result has been read.
+    """
+
+    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: str) -> None:
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in fields.values()]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        on_gpu = device.startswith("cuda")
+        self._host = torch.zeros(sum(padded), dtype=torch.uint8, pin_memory=on_gpu)
+        self._device = torch.zeros(sum(padded), dtype=torch.uint8, device=device)
+
+        def views(buffer: Tensor) -> dict[str, Tensor]:
+            parts = torch.split(buffer, padded)
+            return {
+                name: part[:size].view(dtype).view(shape)
+                for part, size, (name, (shape, dtype)) in zip(parts, sizes, fields.items(), strict=True)
+            }
+
+        self.host, self.device = views(self._host), views(self._device)
+
+    def send(self) -> None:
+        self._device.copy_(self._host, non_blocking=True)
+
+
+class Reader:
+    """Copies small tensors to the host: a wait for the device, of which a step has one."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device.startswith("cuda")
+        self._pinned = torch.zeros(0, dtype=torch.int64)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """A [n] int64 tensor on the host, valid until the next call."""
+        if not self._on_gpu:
+            return tensor.cpu()
+        if self._pinned.numel() < tensor.numel():
+            self._pinned = torch.empty(2 * tensor.numel(), dtype=torch.int64, pin_memory=True)
+        landed = self._pinned[: tensor.numel()]
+        landed.copy_(tensor, non_blocking=True)
+        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        done.synchronize()
+        return landed
