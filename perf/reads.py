@@ -18,7 +18,6 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from draft.mistral_eagle import copied_output_bytes
@@ -34,14 +33,16 @@ _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
 _SCALE_BYTES = 4
 
 
-def target_reads(checkpoint: Checkpoint | MistralCheckpoint, dtype: torch.dtype) -> Reads:
-    """Of a step of the target. dtype: of unquantised weights and of the KV rows."""
-    config, width = checkpoint.config, dtype.itemsize
+def target_reads(checkpoint: Checkpoint | MistralCheckpoint, options: EngineConfig) -> Reads:
+    """Of a step of the target."""
+    config, width = checkpoint.config, options.dtype.itemsize
     row = config.hidden_size * width
     if isinstance(config, LlamaConfig):
         total = width * sum(math.prod(shape) for shape in expected_tensors(config).values())
         table = 0 if config.tie_word_embeddings else config.vocab_size * row
-        kv_row = KVPool.bytes_per_slot(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+        kv_row = KVPool.bytes_per_slot(
+            config.num_layers, config.num_kv_heads, config.head_dim, options.kv_dtype
+        )
         return Reads(total - table, 0, 0, 0, row, kv_row)
     weights = cast(MistralCheckpoint, checkpoint).plan.weights
     experts = {name: planned for name, planned in weights.items() if planned.expected.num_experts}
@@ -53,7 +54,7 @@ def target_reads(checkpoint: Checkpoint | MistralCheckpoint, dtype: torch.dtype)
         num_experts=config.num_experts,
         num_experts_per_token=config.num_experts_per_tok,
         token_row=row,
-        kv_row=LatentPool.bytes_per_slot(config.num_layers, config.latent_dim, dtype),
+        kv_row=LatentPool.bytes_per_slot(config.num_layers, config.latent_dim, options.kv_dtype),
     )
 
 

@@ -68,7 +68,7 @@ class Floors:
     ) -> Floors:
         return cls(
             checkpoint,
-            target_reads(checkpoint, config.dtype),
+            target_reads(checkpoint, config),
             None if head is None else draft_reads(head, config),
             limits,
             config.max_num_batched_tokens,
@@ -231,6 +231,7 @@ def memory(steps: Steps) -> dict[str, int | None]:
     found: dict[str, int | None] = {
         "weights": held_bytes((target, getattr(draft, "model", None)), pools),
         "kv_pools": sum(rows.nbytes for rows in pools),
+        "graphs": steps.engine.graphs.num_bytes,
         "allocated": None,
         "allocated_at_most": None,
         "reserved": None,

@@ -240,6 +240,8 @@ def _facts(
         "head": head if isinstance(head, str) else head.path.name,
         "draft_vocab_size": config.draft_vocab_size,
         "max_num_batched_tokens": config.max_num_batched_tokens,
+        "kv_cache_dtype": str(config.kv_dtype).removeprefix("torch."),
+        "enforce_eager": config.enforce_eager,
     } | provenance.provenance(config.device, config.dtype_name)
 
 

@@ -65,7 +65,7 @@ def test_a_step_reads_what_the_target_holds(kind: str) -> None:
     config = EngineConfig(dtype=torch.bfloat16, max_model_len=64, kv_cache_memory=1 << 20)
     target = build_engine(checkpoint, (), "none", config).target
     assert isinstance(target, Decoder)
-    reads = target_reads(checkpoint, torch.bfloat16)
+    reads = target_reads(checkpoint, config)
     held = held_bytes(target, (target.embedding, target.pool.rows))
     assert reads.always + reads.experts == pytest.approx(held, rel=0.01)
     assert reads.kv_row * target.pool.rows.shape[3] == target.pool.rows.nbytes
@@ -81,13 +81,13 @@ def test_a_llama_reads_all_but_an_untied_embedding() -> None:
     checkpoint = DummyLlama(Path("x"), "x", config, lambda: None)  # type: ignore[arg-type, return-value]
     held = sum(tensor.numel() for tensor in weights.values())
     table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    assert target_reads(checkpoint, torch.bfloat16).always == 2 * (held - table)
+    assert target_reads(checkpoint, ON_GPU).always == 2 * (held - table)
 
 
 @pytest.mark.parametrize(("kind", "plain", "four"), [("fp8", 1.39, 3.52), ("nvfp4", 1.19, 2.39)])
 def test_the_floors_of_the_published_model(kind: str, plain: float, four: float) -> None:
     """Milliseconds on an H200 at all of its bandwidth, behind 1024 tokens, as calculated apart from this."""
-    reads = target_reads(published_target("mistral-small-4", kind), torch.bfloat16)  # type: ignore[arg-type]
+    reads = target_reads(published_target("mistral-small-4", kind), ON_GPU)  # type: ignore[arg-type]
     for nodes, milliseconds in ((1, plain), (4, four)):
         assert 1e3 * step_bytes(reads, nodes) / 4.8e12 == pytest.approx(milliseconds, rel=0.02)
 
@@ -112,6 +112,14 @@ def test_the_work_of_a_prompt() -> None:
     many = prompt_flops(target, 1000)
     pairs = 36 * 32 * 256 * 1000 * 1001 / 2
     assert many == pytest.approx(2 * (1000 * 36 * per_layer + pairs + 131_072 * 4_096), rel=1e-6)
+
+
+def test_rows_in_fp8_are_half_as_many_bytes() -> None:
+    """The target's; a head's stay as they are."""
+    target, head = published_target("mistral-small-4"), published_head("mistral-small-4")
+    narrow = dataclasses.replace(ON_GPU, kv_cache_dtype=torch.float8_e4m3fn)
+    assert target_reads(target, ON_GPU).kv_row == 2 * target_reads(target, narrow).kv_row == 23_040
+    assert draft_reads(head, ON_GPU).kv_row == draft_reads(head, narrow).kv_row == 1_280
 
 
 def test_held_bytes_looks_everywhere_and_counts_once() -> None:
