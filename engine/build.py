@@ -13,7 +13,7 @@ from torch import Tensor
 
 from draft.head import FeatureDraft
 from draft.load import HeadCheckpoint, published_feature_layers, read_dummy_head, read_head
-from draft.mistral_eagle import MistralEagleModel
+from draft.mistral_eagle import MistralEagleModel, copied_output
 from draft.ngram import NgramDraft
 from draft.none import NoDraft
 from draft.planner import Planner
@@ -27,7 +27,6 @@ from engine.graphs import CudaDevice, Graphs
 from engine.memory import num_pages, with_kv_memory
 from engine.models.llama import Llama
 from engine.models.mistral4 import Mistral4
-from engine.nn.linear import Linear
 from engine.nn.weight import tensors_only
 from engine.pages import PagePool
 from engine.roles import Draft
@@ -216,7 +215,8 @@ def _mistral_draft(
         output: Callable[[Tensor], Tensor] = target.logits
     else:
         assert own is None or isinstance(own, Tensor)
-        rows = Linear(target.output_rows(ids) if own is None else own[ids], half=True)
+        rows_of = target.output_rows if own is None else own.__getitem__
+        rows = copied_output(rows_of, ids, fp8=config.device.startswith("cuda"))
 
         def output(hidden: Tensor) -> Tensor:
             return rows(hidden).float()

@@ -22,6 +22,7 @@ from typing import Final, cast
 import torch
 
 from draft.load import DummyHeadCheckpoint, HeadCheckpoint, eagle3_shapes, eagle_shapes
+from draft.mistral_eagle import copied_output_bytes
 from engine.checkpoint import Checkpoint, MistralCheckpoint, expected_tensors
 from engine.checkpoint.native import MistralHead
 from engine.checkpoint.plan import NVFP4_BLOCK, Plan
@@ -122,7 +123,8 @@ def weight_bytes(
         num_bytes += plan_bytes(draft.plan, width)
         num_rows = min(config.draft_vocab_size or model.vocab_size, model.vocab_size)
         if num_rows < model.vocab_size:
-            num_bytes += num_rows * model.hidden_size * width
+            fp8 = config.device.startswith("cuda")
+            num_bytes += copied_output_bytes(num_rows, model.hidden_size, config.dtype, fp8)
     elif isinstance(draft, HeadCheckpoint):
         num_bytes += width * _head_numbers(draft)
     return num_bytes

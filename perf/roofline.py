@@ -2,8 +2,8 @@
 
 Bytes of a step and the time that reading them takes at least, for several numbers of scored tokens, any batch
 and any context; the calculation is ``engine/cli/roofline.py``'s, the bytes are read off the model's headers.
-With a measured step time, the share of the GPU's bandwidth that it reached (MBU). The last line of stdout is
-one JSON object.
+With a measured step time, the share of the GPU's bandwidth that it reached (MBU). With ``--spec-model``, what
+a level of drafting by Mistral's head reads as well. The last line of stdout is one JSON object.
 
 A share above 100 % is possible for a mixture of experts: tokens that choose the same experts read fewer than
 independent ones would, and independence is what is assumed.
@@ -15,16 +15,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from engine.checkpoint import open_model
+from engine.checkpoint.native import read_mistral_head
 from engine.cli.footprint import kv_token_bytes, target_footprint
 from engine.cli.roofline import GPUS, Gpu, Reads, distinct_experts, floor_seconds, step_bytes
+from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
 from perf.provenance import command, commit
+from perf.reads import draft_reads
+
+_ON_GPU: Final = EngineConfig(dtype=torch.bfloat16, device="cuda")
 
 
 def gpu_named(name: str) -> Gpu:
@@ -69,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--batch", type=int, default=1, metavar="B")
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
+    parser.add_argument("--spec-model", metavar="HEAD", help="an Eagle head of Mistral Small 4")
     parser.add_argument("--step-ms", type=float, metavar="MS", help="measured, of the first of --nodes")
     args = parser.parse_args(argv)
     try:
@@ -77,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpu, checkpoint = gpu_named(args.gpu), open_model(args.model)
         config = checkpoint.config
         reads = target_footprint(checkpoint).reads(config, kv_token_bytes(config))
+        drafts = None if args.spec_model is None else draft_reads(read_mistral_head(args.spec_model), _ON_GPU)
     except EngineError as error:
         sys.stderr.write(f"roofline: error: {error}\n")
         return 1
@@ -87,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console(highlight=False).print(shown)
     facts = {"model": checkpoint.name, "gpu": gpu.name, "batch": args.batch, "context": args.context}
     facts |= {"step_ms": args.step_ms, "commit": commit(), "command": command()}
+    if drafts is not None:
+        num_bytes = step_bytes(drafts, 1, args.batch, args.context)
+        facts |= {"draft_level_bytes": round(num_bytes)}
+        facts |= {"draft_level_floor_ms": round(1e3 * floor_seconds(num_bytes, gpu), 4)}
     sys.stdout.write(json.dumps({"benchmark": "roofline", **facts, "rows": found}) + "\n")
     return 0
 

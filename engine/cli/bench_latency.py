@@ -1,7 +1,8 @@
 """``haast bench latency``: one request at a time, in process, plain against speculative on the same weights.
 
 The measuring is in ``perf/latency.py``; here are the flags, the table and the JSON. The prefix cache is off
-unless asked for. The last line of stdout is one JSON object, whatever else is printed, so ``haast bench
+unless asked for. With ``--load-format dummy`` there is no answer worth timing, and single steps are timed:
+see ``bench_steps``. The last line of stdout is one JSON object, whatever else is printed, so ``haast bench
 latency | tail -1`` always parses.
 """
 
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from engine.build import Served
 from engine.checkpoint import open_checkpoint
+from engine.cli import bench_steps
 from engine.cli.options import add_engine_arguments, engine_config, open_engine
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer-dtype", choices=tuple(PEER_DTYPES), default="bfloat16", help="dtype of the peer's weights"
     )
     group.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    bench_steps.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,14 +71,15 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag.replace('_', '-')} is {value}, expected at least 1")
     if args.temperature < 0:
         raise ConfigError(f"--temperature is {args.temperature}, expected at least 0")
-    if args.peer is not None and args.load_format == "dummy":
-        raise ConfigError(f"found --load-format dummy and --peer {args.peer}, whose weights would be others")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise ConfigError(f"--json {args.json}: the directory does not exist")
-    path = args.prompts or latency.DEFAULT_PROMPTS
-    prompts = spread(latency.read_prompts(path), args.num_prompts)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.load_format == "dummy":
+        return bench_steps.run(args)
+    bench_steps.refuse_without_dummy(args)
+    path = args.prompts or latency.DEFAULT_PROMPTS
+    prompts = spread(latency.read_prompts(path), args.num_prompts)
     load_before = round(os.getloadavg()[0], 2)  # anything near 1 or above: others were using the machine
     served = open_engine(args)
     try:

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from draft.load import HeadCheckpoint
+from draft.mistral_eagle import copied_output_bytes
 from engine.build import DEFAULT_HEAD, DEFAULT_MODEL, default_model_path, open_head
 from engine.checkpoint import Checkpoint, MistralCheckpoint, open_model
 from engine.checkpoint.native import MistralHead, NativeCheckpoint
@@ -276,7 +277,10 @@ def _output_rows(
     row = target.hidden_size * _DTYPE.itemsize
     if isinstance(head, MistralHead):
         num_rows = min(EngineConfig().draft_vocab_size or target.vocab_size, target.vocab_size)
-        return num_rows * row, num_rows * row if num_rows < target.vocab_size else 0
+        if num_rows == target.vocab_size:
+            return num_rows * row, 0
+        copied = copied_output_bytes(num_rows, target.hidden_size, _DTYPE, fp8=True)
+        return copied, copied
     if head.kind == "eagle":
         return target.vocab_size * row, 0
     if any(group.name == EMBEDDINGS for group in footprint.groups):

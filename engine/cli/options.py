@@ -10,7 +10,7 @@ import argparse
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -19,6 +19,7 @@ import torch
 from engine.build import Served, build
 from engine.checkpoint import open_model
 from engine.checkpoint.dummy import open_dummy
+from engine.checkpoint.published import Quantised
 from engine.cli import speculative
 from engine.cli.environment import Switch
 from engine.cli.progress import LoadingBar, PhaseBar
@@ -34,7 +35,7 @@ from kernels import has_fast_bfloat16
 log = logging.getLogger("haast")
 
 GPU_MEMORY_UTILIZATION: Final = 0.9  # where --kv-cache-memory is not given
-_QUANTIZATIONS: Final = {  # names that others have for how a checkpoint is stored
+_QUANTIZATIONS: Final[Mapping[str, Quantised]] = {  # names that others have for how a checkpoint is stored
     "fp8": "fp8",
     "nvfp4": "nvfp4",
     "modelopt_fp4": "nvfp4",
@@ -401,12 +402,7 @@ def check_quantization(name: str, model: str | None, dummy: bool = False) -> Non
     """ConfigError unless a model is stored in the way that --quantization names. Reads its headers, or for a
     dummy its config.
     """
-    kind = _QUANTIZATIONS.get(name.lower())
-    if kind is None:
-        raise ConfigError(
-            f"--quantization is {name!r}, expected {', '.join(_QUANTIZATIONS)}; a checkpoint is served as it "
-            "is stored, so the flag can be left out"
-        )
+    kind = quantization_kind(name)
     checkpoint = None if model is None else (open_dummy if dummy else open_model)(model)
     stored: set[str] = set()
     if checkpoint is not None and not isinstance(checkpoint.config, LlamaConfig):
@@ -418,6 +414,17 @@ def check_quantization(name: str, model: str | None, dummy: bool = False) -> Non
             f"--quantization is {name!r}, but {model or 'the default model'} is stored as {found}; it is "
             "served as it is stored: leave the flag out"
         )
+
+
+def quantization_kind(name: str) -> Quantised:
+    """What a value of --quantization means. Raises ConfigError."""
+    kind = _QUANTIZATIONS.get(name.lower())
+    if kind is None:
+        raise ConfigError(
+            f"--quantization is {name!r}, expected {', '.join(_QUANTIZATIONS)}; a checkpoint is served as it "
+            "is stored, so the flag can be left out"
+        )
+    return kind
 
 
 def num_bytes(text: str) -> int:

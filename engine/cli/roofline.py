@@ -15,6 +15,7 @@ weights and cached rows; not launching kernels, not arithmetic (the bound for pr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,13 +67,29 @@ def distinct_experts(num_experts: int, num_chosen: int, num_tokens: int) -> floa
     return num_experts * (1 - (1 - num_chosen / num_experts) ** num_tokens) if num_experts else 0.0
 
 
-def step_bytes(reads: Reads, num_nodes: int, batch: int = 1, context: int = 1024) -> float:
+def routing_overlap(num_experts: int, num_chosen: int, num_tokens: int, distinct: float) -> float:
+    """The share of a further token's choice that falls on experts that others chose already, on top of what
+    independent tokens share: 0 if they are independent, 1 if all choose alike.
+
+    distinct: experts that ``num_tokens`` (more than one) chose, as counted. So many independent tokens would
+    choose as many: 1 + (num_tokens - 1) * (1 - overlap).
+    """
+    missed = max(1 - distinct / num_experts, 1e-9)  # all of them: any number of tokens may have done that
+    independent = math.log(missed) / math.log(1 - num_chosen / num_experts)
+    return 1 - (independent - 1) / (num_tokens - 1)
+
+
+def step_bytes(
+    reads: Reads, num_nodes: int, batch: int = 1, context: int = 1024, distinct: float | None = None
+) -> float:
     """Expected bytes read by one step that scores ``num_nodes`` tokens of each of ``batch`` sequences.
 
-    context: cached tokens of each sequence, read once for all of its nodes.
+    context: cached tokens of each sequence, read once for all of its nodes; distinct: experts of a layer that
+    are read, if they were counted.
     """
     num_tokens = num_nodes * batch
-    distinct = distinct_experts(reads.num_experts, reads.num_experts_per_token, num_tokens)
+    if distinct is None:
+        distinct = distinct_experts(reads.num_experts, reads.num_experts_per_token, num_tokens)
     experts = reads.experts * distinct / reads.num_experts if reads.num_experts else 0.0
     return reads.always + experts + reads.token_row * num_tokens + reads.kv_row * context * batch
 

@@ -73,7 +73,8 @@ def split_experts(w1: Weight, w3: Weight, w2: Weight, num: int) -> tuple[list[We
 def _alone(weight: Weight) -> Stored:
     match weight:
         case Fp8Weight(codes, scale):
-            return Stored(codes, scale[..., None])
+            # One for each matrix, or for each row of a single one.
+            return Stored(codes, scale.reshape(*codes.shape[:-2], -1))
         case Nvfp4Weight(codes, block_scales, divisor):
             return Stored(codes, divisor[..., None], block_scales)
         case Tensor():

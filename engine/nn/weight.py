@@ -18,7 +18,8 @@ from kernels import dequantise_fp8, dequantise_nvfp4
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """Per-tensor static FP8: matrix = codes * scale.
+    """Per-tensor static FP8: matrix = codes * scale. A Linear takes one scale for every row of a matrix,
+    [out], as well.
 
     input_scale is what activations are divided by before they are rounded to FP8; None where the checkpoint
     has none, and products that keep activations wide ignore it.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from draft.head import FeatureDraft
+from draft.mistral_eagle import copied_output
 from engine.build import Served, build
 from engine.checkpoint.synthetic import write_head, write_target
 from engine.checkpoint.synthetic_config import head_config
@@ -18,6 +21,7 @@ from engine.config import EngineConfig, Mistral4Config, YarnScaling
 from engine.core import SPECULATION_OFF, SamplingParams, Speculation
 from engine.errors import CheckpointError, ConfigError
 from engine.models.mistral4 import Mistral4
+from engine.nn.linear import Linear
 from tests.checkpoint.files import write_hf, write_tokenizer
 from tests.conftest import tiny_llama
 from tests.engine.rig import assert_idle, prompts_of
@@ -98,6 +102,31 @@ def test_the_draft_vocabulary_is_cut_to_the_lowest_ids(tmp_path: Path) -> None:
         full = pair.engine.target.logits(torch.ones(1, CONFIG.hidden_size))
         assert float((logits - full[:, :expected]).abs().max()) < 0.05 * float(full.abs().max())
         assert tokens(pair, 0.7) == plain
+
+
+def _drafted_logits(served: Served, hidden: Tensor) -> Tensor:
+    assert isinstance(served.engine.draft, FeatureDraft)
+    return served.engine.draft.model.logits(hidden)
+
+
+def test_rows_in_fp8_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head's own rows as a GPU holds them: a byte a number, and as often right."""
+    target, head = write_pair(tmp_path, "native-fp8")
+    wide = build(target, head, settings(draft_vocab_size=1100))
+
+    def in_fp8(rows_of: Callable[[Tensor], Tensor], token_ids: Tensor, fp8: bool) -> Linear:
+        assert not fp8, "the device is a CPU"
+        return copied_output(rows_of, token_ids, fp8=True)
+
+    monkeypatch.setattr("engine.build.copied_output", in_fp8)
+    narrow = build(target, head, settings(draft_vocab_size=1100))
+    hidden = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    expected, found = (_drafted_logits(served, hidden) for served in (wide, narrow))
+    # FP8 keeps four bits of a number: an error of at most a sixteenth of it, and of either sign.
+    assert 0 < float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    for temperature in (0.0, 0.7):
+        assert tokens(narrow, temperature) == tokens(wide, temperature)
+    assert_idle(narrow.engine)
 
 
 def test_the_head_is_used_up_to_its_own_context(tmp_path: Path) -> None:

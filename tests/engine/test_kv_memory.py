@@ -94,10 +94,10 @@ def test_the_published_pair(published: tuple[Layout, Path, Path], monkeypatch: p
     )
     alone = target_footprint(checkpoint).memory_bytes
     assert weight_bytes(checkpoint, "none", config) == alone
-    weights = alone + head_footprint(draft).memory_bytes + 32_768 * 4_096 * 2
+    weights = alone + head_footprint(draft).memory_bytes + 32_768 * (4_096 + 4)
     assert weight_bytes(checkpoint, draft, config) == weights
     whole = dataclasses.replace(config, draft_vocab_size=0)
-    assert weight_bytes(checkpoint, draft, whole) == weights - 32_768 * 4_096 * 2
+    assert weight_bytes(checkpoint, draft, whole) == weights - 32_768 * (4_096 + 4)
     activations = activation_bytes(checkpoint.config, config)
     queries, chunk = 16384 * 32 * (320 + 256) * 4, 16384 * (4096 * 20 * 2 + 5 * (2048 * 2 + 4096 * 4))
     assert activations == queries + chunk + 128 * 8 * 131072 * 4 * 5

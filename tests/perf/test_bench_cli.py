@@ -113,7 +113,6 @@ def test_bench_latency_with_a_peer(pair: tuple[Path, Path], capsys: pytest.Captu
     [
         (("--repeats", 0), "--repeats is 0, expected at least 1"),
         (("--temperature", -1), "--temperature is -1"),
-        (("--load-format", "dummy", "--peer", "transformers"), "found --load-format dummy and --peer"),
         (("--json", "/no/such/place/x.json"), "the directory does not exist"),
         (("--prompts", "/no/such/file"), "cannot be read"),
     ],

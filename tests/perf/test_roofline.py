@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.synthetic import write_target
-from engine.checkpoint.synthetic_config import TINY
-from engine.cli.roofline import GPUS, Reads, distinct_experts, floor_seconds, step_bytes
+from engine.checkpoint.native import read_mistral_head
+from engine.checkpoint.synthetic import write_head, write_target
+from engine.checkpoint.synthetic_config import TINY, head_config
+from engine.cli.roofline import GPUS, Reads, distinct_experts, floor_seconds, routing_overlap, step_bytes
 from engine.errors import ConfigError
 from perf.roofline import bandwidth_share, gpu_named, main
 
@@ -41,8 +42,18 @@ def test_step_bytes_by_hand() -> None:
     assert step_bytes(READS, 2, context=100) == pytest.approx(1000 + 3.5 * 80 + 20 + 300)
     # a batch shares experts as nodes do, and rows of the cache with nobody
     assert step_bytes(READS, 1, batch=2, context=100) == pytest.approx(1000 + 3.5 * 80 + 20 + 600)
+    # experts that were counted are not expected
+    assert step_bytes(READS, 2, context=0, distinct=3) == 1000 + 3 * 80 + 20
     dense = dataclasses.replace(READS, experts=0, num_experts=0, num_experts_per_token=0)
     assert step_bytes(dense, 4, context=0) == 1040
+
+
+def test_overlap_is_what_turns_tokens_into_fewer() -> None:
+    """At an overlap of a half, four tokens choose as many experts as two and a half independent ones."""
+    assert routing_overlap(128, 4, 4, distinct_experts(128, 4, 4)) == pytest.approx(0)
+    assert routing_overlap(128, 4, 4, 9.77) == pytest.approx(0.5, abs=0.005)
+    assert routing_overlap(128, 4, 16, 4) == pytest.approx(1)
+    assert routing_overlap(8, 4, 2, 8) < 0  # fewer shared than by chance
 
 
 def test_gpus_have_what_their_names_say() -> None:
@@ -73,6 +84,25 @@ def test_roofline_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert second["floor_ms"] >= first["floor_ms"] > 0
     assert first["bandwidth_share"] == pytest.approx(first["gigabytes"] / 8 / 1e-3, rel=0.1)
     assert "bandwidth_share" not in second
+
+
+def test_roofline_of_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that the file holds, kv_b in bfloat16, and the output, whose vocabulary is too small to cut."""
+    target = write_target(tmp_path / "tiny", TINY, "native-bf16")
+    head = write_head(tmp_path / "head", head_config(TINY))
+    assert (
+        main([str(target), "--spec-model", str(head), "--gpu", "H200", "--context", "7", "--batch", "2"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    stored = read_mistral_head(head).stored.values()
+    held = sum(one.num_elements * (1 if one.dtype == "F8_E4M3" else 2) for one in stored if one.shape)
+    kv_b = 2 * 4 * (16 + 32) * 16
+    read = held + kv_b + 512 * 64 * 2 + 2 * 7 * 2 * (16 + 16) * 2
+    rows_and_scales = 2 * 64 * 2 + 4 * sum(not one.shape for one in stored)
+    assert result["draft_level_bytes"] == pytest.approx(read, abs=rows_and_scales)
+    assert result["draft_level_floor_ms"] == pytest.approx(1e3 * read / 4.8e12, abs=1e-4)
+    assert main([str(target), "--spec-model", "nowhere"]) == 1
+    assert "nowhere: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["x", "--batch", "0"], ["x", "--step-ms", "-1"]])
