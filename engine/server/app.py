@@ -169,8 +169,10 @@ async def _envelope(request: web.Request, handler: Handler) -> web.StreamRespons
         return faults.response_of(error)
     except web.HTTPException as error:
         return faults.response_of_http(error)
-    except (ClientGoneError, asyncio.CancelledError):
+    except (ClientGoneError, asyncio.CancelledError) as error:
         log.info("%s %s: 499, the client left", request[_ID], request.rel_url.raw_path)
+        if isinstance(error, ClientGoneError):
+            return web.Response(status=499)  # to a closed connection; raised, it would be logged as a failure
         raise
     except Exception:
         log.exception("%s %s failed", request[_ID], request.rel_url.raw_path)

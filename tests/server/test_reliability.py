@@ -347,7 +347,9 @@ def test_slow_readers_get_merged_events_and_lose_nothing() -> None:
     asyncio.run(scenario())
 
 
-def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(sse, "WRITE_TIMEOUT", 0.2)
     monkeypatch.setattr(ByteTokenizer, "token_bytes", lambda self, token: b"x" * 50_000)
 
@@ -372,7 +374,10 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch)
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
 
-    asyncio.run(scenario())
+    with caplog.at_level("INFO"):
+        asyncio.run(scenario())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "it is nobody's error"
+    assert "499, the client left" in caplog.text
 
 
 @pytest.mark.parametrize(
