@@ -23,7 +23,7 @@ from engine.cli.options import open_engine
 from engine.cli.parser import Parser
 from engine.cli.serve import add_arguments, server_options
 from engine.core import Batch, Delta, DraftTree, Request
-from engine.roles import Target
+from engine.decoding import Decoding
 from engine.server.lifecycle import serve
 from engine.step import Engine
 
@@ -55,24 +55,16 @@ class BrokenEngine:
         return self._engine.step()
 
     def _break_step(self) -> None:
-        self._engine.target = cast(Target, _BreakingTarget(self._engine))
+        decoding = self._engine.decoding
+
+        def breaks(batches: Sequence[Batch], trees: Sequence[DraftTree]) -> NoReturn:
+            self._engine.decoding = decoding
+            raise RuntimeError("a step that was told to break")
+
+        self._engine.decoding = cast(Decoding, breaks)
 
     def _end_thread(self) -> None:
         raise SystemExit("a thread that was told to end")
-
-
-class _BreakingTarget:
-    """Stands in for an engine's target in one step."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._target = engine, engine.target
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def score(self, batches: Sequence[Batch], trees: Sequence[DraftTree]) -> NoReturn:
-        self._engine.target = self._target
-        raise RuntimeError("a step that was told to break")
 
 
 def main() -> int:
