@@ -51,7 +51,7 @@ class Decoding:
     """Runs on trees of the target's device; ``graphs`` capture what they can."""
 
     def __init__(self, target: Target, sampler: Sampler, graphs: Graphs, device: str) -> None:
-        self._target, self._sampler, self._graphs = target, sampler, graphs
+        self._target, self.sampler, self._graphs = target, sampler, graphs
         self._read = Reader(device)
 
     def __call__(self, batches: Items[Batch], trees: Items[DraftTree]) -> list[Decoded]:
@@ -70,7 +70,7 @@ class Decoding:
 
     def _settled(self, batch: Batch, tree: DraftTree, scores: Scores) -> _Found:
         """The verdict on scored trees; accepted rows go first, rows past them are scratch."""
-        choice = self._sampler(scores, batch, tree)  # the target's own token after every scored node
+        choice = self.sampler(scores, batch, tree)  # the target's own token after every scored node
         if batch.prompt is not None:
             verdict = accept_all(batch.prompt, choice)
         else:
@@ -84,7 +84,7 @@ class Decoding:
         columns = tree_columns(tree)  # a copy, for what the draft's graph has left is gone with the next one
         tree = tree_of(columns, tree.tokens.shape[1])
         shape = tuple(tree.tokens.shape)
-        if _asks_for_logprobs(batch) or self._sampler.edits(batch):
+        if _asks_for_logprobs(batch) or self.sampler.edits(batch):
 
             def score(tokens: Tensor, parents: Tensor) -> Scores:
                 return self._target.score([bare], [_evenly(DraftTree(tokens, parents))])[0]
@@ -96,7 +96,7 @@ class Decoding:
             def decode(tokens: Tensor, parents: Tensor) -> tuple[Verdict, Tensor]:
                 tree = DraftTree(tokens, parents)
                 (scores,) = self._target.score([bare], [_evenly(tree)])
-                verdict = accept(tree, self._sampler.choose(scores, bare))
+                verdict = accept(tree, self.sampler.choose(scores, bare))
                 self._target.compact(bare, verdict)
                 return verdict, scores.features
 

@@ -65,7 +65,7 @@ def engine_calls(engine: Engine) -> list[Timed]:
     """The phases of a step, and the head's network inside them."""
     calls: list[Timed] = [
         (engine, "step", "rest of step"),
-        (engine, "sampler", "sample"),
+        (engine.decoding, "sampler", "sample"),
         (engine.scheduler, "next_batches", "schedule"),
         (engine.scheduler, "commit", "commit"),
         (engine.target, "score", "target"),
@@ -74,7 +74,7 @@ def engine_calls(engine: Engine) -> list[Timed]:
         (engine.draft, "observe", "observe"),
     ]
     if isinstance(engine.draft, FeatureDraft):
-        calls += [(engine.draft.model, name, "head") for name in ("inject", "forward", "logits")]
+        calls += [(engine.draft.model, name, "head") for name in ("inject", "forward", "logits", "offers")]
     return calls
 
 
