@@ -35,6 +35,7 @@ from engine.server.state import ServerOptions, ServerState
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL = 10.0  # seconds between lines about throughput, while there is any
+_SEND_BUFFER = 128 << 10  # bytes of a connection in the kernel, which takes twice that for its books
 _CLOSE_TIMEOUT = 5.0  # seconds that handlers get to send their error event after an abort
 
 
@@ -237,6 +238,8 @@ def _bind(options: ServerOptions) -> socket.socket:
         raise ConfigError(f"cannot use --host {options.host}: {error}") from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted sockets inherit it. The kernel would else hold megabytes that nobody reads, for everybody.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         listening.bind(address)
         listening.listen(1024)
     except OSError as error:

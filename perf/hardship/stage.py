@@ -34,7 +34,7 @@ class Scale:
     most_tokens: int = 24  # of an answer
     overload_s: float = 15.0
     num_leavers: int = 500
-    slow_s: float = 40.0  # more than the server's write timeout
+    slow_s: float = 75.0  # more than it takes to fill the buffers, and the server's write timeout
     slow_tokens: int = 400  # of the answers that are read slowly
     num_nonsense: int = 600
 

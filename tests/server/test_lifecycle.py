@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -242,6 +243,21 @@ def test_what_loading_raises_ends_the_server() -> None:
 
     with pytest.raises(CheckpointError, match="no such file"):
         run_lifecycle(FakeEngine(), during, load_error=CheckpointError("no such file"))
+
+
+def test_the_kernel_holds_little_for_readers_that_do_not_read() -> None:
+    """A connection that nobody reads is full before a long answer is out, so that somebody notices."""
+    with lifecycle._bind(ServerOptions(port=0)) as listening, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it its smallest
+        client.connect(listening.getsockname())
+        accepted, _ = listening.accept()
+        with accepted:
+            accepted.setblocking(False)
+            num_bytes = 0
+            with contextlib.suppress(BlockingIOError):
+                while num_bytes < 64 << 20:
+                    num_bytes += accepted.send(b"x" * 4096)
+    assert num_bytes <= 4 * lifecycle._SEND_BUFFER
 
 
 def test_a_second_server_fails_at_once() -> None:
