@@ -28,9 +28,9 @@ from perf.hardship.trials import TRIALS, Trial, fuzzing
 from perf.provenance import machine
 
 BROKEN: Final = ("perf.hardship.broken_server",)
-# Bytes that the server may keep from all trials, which it went through before. It was 7 to 34 MB, up and down:
-# what the allocator makes of bodies and answers that come and go. 700 requests that leave 100 kB each would be
-# more.
+# Bytes that the server may keep from all trials, which it went through before. It was 7 to 34 MB, up and
+# down: what the allocator makes of bodies and answers that come and go. 700 requests that leave 100 kB each
+# would be more.
 MOST_GROWTH: Final = 64 << 20
 _PATIENCE_S: Final = 10.0  # for everything to be let go
 
