@@ -4,7 +4,9 @@ read."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 
 from aiohttp import web
 
@@ -39,7 +41,8 @@ class EventStream:
     async def open(self, request: web.Request) -> None:
         """Send the status and the headers."""
         self._transport = request.transport
-        await self._response.prepare(request)
+        with _unless_gone():
+            await self._response.prepare(request)
 
     async def send(self, event: Reply | ErrorReply) -> None:
         """Send one event."""
@@ -52,17 +55,26 @@ class EventStream:
     async def close(self) -> web.StreamResponse:
         """Send the end mark."""
         await self._write(b"data: [DONE]\n\n")
-        await self._response.write_eof()
+        with _unless_gone():
+            await self._response.write_eof()
         return self._response
 
     async def _write(self, data: bytes) -> None:
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT):
-                await self._response.write(data)
-                self._written_at = time.monotonic()
+            with _unless_gone():
+                async with asyncio.timeout(WRITE_TIMEOUT):
+                    await self._response.write(data)
+                    self._written_at = time.monotonic()
         except TimeoutError as error:
             if self._transport is not None:
                 self._transport.abort()  # closing politely would wait for the client to read
             raise ClientGoneError(f"the client did not read for {WRITE_TIMEOUT:.0f} s") from error
-        except ConnectionError as error:
-            raise ClientGoneError("the client closed the connection") from error
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """Says ClientGoneError of a connection that turns out to be closed."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ClientGoneError("the client closed the connection") from error
