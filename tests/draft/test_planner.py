@@ -279,6 +279,7 @@ class Simulation:
     def step(self, quality: Sequence[float]) -> tuple[tuple[str, ...], float, float]:
         """(reasons, milliseconds of the step, of a plain one)."""
         found = self.planner.plan(self.asks, LOAD)
+        self.planner.carry_out()
         levels = [levels_of(decision) for decision in found.decisions]
         drafts = []
         for ask, num_levels, good in zip(self.asks, levels, quality, strict=True):
@@ -361,6 +362,7 @@ def test_what_was_promised_and_not_kept_is_trusted_less() -> None:
     ask = Ask(1, True, "auto", Speculation(4, 3, 1))
     for _ in range(60):
         found = planner.plan([ask], LOAD)
+        planner.carry_out()
         num_levels = levels_of(found.decisions[0])
         if num_levels:
             planner.observe([Drafted(1, [[0.6], [0.3], [0.1]][:num_levels], 1.0, 0)])

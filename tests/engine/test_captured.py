@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import pytest
 
@@ -12,16 +11,7 @@ from engine.graphs import Graphs
 from engine.step import Engine
 from engine.warmup import warm_up
 from tests.engine import mistral_rig
-from tests.engine.rig import (
-    Model,
-    Recording,
-    assert_idle,
-    echo_model,
-    make_engine,
-    plain_tokens,
-    prompts_of,
-    record,
-)
+from tests.engine.rig import Model, assert_idle, echo_model, make_engine, plain_tokens, prompts_of, record
 from tests.engine.state import TOLERANCE, state_error
 from tests.engine.test_planned import Fickle
 from tests.simulated import DEVICE, Simulated, simulated_gpu
@@ -150,23 +140,10 @@ def test_a_planner_that_changes_its_mind(gpu: Simulated, echo: Model, temperatur
     )
     recording = record(device, prompts, params, arrivals=[0, 2, 4])
     assert [done.token_ids for done in recording.completions] == plain_tokens(echo, prompts, params)
-    assert state_error(echo, on_host(recording), "eagle3") < TOLERANCE
+    assert state_error(echo, recording, "eagle3") < TOLERANCE
     assert planner.seen == {"tree", "lookup", "chain"}
     assert sum(done.num_accepted for done in recording.completions) > 0
     assert gpu.num_replays > gpu.num_captures
-
-
-def on_host(recording: Recording) -> Recording:
-    """The same with all rows on the host."""
-    moved = [
-        replace(
-            one,
-            target_rows=one.target_rows.cpu(),
-            head_rows=None if one.head_rows is None else one.head_rows.cpu(),
-        )
-        for one in recording.snapshots
-    ]
-    return Recording(recording.completions, moved)
 
 
 def test_logprobs_and_edits_begin_behind_captured_scores(gpu: Simulated, echo: Model) -> None:
