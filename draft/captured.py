@@ -8,7 +8,7 @@ tokens of the pairs, sizes of trees, chains; the features of the pairs come from
 them.
 
 Ahead of the host, which does not know yet what the step before has accepted, the device makes the pairs by
-itself, all of them, and the host sends the sizes alone.
+itself, all of them.
 
 Sizes are in the key of the graph: a tree that is deeper takes another one.
 """
@@ -122,7 +122,7 @@ class CapturedProposals:
         drafts nothing; shape: without chains; tree, verdict, features: of that step, on the device."""
         box, gathered = self._mailbox(shape), self._features_of(shape, features)
         self._sizes(box, sizes)
-        box.send(ahead=True)
+        box.send()
 
         def take(tokens: Tensor, path: Tensor, length: Tensor, bonus: Tensor, features: Tensor) -> None:
             _take(box.device, gathered, tokens, Verdict(path, length, bonus), features)
@@ -144,7 +144,7 @@ class CapturedProposals:
             fields |= {"tokens": ((num_seqs, num_pairs), torch.int64)}
             fields |= {"chain": ((num_seqs, num_chain), torch.int64)}
             fields |= {"chances": ((num_seqs, num_chain), torch.float32)}
-            box = self._mailboxes[place] = Mailbox(fields, self._device, advanced=("counts", "tokens"))
+            box = self._mailboxes[place] = Mailbox(fields, self._device)
         return box
 
     def _sizes(self, box: Mailbox, sizes: Items[Speculation | None]) -> dict[str, Tensor]:

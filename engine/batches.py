@@ -30,14 +30,8 @@ class Batches:
     def of_decodes(self, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
         """The decodes of a step. decisions: what to draft for each; pages for it are reserved."""
         if self.are_fixed(seqs):
-            return self._fixed_batch(seqs, decisions, ahead=False)
+            return self._fixed_batch(seqs, decisions)
         return self._batch(seqs, [decision.speculation for decision in decisions], None, decisions)
-
-    def of_decodes_ahead(self, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
-        """The decodes behind a step that is under way, of the same sequences in the same fixed tensors. Where
-        they begin, roots and lengths, only the device knows, which has to advance both: see
-        ``Decoding.advance``."""
-        return self._fixed_batch(seqs, decisions, ahead=True)
 
     def are_fixed(self, seqs: Items[Sequence]) -> bool:
         """Whether a batch of these decodes lies in tensors that are there for good."""
@@ -78,14 +72,13 @@ class Batches:
             prompt=chunk,
         )
 
-    def _fixed_batch(self, seqs: Items[Sequence], decisions: Items[Decision], *, ahead: bool) -> Batch:
-        """One copy takes to the device what the host knows."""
+    def _fixed_batch(self, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
+        """One copy takes everything to the device."""
         num_seqs = bucket(len(seqs), SEQ_BUCKETS)  # with padding
         assert num_seqs is not None
         box = self._mailboxes.get(num_seqs)
         if box is None:
-            box = Mailbox(self._fields(num_seqs), self._device, advanced=("roots", "kv_lens"))
-            self._mailboxes[num_seqs] = box
+            box = self._mailboxes[num_seqs] = Mailbox(self._fields(num_seqs), self._device)
         host, missing = box.host, num_seqs - len(seqs)
         params = [seq.request.sampling for seq in seqs]
         columns = {
@@ -96,7 +89,7 @@ class Batches:
         for name, column in columns.items():
             host[name].copy_(column)
         _fill(host["page_table"], [seq.pages for seq in seqs])
-        box.send(ahead=ahead)
+        box.send()
         return Batch(
             seqs=tuple(seqs),
             kv_lens=box.device["kv_lens"],

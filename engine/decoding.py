@@ -169,8 +169,8 @@ class Decoding:
 
 
 def advance(batch: Batch, verdict: Verdict) -> None:
-    """Bring a batch's roots and lengths to where the step that is under way leaves them: verdict: on the
-    device, on the same sequences.
+    """Bring a batch's roots and lengths from where the step under way began to where it leaves them. verdict:
+    of that step, on the device.
 
     Padding stays: its pages are the dummy page, and no real sequence has that. Where there was no choice the
     sequence ends, but its row goes along, and must be of a token that there is.

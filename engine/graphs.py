@@ -132,41 +132,32 @@ class Graphs:
 class Mailbox:
     """Tensors that stay where they are on a device, filled by one copy from the host.
 
-    fields: shape and dtype of each, by name; advanced: names of those that the device carries on by itself
-    where the host is a step behind it, so that it must not send them then. Write all of ``host``, then
-    ``send``; ``device`` has what was sent last, or what the device has made of it.
+    fields: shape and dtype of each, by name. Write all of ``host``, then ``send``; ``device`` has what was
+    sent last, or what the device has made of it since.
 
     A copy is still under way when ``send`` returns, and may wait for a whole step before it. So the host
     writes to two buffers in turn, and to neither before its last copy is over.
     """
 
-    def __init__(
-        self,
-        fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        device: str,
-        advanced: Sequence[str] = (),
-    ) -> None:
-        fields = {name: fields[name] for name in sorted(fields, key=lambda name: name in advanced)}
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in fields.items()}
-        padded = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
-        num_bytes = sum(padded.values())
-        self._num_decided = num_bytes - sum(padded[name] for name in advanced)
+    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: str) -> None:
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in fields.values()]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
 
         def views(buffer: Tensor) -> dict[str, Tensor]:
-            parts = torch.split(buffer, list(padded.values()))
+            parts = torch.split(buffer, padded)
             return {
-                name: part[: sizes[name]].view(dtype).view(shape)
-                for part, (name, (shape, dtype)) in zip(parts, fields.items(), strict=True)
+                name: part[:size].view(dtype).view(shape)
+                for part, size, (name, (shape, dtype)) in zip(parts, sizes, fields.items(), strict=True)
             }
 
         self._on_gpu = device.startswith("cuda")
         self._hosts = [
-            torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(_NUM_BUFFERS)
+            torch.zeros(sum(padded), dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(_NUM_BUFFERS)
         ]
         self._host_views = [views(host) for host in self._hosts]
         self._copied: list[torch.cuda.Event | None] = [None] * _NUM_BUFFERS
         self._turn = 0  # whose it is to be written
-        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._device = torch.zeros(sum(padded), dtype=torch.uint8, device=device)
         self.device = views(self._device)
 
     @property
@@ -177,10 +168,8 @@ class Mailbox:
             copied.synchronize()
         return self._host_views[self._turn]
 
-    def send(self, *, ahead: bool = False) -> None:
-        """Copy what was written. ahead: but for what the device has advanced."""
-        part = slice(0, self._num_decided if ahead else None)
-        self._device[part].copy_(self._hosts[self._turn][part], non_blocking=True)
+    def send(self) -> None:
+        self._device.copy_(self._hosts[self._turn], non_blocking=True)
         if self._on_gpu:
             self._copied[self._turn] = _recorded()
         self._turn = (self._turn + 1) % _NUM_BUFFERS

@@ -170,6 +170,9 @@ class Scheduler:
         Nobody could start instead, and nobody ends for sure; there are pages for as much as the step may
         emit, and for the next trees behind that. The pages stay until a ``commit`` behind which nothing is
         launched. Who does end with the step under way is in the next one in vain.
+
+        Roots and lengths of what is returned are those that the step under way began with, for the host knows
+        no others: see ``decoding.advance``.
         """
         seqs, emitted = batch.seqs, [one.most_emitted for one in batch.speculation]
         if list(seqs) != self.running or self._somebody_may_start():
@@ -184,7 +187,7 @@ class Scheduler:
             if not self.pages.extend(seq.pages, seq.kv_len + tokens + 1 + self._scratch_rows(limit)):
                 return None
         decisions = self._plan_ahead(batch, limits) if self._batches.are_fixed(seqs) else None
-        return None if decisions is None else self._batches.of_decodes_ahead(seqs, decisions)
+        return None if decisions is None else self._batches.of_decodes(seqs, decisions)
 
     def _somebody_may_start(self) -> bool:
         """Whether one of those that wait may find a place as things are."""

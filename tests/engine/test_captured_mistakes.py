@@ -30,8 +30,8 @@ def stale(name: str) -> Callable[[pytest.MonkeyPatch], None]:
     def mutate(patch: pytest.MonkeyPatch) -> None:
         send, kept = Mailbox.send, dict[int, Tensor]()
 
-        def wrong(self: Mailbox, *, ahead: bool = False) -> None:
-            send(self, ahead=ahead)
+        def wrong(self: Mailbox) -> None:
+            send(self)
             if name in self.device:
                 self.device[name].copy_(kept.setdefault(id(self), self.device[name].clone()))
 
