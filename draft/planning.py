@@ -19,8 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-import torch
-
 from draft.planner import Ask, Drafted, Planner
 from draft.search import Asked, Load
 from draft.tree import prune
@@ -119,7 +117,7 @@ class Planning:
         counts = self.planner.keep(values, len(self._step.active), self._step.level_rows)
         if counts == [len(own) for own in values]:
             return tree
-        return prune(tree, torch.tensor(counts))
+        return prune(tree, counts)
 
     def observe(self, request_ids: Items[int], tree: DraftTree, accepted: Items[int]) -> None:
         """Learn what became of the oldest step's trees. request_ids: of the sequences, in order, without
