@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from draft.head import FeatureDraft
 from engine.core import Delta, Request, SamplingParams, Speculation
 from engine.graphs import Graphs
 from engine.step import Engine
@@ -91,6 +92,21 @@ def test_tokens_are_those_of_the_host(
     if draft.startswith("eagle"):
         assert sum(delta.num_accepted for deltas in got for delta in deltas) > 0
     assert gpu.num_captures == len(graphs.keys) < gpu.num_replays, "captured once, used again"
+
+
+def test_padding_leaves_nothing_that_a_head_reads(gpu: Simulated, echo: Model) -> None:
+    """Three begin together, where there is room for four: the head is right as often as on a host. It never
+    is where the fourth has left NaN on the dummy page."""
+    params = params_of(3, 12)
+    engines = [
+        make_engine(echo, "eagle3", speculation=TREE, **where)
+        for where in ({}, {"device": DEVICE, "graphs": Graphs(gpu)})
+    ]
+    host, device = ([done.num_accepted for done in of.generate(PROMPTS[:3], params)] for of in engines)
+    assert sum(host) > 6
+    assert sum(device) >= sum(host) - 2
+    assert isinstance(engines[1].draft, FeatureDraft)
+    assert not bool(engines[1].draft.model.pool.rows.isnan().any())
 
 
 def test_a_mixture_of_experts_and_its_head(gpu: Simulated) -> None:
