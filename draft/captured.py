@@ -123,12 +123,7 @@ class CapturedProposals:
         box, gathered = self._mailbox(shape), self._features_of(shape, features)
         self._sizes(box, sizes)
         box.send()
-
-        def take(tokens: Tensor, path: Tensor, length: Tensor, bonus: Tensor, features: Tensor) -> None:
-            _take(box.device, gathered, tokens, Verdict(path, length, bonus), features)
-
-        key = ("take", *shape.place, tree.tokens.shape[1])
-        self._graphs(key, take, tree.tokens, verdict.path, verdict.length, verdict.bonus, features)
+        _take(box.device, gathered, tree.tokens, verdict, features)
         return self._proposed(batch, shape, box, gathered)
 
     def _proposed(self, batch: Batch, shape: Shape, box: Mailbox, features: Tensor) -> DraftTree:
@@ -209,7 +204,10 @@ def _take(
 ) -> None:
     """Make pairs where the head looks for them, of what a step has left: every accepted node's feature, and
     the token after it, at last the bonus. Sequences that do not draft have none. tokens: [B, N]; features:
-    [B, N, F]."""
+    [B, N, F].
+
+    A dozen launches, of which the host is ahead; a graph would need as many to be given what it works on.
+    """
     node = verdict.path[:, : gathered.shape[1]].clamp(min=0)  # no path is longer than there are pairs
     width = node.shape[1]
     place, length = torch.arange(width, device=node.device), verdict.length[:, None]

@@ -68,9 +68,7 @@ class FeatureDraft:
         self._growth = Growth(model, self.calibration, shared_noise, anything, None)
         self._captured = CapturedProposals(self._growth, Graphs() if graphs is None else graphs, self.device)
         self._pending: dict[int, Pending] = {}
-        self._taken: frozenset[int] = (
-            frozenset()
-        )  # whose pairs of the step under way run in the one behind it
+        self._taken: frozenset[int] = frozenset()  # whose pairs the device takes in ahead
         self.start_over()
 
     def start_over(self) -> None:
@@ -190,20 +188,22 @@ class FeatureDraft:
             limit.has_tree and self._is_followed(seq, limit, before.most_emitted)
             for seq, limit, before in zip(batch.seqs, limits, batch.speculation, strict=True)
         ]
-        decisions, sizes = list[Decision](), list[Speculation]()
-        for seq, decision, grows in zip(
-            batch.seqs, self._decide(batch.seqs, limits, can_grow, 0), can_grow, strict=True
-        ):
-            size = decision.speculation if grows else replace(decision.speculation, nodes=1)
-            if self.lookup.propose(seq, size.lookup) is not None or (
-                size.has_tree and self._has_waiting(seq)
-            ):
+        decisions = self._decide(batch.seqs, limits, can_grow, 0)
+        sizes = [
+            decision.speculation if grows else replace(decision.speculation, nodes=1)
+            for decision, grows in zip(decisions, can_grow, strict=True)
+        ]
+        for seq, size in zip(batch.seqs, sizes, strict=True):
+            if size.has_tree and self._has_waiting(seq):
                 return None
-            size = replace(size, lookup=0)
-            decisions.append(replace(decision, speculation=size))
-            sizes.append(size)
-        shape = self._shape_ahead(batch, len(batch.kv_lens), sizes)
-        return None if shape is None and any(size.has_tree for size in sizes) else decisions
+            if self.lookup.propose(seq, size.lookup) is not None:
+                return None
+        if any(size.has_tree for size in sizes) and self._shape_ahead(batch, 1, sizes) is None:
+            return None
+        return [
+            replace(decision, speculation=replace(size, lookup=0))
+            for decision, size in zip(decisions, sizes, strict=True)
+        ]
 
     def _shape_ahead(self, before: Batch, num_seqs: int, sizes: Items[Speculation]) -> Shape | None:
         """The graph that drafts behind a step, ``before``, that is under way; None where none does, or nobody

@@ -267,12 +267,8 @@ class Engine:
 def _as_it_began(batch: Batch, deltas: Items[Delta]) -> Batch:
     """Decodes that are committed, with the lengths that they began with: the tensors that they lay in may be
     the next step's by now."""
-    own = deltas[-len(batch.seqs) :]
-    lengths = [
-        seq.kv_len - len(delta.token_ids) + delta.num_forced
-        for seq, delta in zip(batch.seqs, own, strict=True)
-    ]
-    return replace(batch, kv_lens=torch.tensor(lengths))
+    grown = {delta.request_id: len(delta.token_ids) - delta.num_forced for delta in deltas}
+    return replace(batch, kv_lens=torch.tensor([seq.kv_len - grown[seq.request.id] for seq in batch.seqs]))
 
 
 def _cost(batch: Batch, deltas: Items[Delta], times: StepTimes) -> StepCost:

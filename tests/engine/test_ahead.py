@@ -137,6 +137,22 @@ def test_lookups_wait_for_the_text(gpu: Simulated) -> None:
     assert set(ahead) == {True, False}
 
 
+def test_a_queue_before_a_full_engine_keeps_nobody_back(gpu: Simulated) -> None:
+    """Whoever waits for a place need not be looked at, unless somebody should make room."""
+    engine = on_device(gpu, "none", speculation=PLAIN, max_num_seqs=1)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    for number in range(2):
+        engine.add(Request(number, tuple(PROMPTS[number]), params))
+    for _ in range(3):
+        engine.step()
+    assert engine.num_waiting == 1
+    assert engine._next is not None
+    engine.add(Request(2, tuple(PROMPTS[2]), params, priority=-1))
+    engine.step()
+    assert engine._next is None
+    assert {delta.request_id for delta in engine.step()} == {2}
+
+
 # --- ends
 
 

@@ -13,7 +13,7 @@ from draft.planner import Drafted, Planner
 from engine.core import Delta, Request, SamplingParams, Speculation, StepCost
 from engine.step import Engine
 from tests.engine.rig import PLAIN, assert_idle, known_plain_tokens, make_engine
-from tests.engine.test_ahead import MODEL, PROMPTS, gpu, on_device, params_of, requests, tokens
+from tests.engine.test_ahead import MODEL, PROMPTS, drive, gpu, on_device, params_of, requests, tokens
 from tests.simulated import Simulated
 from verify.stats import StepLog
 
@@ -23,13 +23,10 @@ SAME = {"request", "context_len", "temperature", "tokens", "parents", "depth", "
 
 
 def logged(engine: Engine, path: Path, coming: Sequence[Request]) -> list[dict[str, Any]]:
-    """The step log of some requests, by request."""
-    engine.step_log = StepLog(str(path))
-    for request in coming:
-        engine.add(request)
-    while engine.has_work:
-        engine.step()
-    engine.step_log.close()
+    """The step log of some requests, by request. The last one comes when the others decode."""
+    log = engine.step_log = StepLog(str(path))
+    drive(engine, [(3 * (request is coming[-1]), request) for request in coming])
+    log.close()
     records = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
     return sorted(records, key=lambda record: (record["request"], record["context_len"]))
 

@@ -118,7 +118,7 @@ def test_a_mixture_of_experts_and_its_head(gpu: Simulated) -> None:
     got = run(device, params)
     assert tokens(got) == expected
     assert sum(delta.num_accepted for deltas in got for delta in deltas) > 0
-    assert {key[0] for key in graphs.keys if isinstance(key, tuple)} == {"decode", "propose", "take"}
+    assert {key[0] for key in graphs.keys if isinstance(key, tuple)} == {"decode", "propose"}
 
 
 def test_what_is_common_is_captured_before_anybody_waits(gpu: Simulated, echo: Model) -> None:
