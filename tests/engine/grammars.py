@@ -1,4 +1,4 @@
-"""What the tests of grammars share: grammars, engines that know them, and an oracle of what may follow a path.
+"""What the tests of grammars share: grammars, engines that know them, and an oracle of what may come next.
 
 The oracle is a matcher that was made for that path alone and never rolled back.
 """
