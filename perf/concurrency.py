@@ -35,7 +35,8 @@ from rich.table import Table
 
 from engine.build import Served
 from engine.cli.bench_spec import temperatures
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.errors import ConfigError, EngineError
 from engine.text.conversation import conversation_ids

@@ -36,7 +36,8 @@ from rich.table import Table
 
 from draft.head import FeatureDraft
 from engine.build import Served
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.core import Request, SamplingParams
 from engine.errors import ConfigError, EngineError

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.build import Served
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.core import SPECULATION_OFF, Batch, DraftTree, Grammar, Request, SamplingParams, Speculation
 from engine.errors import ConfigError, EngineError

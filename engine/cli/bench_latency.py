@@ -26,7 +26,8 @@ from rich.table import Table
 from engine.build import Served
 from engine.checkpoint import open_checkpoint
 from engine.cli import bench_steps
-from engine.cli.options import add_engine_arguments, engine_config, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments, engine_config
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError
 from engine.text.conversation import conversation_ids

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from engine.build import Served
 from engine.cli.bench_latency import measure, spread
-from engine.cli.options import add_engine_arguments, engine_config, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments, engine_config
 from engine.errors import ConfigError
 from engine.text.conversation import conversation_ids
 

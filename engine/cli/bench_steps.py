@@ -31,7 +31,8 @@ from engine.checkpoint import Checkpoint, MistralCheckpoint
 from engine.checkpoint.dummy import DummyMistral, open_dummy
 from engine.checkpoint.native import MistralHead
 from engine.checkpoint.published import PUBLISHED, published_head, published_target, with_layers
-from engine.cli.options import check_quantization, engine_config, model_name, quantization_kind
+from engine.cli.loading import check_quantization, quantization_kind
+from engine.cli.options import engine_config, model_name
 from engine.cli.progress import LoadingBar
 from engine.cli.speculative import asked
 from engine.config import EngineConfig
