@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.errors import ConfigError
+from perf import document
 from perf.plot import new_figure, save
 from perf.token_cost import read_costs, time_per_token
 
@@ -343,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"replay: error: {error}\n")
         return 1
     show(result, Console())
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result)
     return 0
 
 

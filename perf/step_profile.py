@@ -9,14 +9,10 @@ line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -27,7 +23,7 @@ from engine.cli.parser import Parser
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.step import Engine
 from engine.text.conversation import conversation_ids
-from perf.provenance import provenance
+from perf import document
 from verify.stats import StepTimes
 
 _PROMPT = "Tell me a long story about a dog who learns to sail."
@@ -78,29 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_engine_arguments(parser)
     parser.set_defaults(enable_prefix_caching=False)  # decode steps alone are profiled, on rows of their own
     parser.add_argument("--max-tokens", type=int, default=96, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    document.add_json_argument(parser)
     args = parser.parse_args(argv)
     served = open_engine(args)
     engine = served.engine
     prompt = tuple(conversation_ids(served.tokenizer, [{"role": "user", "content": _PROMPT}]))
     sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
     modes: dict[str, Speculation | None] = {"plain": SPECULATION_OFF, "speculative": None}
-    result: dict[str, Any] = {"model": served.name, "draft": served.draft_name, "modes": {}}
+    result = document.described("step-profile", served)
+    result |= {"tree": str(engine.config.speculation), "modes": {}}
     for number, (name, speculation) in enumerate(modes.items()):
         list(decode(engine, Request(10 * number, prompt, sampling, speculation)))  # warm up, calibrate
         steps = list(decode(engine, Request(10 * number + 1, prompt, sampling, speculation)))
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             list(decode(engine, Request(10 * number + 2, prompt, sampling, speculation)))
         result["modes"][name] = {"ms": phases(steps), "share_of_profiled_time": shares(profiled)}
-    result |= {
-        "tree": str(engine.config.speculation),
-        "threads": torch.get_num_threads(),
-        **provenance(engine.config.device, engine.config.dtype_name),
-    }
     _show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0
 
 

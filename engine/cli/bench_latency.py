@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -64,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and the result. Raises ConfigError or CheckpointError."""
-    from perf import latency
+    from perf import document, latency
 
     for flag in ("max_tokens", "repeats", "num_prompts", "threads"):
         value = getattr(args, flag)
@@ -88,12 +86,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if served.engine.step_log is not None:
             served.engine.step_log.close()
-    result = {"benchmark": "latency"} | latency.report(rows) | describe(served, args, path, len(prompts))
+    result = describe(served, args, path, len(prompts)) | latency.report(rows)
     result |= {"load_before": load_before, "draft_vocab_coverage": served.engine.vocab_coverage()}
     show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result | {"prompts": latency.per_prompt(rows)}, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json, prompts=latency.per_prompt(rows))
     return 0
 
 
@@ -169,14 +165,11 @@ def measure(prompts: Sequence[Prompt], modes: Mapping[str, Mode], repeats: int) 
 
 def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: int) -> dict[str, Any]:
     """What was measured, where and how."""
-    from perf import provenance
+    from perf import document, provenance
 
     config = engine_config(args)
-    size = config.speculation
-    found = {
-        "model": served.name,
-        "draft": served.draft_name,
-        "speculation": dataclasses.asdict(size),
+    found = document.described("latency", served) | {
+        "speculation": dataclasses.asdict(config.speculation),
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
         "prefix_caching": config.prefix_caching,
@@ -190,7 +183,7 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
 
         version = importlib.metadata.version(args.peer)
         found |= {"peer": f"{args.peer} {version}", "peer_dtype": args.peer_dtype}
-    return found | provenance.provenance(config.device, config.dtype_name)
+    return found
 
 
 COLUMNS = (

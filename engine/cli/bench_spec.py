@@ -8,9 +8,7 @@ are the flags, the tables and the JSON, whose last line on stdout is one object.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +20,7 @@ from rich.table import Table
 from engine.build import Served
 from engine.cli.bench_latency import measure, spread
 from engine.cli.loading import open_engine
-from engine.cli.options import add_engine_arguments, engine_config
+from engine.cli.options import add_engine_arguments
 from engine.errors import ConfigError
 from engine.text.conversation import conversation_ids
 
@@ -68,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and the result. Raises ConfigError or CheckpointError."""
-    from perf import acceptance, latency
+    from perf import acceptance, document, latency
 
     cells = asked_cells(args)
     path = args.prompts or latency.DEFAULT_PROMPTS
@@ -82,12 +80,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if served.engine.step_log is not None:
             served.engine.step_log.close()
-    result = {"benchmark": "spec", "cells": acceptance.report(rows, cells)}
-    result |= describe(served, args, path, len(prompts)) | {"load_before": load_before}
+    result = describe(served, args, path, len(prompts))
+    result |= {"load_before": load_before, "cells": acceptance.report(rows, cells)}
     show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0
 
 
@@ -138,20 +134,17 @@ def answers(
 
 def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: int) -> dict[str, Any]:
     """What was measured, where and how."""
-    from perf import provenance
+    from perf import document, provenance
 
-    config = engine_config(args)
-    return {
-        "model": served.name,
-        "draft": served.draft_name,
+    return document.described("spec", served) | {
         "draft_vocab_coverage": served.engine.vocab_coverage(),
         "max_tokens": args.max_tokens,
-        "prefix_caching": config.prefix_caching,
+        "prefix_caching": served.engine.config.prefix_caching,
         "repeats": args.repeats,
         "num_prompts": num_prompts,
         "prompt_set": path.name,
         "prompt_set_sha256": provenance.file_hash(path),
-    } | provenance.provenance(config.device, config.dtype_name)
+    }
 
 
 # --- tables -----------------------------------------------------------------------------------------------
