@@ -220,13 +220,14 @@ def show(result: Mapping[str, Any]) -> None:
     for title, _ in columns:
         table.add_column(title, justify="right")
     for kind, figures in result["kinds"].items():
-        table.add_row(kind, *(_cell(figures[key]) for _, key in columns))
+        table.add_row(kind, *(number(figures[key]) for _, key in columns))
     table.add_section()
-    table.add_row("all", *(_cell(result[key]) for _, key in columns), style="bold")
+    table.add_row("all", *(number(result[key]) for _, key in columns), style="bold")
     console = Console()
     # a pipe has no width; the table must not be folded into 80 columns there
     (console if console.is_terminal else Console(width=160)).print(table)
 
 
-def _cell(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure in a table: three digits or so, "-" where there is none."""
     return "-" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.build import Served
-from engine.cli.bench_latency import measure, spread
+from engine.cli.bench_latency import measure, number, spread
 from engine.cli.loading import open_engine
 from engine.cli.options import add_engine_arguments
 from engine.errors import ConfigError
@@ -178,8 +178,8 @@ def _by_depth(result: Mapping[str, Any]) -> Table:
     )
     for cell in result["cells"]:
         shares = {row["depth"]: row["acceptance"] for row in cell["by_depth"]}
-        cells = [_number(cell[key]) for key in columns.values()]
-        table.add_row(*_setting(cell), *cells, *(_number(shares.get(d + 1)) for d in range(_NUM_DEPTHS)))
+        cells = [number(cell[key]) for key in columns.values()]
+        table.add_row(*_setting(cell), *cells, *(number(shares.get(d + 1)) for d in range(_NUM_DEPTHS)))
     return table
 
 
@@ -190,7 +190,7 @@ def _by_kind(cells: Sequence[Mapping[str, Any]]) -> Table:
         figures = cell["kinds"].values()
         table.add_row(
             *_setting(cell),
-            *(f"{_number(kind['acceptance_length'])} ({_number(kind['speedup'])})" for kind in figures),
+            *(f"{number(kind['acceptance_length'])} ({number(kind['speedup'])})" for kind in figures),
         )
     return table
 
@@ -201,7 +201,7 @@ def _by_rank(cells: Sequence[Mapping[str, Any]]) -> Table:
     table = _table([rank if rank == "lookup" else f"rank {rank}" for rank in sorted(ranks)])
     table.caption = "share of the judged children of a rank (0 is the head's first choice) that were accepted"
     for cell, found in zip(cells, shares, strict=True):
-        table.add_row(*_setting(cell), *(_number(found.get(rank)) for rank in sorted(ranks)))
+        table.add_row(*_setting(cell), *(number(found.get(rank)) for rank in sorted(ranks)))
     return table
 
 
@@ -215,7 +215,3 @@ def _table(titles: Sequence[str]) -> Table:
 def _setting(cell: Mapping[str, Any]) -> tuple[str, str, str]:
     noise = {None: "-", True: "shared", False: "none"}[cell["shared_noise"]]
     return cell["shape"], f"{cell['temperature']:g}", noise
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -16,7 +16,7 @@ from engine.text.output_parser import TextDelta
 from tests.server import mistral
 from tests.server.command_line import background_server
 from tests.server.fakes import FakeEngine, script, serve_fake, server
-from tests.text.tekken import tekken_tokenizer
+from tests.text.tekken import spell, tekken_tokenizer
 
 
 def test_chat_question_in_process(
@@ -58,7 +58,7 @@ def test_chat_shows_thoughts_and_calls(
     out, err = capsys.readouterr()
     assert out == "Hello there\n" * 2
     assert err.endswith("Let me see.\n" * 2)
-    assert list(engine.added[1].prompt) == mistral.spell(
+    assert list(engine.added[1].prompt) == spell(
         *("<s>", "[MODEL_SETTINGS]", '{"reasoning_effort": "high"}', "[/MODEL_SETTINGS]"),
         *("[INST]", "one", "[/INST]", "[THINK]", "Let me see.", "[/THINK]", "Hello there", "</s>"),
         *("[INST]", "two", "[/INST]"),

@@ -10,8 +10,8 @@ import pytest
 from engine.text.mistral_chat import encode_chat
 from tests.server.calls import allowed, named, with_results
 from tests.server.fakes import server
-from tests.server.mistral import QUESTION, TWO_CALLS, WEATHER, engine, spell
-from tests.text.tekken import tekken_tokenizer
+from tests.server.mistral import QUESTION, TWO_CALLS, WEATHER, engine
+from tests.text.tekken import spell, tekken_tokenizer
 
 CHAT = "/v1/chat/completions"
 WITH_TOOLS = {**QUESTION, "tools": [WEATHER]}

@@ -12,8 +12,8 @@ from engine.server.sse import EventStream
 from engine.text.mistral_chat import encode_chat
 from tests.server.calls import assembled, deltas, reasons
 from tests.server.fakes import server, until
-from tests.server.mistral import QUESTION, THOUGHTFUL, TWO_CALLS, WEATHER, engine, spell
-from tests.text.tekken import tekken_tokenizer
+from tests.server.mistral import QUESTION, THOUGHTFUL, TWO_CALLS, WEATHER, engine
+from tests.text.tekken import spell, tekken_tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WITH_TOOLS = {**QUESTION, "tools": [WEATHER]}
