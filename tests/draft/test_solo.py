@@ -86,7 +86,7 @@ class TestGrowing:
         curves = (
             torch.rand(calibration._rates.shape, generator=torch.Generator().manual_seed(1)).sort(-1).values
         )
-        calibration._map, calibration._rates = curves, curves.double().numpy()
+        calibration._rates = curves.double().numpy()
         for _ in range(200):
             raw, depth, sampled = draw.random(), draw.randrange(1, 20), draw.random() < 0.5
             many = calibration(torch.full((1, 1, 10), raw), depth, torch.tensor([sampled]))[0, 0].tolist()

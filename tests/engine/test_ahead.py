@@ -45,6 +45,11 @@ def on_device(gpu: Simulated, draft: str, **options: Any) -> Engine:
     return make_engine(MODEL, draft, device=DEVICE, graphs=Graphs(gpu), **options)
 
 
+def is_ahead(engine: Engine) -> bool:
+    """Whether a step is launched that nobody has read."""
+    return engine._next is not None
+
+
 def params_of(count: int, max_tokens: int = 12, **others: Any) -> list[SamplingParams]:
     """Greedy, then sampled; some end before the others."""
     return [
@@ -129,9 +134,7 @@ def test_lookups_wait_for_the_text(gpu: Simulated) -> None:
     engine = on_device(gpu, "eagle3", speculation=speculation)
     texts, params = [PROMPTS[1] * 3], [SamplingParams(temperature=0.9, seed=4, max_tokens=30)]
     ahead = list[bool]()
-    recording = record(
-        engine, texts, params, after_step=lambda engine: ahead.append(engine._next is not None)
-    )
+    recording = record(engine, texts, params, after_step=lambda engine: ahead.append(is_ahead(engine)))
     assert recording.completions[0].token_ids == known_plain_tokens(MODEL, texts, params)[0]
     assert state_error(MODEL, recording, "eagle3") < TOLERANCE
     assert set(ahead) == {True, False}
@@ -146,10 +149,10 @@ def test_a_queue_before_a_full_engine_keeps_nobody_back(gpu: Simulated) -> None:
     for _ in range(3):
         engine.step()
     assert engine.num_waiting == 1
-    assert engine._next is not None
+    assert is_ahead(engine)
     engine.add(Request(2, tuple(PROMPTS[2]), params, priority=-1))
     engine.step()
-    assert engine._next is None
+    assert not is_ahead(engine)
     assert {delta.request_id for delta in engine.step()} == {2}
 
 
@@ -205,7 +208,7 @@ def test_aborts_and_arrivals_while_a_step_is_under_way(gpu: Simulated) -> None:
 
     def step_until_ahead() -> None:
         step()
-        while engine._next is None:
+        while not is_ahead(engine):
             assert engine.has_work, "no step was launched ahead"
             step()
 
@@ -260,7 +263,7 @@ def test_a_step_that_raises_while_another_is_under_way(
     params = [SamplingParams(temperature=0.8, seed=i, max_tokens=20) for i in range(3)]
     for request in requests(params):
         engine.add(request)
-    while engine._next is None:
+    while not is_ahead(engine):
         engine.step()
 
     def broken(*given: object) -> None:

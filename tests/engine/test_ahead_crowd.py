@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engine.graphs import Graphs
 from tests.engine.rig import make_engine
+from tests.engine.test_ahead import is_ahead
 from tests.engine.test_crowd import EOS, MODEL, OPS, Crowd, Op
 from tests.simulated import DEVICE, Simulated, simulated_gpu
 
@@ -28,7 +29,7 @@ class LateCrowd(Crowd):
 
     def step(self) -> None:
         super().step()
-        self.num_ahead += self.engine._next is not None
+        self.num_ahead += is_ahead(self.engine)
 
 
 def run(gpu: Simulated, draft: str, page_size: int, num_rows: int, budget: int, ops: list[Op]) -> LateCrowd:

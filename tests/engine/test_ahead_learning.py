@@ -13,7 +13,17 @@ from draft.planner import Drafted, Planner
 from engine.core import Delta, Request, SamplingParams, Speculation, StepCost
 from engine.step import Engine
 from tests.engine.rig import PLAIN, assert_idle, known_plain_tokens, make_engine
-from tests.engine.test_ahead import MODEL, PROMPTS, drive, gpu, on_device, params_of, requests, tokens
+from tests.engine.test_ahead import (
+    MODEL,
+    PROMPTS,
+    drive,
+    gpu,
+    is_ahead,
+    on_device,
+    params_of,
+    requests,
+    tokens,
+)
 from tests.simulated import Simulated
 from verify.stats import StepLog
 
@@ -80,7 +90,7 @@ def test_a_planner_hears_of_every_step_once(gpu: Simulated, monkeypatch: pytest.
     while engine.has_work:
         costs.clear()
         drafts.clear()
-        was_ahead = engine._next is not None
+        was_ahead = is_ahead(engine)
         deltas = engine.step()
         decodes = [delta for delta in deltas if delta.is_decode]
         judged = {one.request_id: one.accepted for one in drafts}

@@ -98,15 +98,15 @@ def test_padding_leaves_nothing_that_a_head_reads(gpu: Simulated, echo: Model) -
     """Three begin together, where there is room for four: the head is right as often as on a host. It never
     is where the fourth has left NaN on the dummy page."""
     params = params_of(3, 12)
-    engines = [
-        make_engine(echo, "eagle3", speculation=TREE, **where)
-        for where in ({}, {"device": DEVICE, "graphs": Graphs(gpu)})
-    ]
-    host, device = ([done.num_accepted for done in of.generate(PROMPTS[:3], params)] for of in engines)
-    assert sum(host) > 6
-    assert sum(device) >= sum(host) - 2
-    assert isinstance(engines[1].draft, FeatureDraft)
-    assert not bool(engines[1].draft.model.pool.rows.isnan().any())
+    host = make_engine(echo, "eagle3", speculation=TREE)
+    device = make_engine(echo, "eagle3", speculation=TREE, device=DEVICE, graphs=Graphs(gpu))
+    usual, found = (
+        sum(done.num_accepted for done in engine.generate(PROMPTS[:3], params)) for engine in (host, device)
+    )
+    assert usual > 6
+    assert found >= usual - 2
+    assert isinstance(device.draft, FeatureDraft)
+    assert not bool(device.draft.model.pool.rows.isnan().any())
 
 
 def test_a_mixture_of_experts_and_its_head(gpu: Simulated) -> None:
