@@ -221,7 +221,7 @@ def test_aborts_and_arrivals_while_a_step_is_under_way(gpu: Simulated) -> None:
     engine.abort(second.id)
     engine.abort(third.id)
     step()
-    assert not engine.has_work
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
     engine.add(replace(third, id=3))
     got[3] = []
     while engine.has_work:
