@@ -236,6 +236,8 @@ def test_aborts_and_arrivals_while_a_step_is_under_way(gpu: Simulated) -> None:
 
 def test_logits_without_a_number_have_no_successor(gpu: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next step is under way with a root that was never chosen."""
+    params = SamplingParams(temperature=0, max_tokens=30)
+    (usual,) = known_plain_tokens(MODEL, PROMPTS[1:2], [params])
     engine = on_device(gpu, "eagle3")
     score = engine.target.score
 
@@ -245,11 +247,19 @@ def test_logits_without_a_number_have_no_successor(gpu: Simulated, monkeypatch: 
             for one in score(batches, trees)
         )
 
+    launch, roots = Decoding.__call__, list[int]()
+
+    def launched(self: Decoding, batches: Sequence[Batch], trees: Sequence[DraftTree]) -> Launched:
+        for tree in trees:
+            roots.extend(tree.tokens[:, 0].tolist())
+        return launch(self, batches, trees)
+
     monkeypatch.setattr(engine.target, "score", spoiled)
-    params = SamplingParams(temperature=0, max_tokens=30)
+    monkeypatch.setattr(Decoding, "__call__", launched)
     got = drive(engine, [(0, Request(0, tuple(PROMPTS[1]), params))])
     assert got[0][-1].finish_reason == "error"
-    assert tokens(got[0]) == known_plain_tokens(MODEL, PROMPTS[1:2], [params])[0][: 13 - len(PROMPTS[1])]
+    assert tokens(got[0]) == usual[: 13 - len(PROMPTS[1])]
+    assert min(roots) >= 0, "a root that is no token"
     assert_idle(engine)
 
 
