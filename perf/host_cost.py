@@ -66,10 +66,12 @@ def engine_calls(engine: Engine) -> list[Timed]:
         (engine, "step", "rest of step"),
         (engine.decoding, "sampler", "sample"),
         (engine.scheduler, "next_batches", "schedule"),
+        (engine.scheduler, "next_ahead", "schedule"),
         (engine.scheduler, "commit", "commit"),
         (engine.target, "score", "target"),
         (engine.target, "compact", "compact"),
         (engine.draft, "propose", "propose"),
+        (engine.draft, "propose_ahead", "propose"),
         (engine.draft, "observe", "observe"),
     ]
     if isinstance(engine.draft, FeatureDraft):
