@@ -10,7 +10,6 @@ from kernels.cpu import kernels_for
 from kernels.cpu_head import FusedHead, fused_head
 from kernels.cpu_layer import FusedLayer, FusedStack, LayerRows, LayerSizes, fused_layer
 from kernels.dispatch import (
-    add_rms_norm,
     ancestor_words,
     best,
     choose,
@@ -55,7 +54,6 @@ __all__ = [
     "TreeRows",
     "UnsupportedError",
     "absorb_queries",
-    "add_rms_norm",
     "ancestor_words",
     "best",
     "choose",

@@ -50,19 +50,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return cpu.rms_norm(kernels, x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, rms_norm of it)."""
-    if device.on_gpu(x):
-        total, normed = device.registered("add_rms_norm")(x, delta, weight, eps)
-        return total, normed
-    kernels = _kernels_for(x)
-    if kernels is None or not (_is_plain(delta, x.dtype) and _is_plain(weight, x.dtype)):
-        return ref.add_rms_norm(x, delta, weight, eps)
-    return cpu.add_rms_norm(kernels, x, delta, weight, eps)
-
-
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[.., 2I] holding gate then up -> silu(gate) * up, [.., I]."""
+    if device.on_gpu(gate_up):
+        activated: Tensor = device.registered("silu_mul")(gate_up)
+        return activated
     kernels = _kernels_for(gate_up) if gate_up.shape[-1] % 16 == 0 else None
     return ref.silu_mul(gate_up) if kernels is None else cpu.silu_mul(kernels, gate_up)
 

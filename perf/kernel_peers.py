@@ -99,10 +99,6 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Call:
     return lambda: flashinfer.rms_norm(x, weight, eps)
 
 
-def _add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Call:
-    return lambda: flashinfer.add_rms_norm(x, delta, weight, eps)
-
-
 # What it refuses it says when it is prepared, with the reason.
-FLASHINFER: dict[str, Peer] = {"mla_tree_attention": _latents, "rms_norm": _norm, "add_rms_norm": _add_norm}
+FLASHINFER: dict[str, Peer] = {"mla_tree_attention": _latents, "rms_norm": _norm}
 TORCH: dict[str, Peer] = {"linear": _linear, "gate_up": _gate_up, "down": _down, "route": _route}

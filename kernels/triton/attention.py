@@ -33,6 +33,7 @@ from kernels.triton.host import (
     num_processors,
     power_of_two,
 )
+from kernels.triton.pdl import launch, release, wait
 
 _LEAST_KEYS = 256  # of a split
 _LOG2_E = 1.4426950408889634
@@ -80,8 +81,11 @@ def _attend(
     is_chain: tl.constexpr,
     is_split: tl.constexpr,
     compute: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One tile of rows over one split. Scores are in base 2: ``scale`` holds the factor."""
+    release(dependent)
+    wait(dependent)
     key_dim: tl.constexpr = value_dim + rotated_dim
     seq = (tl.program_id(2) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(2) % num_kv_heads
@@ -170,10 +174,13 @@ def _merge(
     value_dim: tl.constexpr,
     value_block: tl.constexpr,
     block: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One row: parts [splits, rows, D] weighed by lse [splits, rows]. A split that saw nothing has -inf
     there, and its part was never written. Those that would begin behind the sequence's last key, however
     short splits are, are not looked at: a page table may be wide for all."""
+    release(dependent)
+    wait(dependent)
     row = tl.program_id(0).to(tl.int64)
     num_keys = tl.load(kv_lens + row // rows_of_seq).to(tl.int32) + num_own
     num_splits = tl.minimum(num_splits, tl.cdiv(num_keys, least_keys))
@@ -319,6 +326,7 @@ def _run(
         compute=_compute_type(q.dtype, keys.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch(),
     )
     if num_splits > 1:
         _merge[(num_rows,)](
@@ -335,6 +343,7 @@ def _run(
             value_block=_block(value_dim),
             block=min(power_of_two(num_splits), 8),
             num_warps=2,
+            **launch(),
         )
     return out
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.errors import require
 from kernels.triton.host import FLOATS, FP8, check_contiguous, check_dtype, power_of_two
+from kernels.triton.pdl import launch, release, wait
 
 _LARGEST_FP8 = 448.0
 
@@ -34,8 +35,11 @@ def _turn_halves(
     head_dim: tl.constexpr,
     block: tl.constexpr,
     largest: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One head of one token: a query is turned, a key is turned and stored, a value is stored."""
+    release(dependent)
+    wait(dependent)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     column = tl.arange(0, block)
@@ -93,8 +97,11 @@ def _turn_pairs(
     pair_block: tl.constexpr,
     scales: tl.constexpr,
     largest: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One query head of one token, or behind the heads, its latent row."""
+    release(dependent)
+    wait(dependent)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     pair = tl.arange(0, pair_block)
@@ -175,6 +182,7 @@ def rope_write(
             block=power_of_two(head_dim),
             largest=_largest(k_pool),
             num_warps=1,
+            **launch(),
         )
     return queries
 
@@ -230,6 +238,7 @@ def rope_latent_write(
             scales=query_scale is not None,
             largest=_largest(pool),
             num_warps=1,
+            **launch(),
         )
     return out
 

@@ -126,13 +126,3 @@ def test_prompts_are_ragged_and_causal(fake: Recorder) -> None:
     ):
         with pytest.raises(UnsupportedError, match=reason):
             attention.plan(*given)
-
-
-def test_the_fused_norm_returns_the_sum_first(fake: Recorder) -> None:
-    x, delta = torch.randn(3, 8).to(BF16), torch.randn(3, 8).to(BF16)
-    expected = (x + delta).clone()
-    total, normed = flashinfer.add_rms_norm(x, delta, torch.ones(8, dtype=BF16), 1e-6)
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(normed.float().square().mean(-1), torch.ones(3), atol=0.02, rtol=0)
-    with pytest.raises(UnsupportedError, match="not contiguous"):
-        flashinfer.add_rms_norm(x.t(), delta.t(), torch.ones(3, dtype=BF16), 1e-6)
