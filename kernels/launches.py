@@ -13,6 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Final
+
+import torch
+
+LEAST_CAPABILITY: Final = (9, 0)  # of a GPU that launches dependently
 
 _DEPENDENT: ContextVar[bool] = ContextVar("dependent launches", default=False)
 
@@ -33,3 +38,10 @@ def dependent_launches(on: bool = True) -> Iterator[None]:
 def are_dependent() -> bool:
     """Whether a kernel that is called now is."""
     return _DEPENDENT.get()
+
+
+def can_be_dependent(device: str) -> bool:
+    """Whether a device launches dependently."""
+    if torch.device(device).type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY

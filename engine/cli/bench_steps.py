@@ -242,6 +242,7 @@ def _facts(
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "kv_cache_dtype": str(config.kv_dtype).removeprefix("torch."),
         "enforce_eager": config.enforce_eager,
+        "pdl": config.pdl,
     } | provenance.provenance(config.device, config.dtype_name)
 
 
@@ -278,6 +279,7 @@ def _figures(costs: Costs) -> dict[str, Any]:
         "copy_bytes_per_second": round(limits.bandwidth),
         "flops": round(limits.flops),
         "steps": costs.rows,
+        "launches": costs.launches,
         "prompts": costs.prompts,
         "assumed": assumed(costs.rows),
         "alike_embedding_share": costs.embedding_share,
@@ -293,6 +295,10 @@ _STEP_COLUMNS: Final = (
     ("experts", "experts_per_layer"), ("step ms", "step_ms"), ("verify ms", "verify_ms"),
     ("floor", "floor_ms"), ("share", "floor_share"), ("draft ms", "draft_ms"), ("floor", "draft_floor_ms"),
     ("share", "draft_floor_share"), ("rest ms", "other_ms"),
+)  # fmt: skip
+_LAUNCH_COLUMNS: Final = (
+    ("dependent", "pdl"), ("batch", "batch"), ("context", "context"), ("nodes", "nodes"),
+    ("step ms", "step_ms"), ("verify ms", "verify_ms"), ("draft ms", "draft_ms"), ("rest ms", "other_ms"),
 )  # fmt: skip
 _PROMPT_COLUMNS: Final = (
     ("prompt", "tokens"), ("TTFT ms", "ttft_ms"), ("floor", "floor_ms"), ("share", "floor_share"),
@@ -311,6 +317,7 @@ def show(result: Mapping[str, Any]) -> None:
     layers = f"{result['num_layers']} layers"
     for title, columns, rows in (
         (f"{result['model']}, {layers}, random weights, {result['device']}", _STEP_COLUMNS, result["steps"]),
+        ("dependent launches", _LAUNCH_COLUMNS, result["launches"]),
         ("time to first token", _PROMPT_COLUMNS, result["prompts"]),
         ("acceptance assumed, not measured", _ASSUMED_COLUMNS, result["assumed"]),
     ):

@@ -153,6 +153,14 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
         "captured at start",
     )
     group.add_argument(
+        "--pdl",
+        action=Switch,
+        off=("--no-pdl",),
+        default=default.pdl,
+        help="programmatic dependent launch, on a GPU of compute capability 9.0 or more: kernels of CUDA "
+        "graphs begin before the one before has ended, and fetch weights meanwhile; not yet measured",
+    )
+    group.add_argument(
         "--enable-prefix-caching",
         action=Switch,
         off=("--no-enable-prefix-caching", "--disable-radix-cache"),
@@ -292,6 +300,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         if draft.max_model_len is None
         else draft.max_model_len,
         enforce_eager=args.enforce_eager,
+        pdl=args.pdl,
         canary=args.canary,
         spec_log=args.spec_log,
         dummy_weights=args.load_format == "dummy",
