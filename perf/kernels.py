@@ -3,8 +3,9 @@
 For each registered operation and real shape: first that it agrees with its reference, then the median time,
 the bytes and flops that it must move and compute at least, and the share of this device's measured copy
 bandwidth and matrix ceiling that the time comes to. Beside it the time of torch's own best for the same
-result, and of flashinfer's with ``--flashinfer``. A kernel that is wrong is not timed, and the exit code
-is 1.
+result, and of flashinfer's with ``--flashinfer``. Where the device has dependent launches, both are done
+with them once more (``pdl_us``): in a graph, each call behind others of its kind. A kernel that is wrong is
+not timed, and the exit code is 1.
 
 ``--floor`` needs no GPU: it gives the least time by the datasheet of one (``--gpu``). ``--dry-run`` runs tiny
 shapes in Triton's interpreter by the clock of the host, to try the program where there is no GPU; its times
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from engine.cli.roofline import GPUS
 from engine.errors import ConfigError, EngineError
+from kernels import can_be_dependent, dependent_launches
 from kernels.ops import OPERATIONS, Case, Operation, Source
 from perf.kernel_peers import FLASHINFER, TORCH, Peer
 from perf.kernel_timing import Ceilings, cache_bytes, launch_seconds, measured_ceilings, timed
@@ -97,6 +99,8 @@ def wrong(operation: Operation, case: Case, device: str) -> str:
     results = []
     for function in (operation.reference, kernel):
         arguments = case.make(Source(device))
+        if device == "cuda":
+            torch.cuda.synchronize()  # weights of dependent launches are there before
         returned = function(*arguments)
         all_of = [returned] if isinstance(returned, Tensor) else list(returned or ())
         results.append(all_of + [arguments[index] for index in operation.changes])
@@ -114,6 +118,10 @@ def measured(operation: Operation, case: Case, device: str, limits: Ceilings, ot
     arguments = case.make(Source(device))
     row = _bound(operation, case, arguments, limits)
     disagreement = wrong(operation, case, device)
+    if not disagreement and can_be_dependent(device):
+        with dependent_launches():
+            disagreement = wrong(operation, case, device)
+            disagreement = disagreement and f"with dependent launches: {disagreement}"
     row["correct"] = not disagreement
     if disagreement:
         return row | {"error": disagreement[:500]}
@@ -121,8 +129,12 @@ def measured(operation: Operation, case: Case, device: str, limits: Ceilings, ot
     sets = [arguments, *(case.make(Source(device, seed)) for seed in range(1, num_sets))]
     kernel = operation.load()
     repeats = 11 if device == "cuda" else 1
-    ours = timed([lambda given=given: kernel(*given) for given in sets], device, repeats)  # type: ignore[misc]
+    calls = [lambda given=given: kernel(*given) for given in sets]  # type: ignore[misc]
+    ours = timed(calls, device, repeats)
     row |= {"us": round(1e6 * ours.seconds, 3), "captured": ours.captured, "argument_sets": num_sets}
+    if can_be_dependent(device):
+        with dependent_launches():
+            row["pdl_us"] = round(1e6 * timed(calls, device, repeats).seconds, 3)
     row["bandwidth_share"] = round(row["bytes"] / ours.seconds / limits.bandwidth, 4)
     row["floor_share"] = round(row["floor_us"] / row["us"], 4)
     row |= _peer("torch", TORCH.get(operation.name, _reference(operation)), sets, device, repeats)
@@ -234,6 +246,7 @@ _COLUMNS = (
     "case",
     "floor_us",
     "us",
+    "pdl_us",
     "bandwidth_share",
     "floor_share",
     "torch_us",
