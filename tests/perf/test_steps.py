@@ -22,6 +22,7 @@ from engine.cli.roofline import routing_overlap, step_bytes
 from engine.config import EngineConfig
 from engine.core import Batch, DraftTree, Scores
 from engine.errors import EngineError
+from engine.graphs import Graphs
 from engine.step import Engine
 from perf.kernel_timing import Ceilings
 from perf.step_costs import ALIKE, UNIFORM, Costs, Floors, Wanted, assumed, emitted, memory
@@ -258,6 +259,36 @@ def test_time_is_kept_and_what_is_missing_is_named(steps: Steps) -> None:
         "prompt of 11", "uniform: 2 x 48, 1 nodes", "uniform: 300 x 48, 1 nodes",
     ]  # fmt: skip
     assert {one["why"] for one in costs.left_out} == {"7 s had passed"}
+    steps.make_alike(0.0)
+
+
+def test_steps_are_timed_with_dependent_launches_and_without(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where graphs hold launches, which here they only claim to."""
+    wanted = Wanted(nodes=(1, 4), batches=(1,), contexts=(40,), prompts=(9,), num_steps=2, seconds=99)
+    graphs, asked = steps.engine.graphs, list[bool]()
+    start_over = graphs.start_over
+
+    def told(pdl: bool) -> None:
+        asked.append(pdl)
+        start_over(pdl)
+
+    monkeypatch.setattr(Graphs, "are_on", True)
+    monkeypatch.setattr(graphs, "start_over", told)
+    for able in (False, True):
+        monkeypatch.setattr("perf.step_costs.can_be_dependent", lambda device, able=able: able)
+        costs = Costs(steps, floors(), wanted, Ticking())
+        list(costs.measure(0.0))
+        assert [one["what"] for one in costs.left_out] == ([] if able else ["dependent launches"])
+    assert [(one["nodes"], one["pdl"]) for one in costs.launches] == [
+        (1, True),
+        (1, False),
+        (4, True),
+        (4, False),
+    ]
+    assert asked == [True, False, False, False] * 2, "each time as asked for, and then as it was"
+    assert len(costs.rows) == 4, "and they are not among the other figures"
     steps.make_alike(0.0)
 
 
