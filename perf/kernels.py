@@ -129,7 +129,7 @@ def measured(operation: Operation, case: Case, device: str, limits: Ceilings, ot
     sets = [arguments, *(case.make(Source(device, seed)) for seed in range(1, num_sets))]
     kernel = operation.load()
     repeats = 11 if device == "cuda" else 1
-    calls = [lambda given=given: kernel(*given) for given in sets]  # type: ignore[misc]
+    calls = [lambda given=given: kernel(*given) for given in sets]
     ours = timed(calls, device, repeats)
     row |= {"us": round(1e6 * ours.seconds, 3), "captured": ours.captured, "argument_sets": num_sets}
     if can_be_dependent(device):
