@@ -41,10 +41,6 @@ def _by_head(
     """x: [tokens, heads, depth + carried]; weight: by head, depth and columns apart as the strides say; out:
     [tokens, heads, columns + carried]."""
     head = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(2) * num_tokens + tl.arange(0, num_tokens)
-    live = (token < all_tokens)[:, None]
-    row = (token.to(tl.int64) * num_heads + head)[:, None]
-    x_row, out_row = x + row * (depth + carried), out + row * (columns + carried)
     inner = tl.arange(0, depth_block)
     column = tl.program_id(1) * column_block + tl.arange(0, column_block)
     release(dependent)
@@ -52,6 +48,10 @@ def _by_head(
     inside = (inner < depth)[:, None] & (column < columns)[None, :]
     matrix = tl.load(weight + at, mask=inside, other=0.0)
     wait(dependent)
+    token = tl.program_id(2) * num_tokens + tl.arange(0, num_tokens)
+    live = (token < all_tokens)[:, None]
+    row = (token.to(tl.int64) * num_heads + head)[:, None]
+    x_row, out_row = x + row * (depth + carried), out + row * (columns + carried)
     given = tl.load(x_row + inner[None, :], mask=live & (inner < depth)[None, :], other=0.0)
     precision: tl.constexpr = "ieee" if operand == tl.float32 else "tf32"
     product = tl.dot(given.to(operand), matrix.to(operand), input_precision=precision)
