@@ -51,13 +51,13 @@ step() {
 }
 
 kernels() {
-  local tests=(-m gpu) timings=(--seconds 210)
+  local tests=(-m gpu) timings=(--seconds 290)
   if $dry; then tests=(-m "not gpu") timings=(--dry-run --cases "1 "); fi
   if "$python" -c 'import flashinfer' 2> /dev/null; then timings+=(--flashinfer); fi
   # What pytest would warn of on another version of torch or of a plugin is no failure here.
   step kernel-tests 210 "$python" -m pytest -q -o filterwarnings=default -p no:cacheprovider "${tests[@]}" \
     --junitxml "$out/kernel-tests.xml" tests/kernels/test_ops.py tests/kernels/test_products.py
-  step kernels 260 "$python" -m perf.kernels "${timings[@]}" --json "$out/kernels.json"
+  step kernels 340 "$python" -m perf.kernels "${timings[@]}" --json "$out/kernels.json"
 }
 
 bench=("$python" -m engine.cli.main bench latency)
