@@ -203,7 +203,7 @@ class TestBfloat16:
         cos = torch.full((1, num_rows, 1, 8), 4 / 3).bfloat16()
         pools = torch.zeros(2, 1, num_rows, 8, dtype=torch.bfloat16)
         heads = torch.cat((x, torch.zeros(1, num_rows, 2, 8, dtype=torch.bfloat16)), dim=2)
-        found = ops.rope_write(heads, 1, cos, torch.zeros_like(cos), *pools, slice(0, num_rows))
+        found = ops.rope_write(heads, 1, cos, torch.zeros_like(cos), pools[0], pools[1], slice(0, num_rows))
         exact = x.float() * cos.float() + x.roll(4, -1).float() * 0
         torch.testing.assert_close(found, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
         assert not torch.equal(found.float(), exact), "the test is idle without rounding"

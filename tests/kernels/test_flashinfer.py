@@ -35,12 +35,6 @@ class Recorder:
         self.calls["run"] = (q, *others), {}
         return torch.zeros(*q.shape[:-1], others[-1].shape[-1] if len(others) == 2 else q.shape[-1])
 
-    def fused_add_rmsnorm(
-        self, x: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> None:
-        total += x
-        x.copy_(torch.rms_norm(total.float(), (total.shape[-1],), weight.float(), eps))
-
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Recorder:
@@ -48,7 +42,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     module = SimpleNamespace(
         BatchPrefillWithRaggedKVCacheWrapper=recorder.wrapper,
         mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=recorder.wrapper),
-        norm=SimpleNamespace(fused_add_rmsnorm=recorder.fused_add_rmsnorm),
     )
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     return recorder
