@@ -1,11 +1,11 @@
 """The EAGLE-1 and EAGLE-2 head (Li et al., arXiv 2401.15077, 2406.16858): the target's last feature in, its
 vocabulary out.
 
-    x = fc([embedding of token i, feature i - 1])             the feature is the target's, after its final
-    norm
-    x = decoder layers (the first usually without an input norm)
-    logits = the target's lm_head(x), or lm_head(norm(x)) where the checkpoint has a final norm;  x is the
-    next feature
+    x = fc([embedding of token i, feature i - 1])     the target's feature, after its final norm
+    x = decoder layers(x)                             the first usually without an input norm
+    logits = lm_head(x) or lm_head(norm(x))           the target's; norm where the checkpoint has one
+
+and x is the next feature.
 
 EAGLE-2 is the same network; what it changed, dynamic trees, is ``draft/tree.py``.
 """

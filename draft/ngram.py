@@ -143,11 +143,6 @@ class Lookup:
     tokens: list[int]
     chances: list[float]
 
-    @property
-    def likelihood(self) -> float:
-        """The chance that its first token is right."""
-        return self.chances[0]
-
 
 @dataclass(slots=True)
 class _State:

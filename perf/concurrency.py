@@ -16,7 +16,6 @@ Users repeat each other's prompts, so the prefix cache is off unless asked for.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
@@ -35,13 +34,15 @@ from rich.table import Table
 
 from engine.build import Served
 from engine.cli.bench_spec import temperatures
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.errors import ConfigError, EngineError
 from engine.text.conversation import conversation_ids
+from perf import document
 from perf.closed_loop import Load, Trace, drive, equal_answers, figures
 from perf.latency import DEFAULT_PROMPTS, ratio, read_prompts
-from perf.provenance import file_hash, provenance
+from perf.provenance import file_hash
 from perf.shapes import AUTO, PLAIN, Shape, shapes
 
 WARM_UP_SECONDS = 1.0  # of each mode, at the lowest concurrency; the first windows would pay for it
@@ -72,16 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:
         sys.stderr.write(f"concurrency: error: {error}\n")
         return 1
-    config = served.engine.config
-    result: dict[str, Any] = {"benchmark": "concurrency", "model": served.name, "draft": served.draft_name}
+    result = document.described("concurrency", served)
     result |= {"cells": summarise(windows), "rounds": args.rounds, "minutes": args.minutes, "seed": args.seed}
     result |= {"max_tokens": args.max_tokens, "prompt_set": args.prompts.name, "load_before": load_before}
     result |= {"prompt_set_sha256": file_hash(args.prompts)}
-    result |= provenance(config.device, config.dtype_name)
     show(result, console)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result | {"windows": windows}) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json, windows=windows)
     return 0
 
 

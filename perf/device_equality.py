@@ -10,7 +10,6 @@ the exit code 1. The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError, EngineError
 from engine.step import Engine
 from engine.text.conversation import conversation_ids
+from perf import document
 from perf.latency import DEFAULT_PROMPTS, read_prompts
 from perf.provenance import provenance
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--num-prompts", type=int, default=8, metavar="N")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    document.add_json_argument(parser)
     args = parser.parse_args(argv)
     try:
         if min(args.num_prompts, args.max_tokens) < 1:
@@ -142,10 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "benchmark": "device_equality", "model": Path(model).name, "modes": modes, "tf32": False,
         "max_tokens": args.max_tokens, **provenance(device, "float32"),
     }  # fmt: skip
-    document = json.dumps(result)
-    if args.json is not None:
-        args.json.write_text(document + "\n", encoding="utf-8")
-    sys.stdout.write(document + "\n")
+    document.write(result, args.json)
     return int(
         any(counts["differing"] > counts.get("ties", counts["differing"]) for counts in modes.values())
     )

@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +34,8 @@ from rich.table import Table
 
 from draft.head import FeatureDraft
 from engine.build import Served
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.core import Request, SamplingParams
 from engine.errors import ConfigError, EngineError
@@ -45,8 +44,8 @@ from engine.server.output import Output
 from engine.server.replies import Envelope
 from engine.server.state import ServerOptions, ServerState
 from engine.step import Engine
+from perf import document
 from perf.closed_loop import clear
-from perf.provenance import provenance
 from perf.stopwatch import LargestList, Stopwatch, Timed
 
 GROUPS = {
@@ -222,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument("--contexts", type=int, nargs="+", default=[200, 1800], metavar="TOKENS")
     group.add_argument("--context-users", type=int, default=4, metavar="C", help="at each context")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    document.add_json_argument(group)
     args = parser.parse_args(argv)
     try:
         _check(args)
@@ -234,14 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:
         sys.stderr.write(f"host_cost: error: {error}\n")
         return 1
-    config = served.engine.config
-    facts = {"model": served.name, "draft": served.draft_name, "vocab_size": served.engine.target.vocab_size}
-    result = {"benchmark": "host_cost", **facts, "temperature": args.temperature, **result}
-    result |= {"contexts": contexts, **provenance(config.device, config.dtype_name)}
+    facts = {"vocab_size": served.engine.target.vocab_size, "temperature": args.temperature}
+    result = document.described("host_cost", served) | facts | result | {"contexts": contexts}
     show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0
 
 

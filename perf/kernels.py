@@ -17,12 +17,10 @@ mean nothing. The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -34,6 +32,7 @@ from engine.cli.roofline import GPUS
 from engine.errors import ConfigError, EngineError
 from kernels import can_be_dependent, dependent_launches
 from kernels.ops import OPERATIONS, Case, Operation, Source
+from perf import document
 from perf.kernel_peers import FLASHINFER, TORCH, Peer
 from perf.kernel_timing import Ceilings, cache_bytes, launch_seconds, measured_ceilings, timed
 from perf.provenance import provenance
@@ -174,7 +173,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=0, metavar="S", help="stop measuring after this long"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    document.add_json_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -188,10 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"kernels: error: {error}\n")
         return 1
     _show(result["rows"])
-    document = json.dumps(result)
-    if args.json is not None:
-        args.json.write_text(document + "\n", encoding="utf-8")
-    sys.stdout.write(document + "\n")
+    document.write(result, args.json)
     return 0 if all(row.get("correct", True) for row in result["rows"]) else 1
 
 

@@ -37,6 +37,7 @@ from engine.checkpoint import open_model
 from engine.cli.options import device_name
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.nn.weight import Weight
+from perf import document
 from perf.provenance import ROOT, provenance
 
 SPARE_BYTES: Final = 10**9
@@ -159,13 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a checkpoint, as haast serve takes it")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of plain weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    document.add_json_argument(parser)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
         device = device_name(args.device)
         if args.here:
-            sys.stdout.write(json.dumps(measure(args.directories[0], args.dtype, device)) + "\n")
+            document.write(measure(args.directories[0], args.dtype, device))
             return 0
         rows = [in_fresh_process(place, args.dtype, device) for place in args.directories]
     except EngineError as error:
@@ -173,9 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     result = {"benchmark": "load-memory", **provenance(device, args.dtype), "rows": rows}
     _show(rows)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0 if all(row["holds"] for row in rows) else 1
 
 

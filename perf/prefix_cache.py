@@ -11,12 +11,10 @@ text. The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
@@ -24,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.build import Served
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError, EngineError
+from perf import document
 from perf.latency import DEFAULT_PROMPTS, PLAIN, SPEC, Run, read_prompts, run_engine
-from perf.provenance import provenance
 
 QUESTIONS: Final = ("\nWhich task is the hardest, and why?", "\nHow many tasks were there?")
 MODES: Final[dict[str, Speculation | None]] = {PLAIN: SPECULATION_OFF, SPEC: None}
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix-tokens", type=int, default=2000, metavar="N", help="of the common text")
     parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="length of the answers")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    document.add_json_argument(parser)
     args = parser.parse_args(argv)
     try:
         if min(args.prefix_tokens, args.max_tokens, args.rounds) < 1:
@@ -108,9 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"prefix_cache: error: {error}\n")
         return 1
     _show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0 if result["holds"] else 1
 
 
@@ -131,10 +128,7 @@ def measure(served: Served, prefix_tokens: int, max_tokens: int, num_rounds: int
             done.append(run_round(served, prompts, mode, f"{mode}-{number}", ids, max_tokens))
     modes = {mode: summarise(done) for mode, done in rounds.items()}
     least = prefix_tokens // config.page_size * config.page_size - 1
-    return {
-        "benchmark": "prefix-cache",
-        "model": served.name,
-        "draft": served.draft_name,
+    return document.described("prefix-cache", served) | {
         "prefix_tokens": prefix_tokens,
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "rounds": num_rounds,
@@ -142,7 +136,6 @@ def measure(served: Served, prefix_tokens: int, max_tokens: int, num_rounds: int
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "modes": modes,
         "holds": all(one["answers_equal"] and one["num_cached"] >= least for one in modes.values()),
-        **provenance(config.device, config.dtype_name),
     }
 
 

@@ -21,7 +21,6 @@ What the steps cost, predicted against measured, is ``perf/token_cost.py``'s par
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.errors import ConfigError
+from perf import document
 from perf.plot import new_figure, save
+from perf.step_log import read_records
 from perf.token_cost import read_costs, time_per_token
 
 SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
@@ -66,25 +67,15 @@ class Step:
 
 def read_log(path: Path) -> tuple[list[Step], int]:
     """(steps that drafted, number of steps that did not). Raises ConfigError with the line number."""
-    steps, undrafted = [], 0
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"log {path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step = _step(record) if len(record["parents"]) > 1 and "raw" in record else None
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise ConfigError(f"log {path}, line {number}: not a step record ({error!r})") from error
-        if step is None:
-            undrafted += 1
-        else:
-            steps.append(step)
-    return steps, undrafted
+    found = read_records(path, _step)
+    steps = [step for step in found if step is not None]
+    return steps, len(found) - len(steps)
 
 
-def _step(record: dict[str, Any]) -> Step:
+def _step(record: dict[str, Any]) -> Step | None:
+    """The step of a record, None if it drafted nothing that has scores. Raises ValueError."""
+    if len(record["parents"]) <= 1 or "raw" not in record:
+        return None
     parents = tuple(int(parent) for parent in record["parents"])
     step = Step(
         parents,
@@ -343,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"replay: error: {error}\n")
         return 1
     show(result, Console())
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result)
     return 0
 
 

@@ -12,7 +12,6 @@ independent ones would, and independence is what is assumed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -27,6 +26,7 @@ from engine.cli.footprint import kv_token_bytes, target_footprint
 from engine.cli.roofline import GPUS, Gpu, Reads, distinct_experts, floor_seconds, step_bytes
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
+from perf import document
 from perf.provenance import command, commit
 from perf.reads import draft_reads
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_bytes = step_bytes(drafts, 1, args.batch, args.context)
         facts |= {"draft_level_bytes": round(num_bytes)}
         facts |= {"draft_level_floor_ms": round(1e3 * floor_seconds(num_bytes, gpu), 4)}
-    sys.stdout.write(json.dumps({"benchmark": "roofline", **facts, "rows": found}) + "\n")
+    document.write({"benchmark": "roofline", **facts, "rows": found})
     return 0
 
 

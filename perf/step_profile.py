@@ -9,24 +9,24 @@ line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.build import Served
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
+from engine.errors import ConfigError, EngineError
 from engine.step import Engine
 from engine.text.conversation import conversation_ids
-from perf.provenance import provenance
+from perf import document
 from verify.stats import StepTimes
 
 _PROMPT = "Tell me a long story about a dog who learns to sail."
@@ -50,7 +50,7 @@ def decode(engine: Engine, request: Request) -> Iterator[tuple[StepTimes, int]]:
 
 
 def phases(steps: Sequence[tuple[StepTimes, int]]) -> dict[str, float]:
-    """Median milliseconds of each phase and tokens per step."""
+    """Median milliseconds of each phase, but for the first steps, and tokens per step."""
     times = [step for step, _ in steps[_SKIPPED:]]
     found = {
         name: round(1e3 * statistics.median(getattr(step, f"{name}_s") for step in times), 3)
@@ -63,43 +63,47 @@ def shares(profiled: Any) -> dict[str, float]:
     """Share of the profiled CPU time by kind of operation; what fits no kind is "rest"."""
     total: dict[str, float] = dict.fromkeys([*_GROUPS, "rest"], 0.0)
     for event in profiled.key_averages():
-        if event.key == "step":
-            continue
         group = next((g for g, names in _GROUPS.items() if any(name in event.key for name in names)), "rest")
         total[group] += event.self_cpu_time_total
     whole = sum(total.values())
     return {group: round(time / whole, 4) for group, time in total.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Profile and print. Returns the exit code."""
-    parser = Parser(prog="perf.step_profile", description=__doc__)
-    add_engine_arguments(parser)
-    parser.set_defaults(enable_prefix_caching=False)  # decode steps alone are profiled, on rows of their own
-    parser.add_argument("--max-tokens", type=int, default=96, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args(argv)
-    served = open_engine(args)
+def measure(served: Served, max_tokens: int) -> dict[str, Any]:
+    """Both modes by the clock and under the profiler. Raises ConfigError if answers are too short."""
     engine = served.engine
     prompt = tuple(conversation_ids(served.tokenizer, [{"role": "user", "content": _PROMPT}]))
-    sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    result = document.described("step-profile", served)
+    result |= {"tree": str(engine.config.speculation), "modes": {}}
     modes: dict[str, Speculation | None] = {"plain": SPECULATION_OFF, "speculative": None}
-    result: dict[str, Any] = {"model": served.name, "draft": served.draft_name, "modes": {}}
     for number, (name, speculation) in enumerate(modes.items()):
         list(decode(engine, Request(10 * number, prompt, sampling, speculation)))  # warm up, calibrate
         steps = list(decode(engine, Request(10 * number + 1, prompt, sampling, speculation)))
+        if len(steps) <= _SKIPPED:
+            raise ConfigError(f"--max-tokens {max_tokens} took {len(steps)} steps, expected over {_SKIPPED}")
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             list(decode(engine, Request(10 * number + 2, prompt, sampling, speculation)))
         result["modes"][name] = {"ms": phases(steps), "share_of_profiled_time": shares(profiled)}
-    result |= {
-        "tree": str(engine.config.speculation),
-        "threads": torch.get_num_threads(),
-        **provenance(engine.config.device, engine.config.dtype_name),
-    }
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Profile and print. Returns the exit code."""
+    about = (__doc__ or "").split("\n")[0]
+    parser = Parser(prog="python -m perf.step_profile", description=about)
+    add_engine_arguments(parser)
+    parser.set_defaults(enable_prefix_caching=False)  # decode steps alone are profiled, on rows of their own
+    parser.add_argument("--max-tokens", type=int, default=96, metavar="N", help="length of the answers")
+    document.add_json_argument(parser)
+    args = parser.parse_args(argv)
+    try:
+        result = measure(open_engine(args), args.max_tokens)
+    except EngineError as error:
+        sys.stderr.write(f"step_profile: error: {error}\n")
+        return 1
     _show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0
 
 
@@ -116,4 +120,4 @@ def _show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -16,20 +16,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
 from engine.build import Served
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.parser import Parser
 from engine.core import SPECULATION_OFF, Batch, DraftTree, Grammar, Request, SamplingParams, Speculation
 from engine.errors import ConfigError, EngineError
 from engine.roles import Draft, DraftMask
 from engine.text.conversation import conversation_ids
-from perf.provenance import provenance
+from perf import document
 
 _TEXT: Final = {"type": "string", "maxLength": 40}
 
@@ -185,17 +185,12 @@ def measure(served: Served, max_tokens: int, num_rounds: int) -> dict[str, Any]:
             "answers_complete": sum(complete) / len(complete),
             **{mode: figures.summary() for mode, figures in sums.items()},
         }
-    config = served.engine.config
-    return {
-        "benchmark": "structured",
-        "model": served.name,
-        "draft": served.draft_name,
+    return document.described("structured", served) | {
         "tasks": len(TASKS),
         "rounds": num_rounds,
         "max_tokens": max_tokens,
         "temperatures": temperatures,
         "holds": holds,
-        **provenance(config.device, config.dtype_name),
     }
 
 
@@ -219,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_engine_arguments(parser)
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="length of the answers")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    document.add_json_argument(parser)
     args = parser.parse_args(argv)
     try:
         if min(args.max_tokens, args.rounds) < 1:
@@ -231,9 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"structured: error: {error}\n")
         return 1
     _show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0 if result["holds"] else 1
 
 

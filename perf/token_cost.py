@@ -14,7 +14,6 @@ nodes have no value, so it promises nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from engine.errors import ConfigError
+from perf.step_log import read_records
 
 _BOUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)  # nodes scored; past the last: one group
 
@@ -40,20 +39,15 @@ class StepCost:
 
 def read_costs(path: Path) -> list[StepCost]:
     """The steps of a log written by --spec-log, drafted or not. Raises ConfigError with the line number."""
-    records: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"log {path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            _cost([record])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"log {path}, line {number}: not a step record ({error!r})") from error
-        records.append(record)
+    records = read_records(path, _checked)
     # Records of a step stand together; a log that was appended to counts from 0 again.
     return [_cost(list(group)) for _, group in groupby(records, key=lambda record: int(record["step"]))]
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """A record that has all that ``_cost`` reads."""
+    _cost([record])
+    return record
 
 
 def _cost(records: Sequence[dict[str, Any]]) -> StepCost:

@@ -4,10 +4,9 @@ The loss of a row with hidden state h against distribution t is lse(W h) - t . (
 pass, the [rows, vocabulary] logits would cost more memory traffic than the rest of the head, and so would
 gathering t for every step of every chain. Two rewrites avoid both:
 
-    t . (W h) = (t W) . h      t W, [rows of the table, H], is one product, shared by all steps
+    t . (W h) = (t W) . h                                t W, [rows of the table, H], serves all steps
     d/dh = W^T softmax(W h) - t W
-    d/dW = sum over rows of softmax(W h) h^T - t h^T, and the second sum is one product after adding up h per
-    table row
+    d/dW = sum over rows of softmax(W h) h^T - t h^T     t h^T: one product, of h added up per table row
 
 The softmax part of both gradients is formed at once, block by block, while a block is in cache.
 

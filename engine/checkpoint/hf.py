@@ -29,6 +29,7 @@ from engine.checkpoint.base import (
     check_vocabulary,
     expected_tensors,
 )
+from engine.checkpoint.safetensors_header import read_index
 from engine.config import Fields, LlamaConfig
 from engine.errors import CheckpointError
 from engine.text.tokenizer import Tokenizer, read_json
@@ -128,7 +129,7 @@ def token_ids(path: Path, config: LlamaConfig) -> tuple[int | None, tuple[int, .
 
 def _read_headers(directory: Path) -> dict[str, _Stored]:
     """Every tensor of the checkpoint by name, each found exactly once. Raises CheckpointError."""
-    index = _read_index(directory)
+    index = _index_of(directory)
     files = [_SINGLE] if index is None else sorted(set(index.values()))
     stored: dict[str, _Stored] = {}
     for file_name in files:
@@ -153,29 +154,18 @@ def _read_headers(directory: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
+def _index_of(directory: Path) -> dict[str, str] | None:
     """Tensor name -> shard's file name; None for a checkpoint in a single file. Raises CheckpointError."""
     if (directory / _SINGLE).is_file():
         return None
-    file = directory / _INDEX
-    if not file.is_file():
+    index = read_index(directory / _INDEX)
+    if index is None:
         weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
         found = sorted(entry.name for entry in directory.iterdir() if entry.suffix in weights)
         raise CheckpointError(
             f"{directory}: no {_SINGLE} and no {_INDEX}, found {', '.join(found[:4]) or 'no weights'}"
         )
-    weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{file}: weight_map is {str(weight_map)[:40]}, expected tensor names and their files"
-        )
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", shard):
-            raise CheckpointError(
-                f"{file}: tensor {name} is in {shard!r}, expected the plain name of a .safetensors "
-                "file in this directory"
-            )
-    return weight_map
+    return index
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, _Stored]]:

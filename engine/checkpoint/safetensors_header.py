@@ -140,7 +140,7 @@ def read_shards(directory: Path, stem: str) -> dict[str, Stored]:
     With ``stem.safetensors.index.json`` its files are read and must hold what it says; without it, all files
     with that stem are. Raises CheckpointError.
     """
-    index = _read_index(directory / f"{stem}.safetensors.index.json")
+    index = read_index(directory / f"{stem}.safetensors.index.json")
     files = (
         sorted(directory / name for name in set(index.values())) if index else shard_files(directory, stem)
     )
@@ -179,7 +179,7 @@ def shard_files(directory: Path, stem: str) -> list[Path]:
     return [directory / match[0] for match in matches]
 
 
-def _read_index(file: Path) -> dict[str, str] | None:
+def read_index(file: Path) -> dict[str, str] | None:
     """Tensor name -> plain name of its shard; None if there is no index. Raises CheckpointError."""
     if not file.is_file():
         return None

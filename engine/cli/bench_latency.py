@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -26,7 +24,8 @@ from rich.table import Table
 from engine.build import Served
 from engine.checkpoint import open_checkpoint
 from engine.cli import bench_steps
-from engine.cli.options import add_engine_arguments, engine_config, open_engine
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments, engine_config
 from engine.core import SPECULATION_OFF, Request, SamplingParams, Speculation
 from engine.errors import ConfigError
 from engine.text.conversation import conversation_ids
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and the result. Raises ConfigError or CheckpointError."""
-    from perf import latency
+    from perf import document, latency
 
     for flag in ("max_tokens", "repeats", "num_prompts", "threads"):
         value = getattr(args, flag)
@@ -87,12 +86,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if served.engine.step_log is not None:
             served.engine.step_log.close()
-    result = {"benchmark": "latency"} | latency.report(rows) | describe(served, args, path, len(prompts))
+    result = describe(served, args, path, len(prompts)) | latency.report(rows)
     result |= {"load_before": load_before, "draft_vocab_coverage": served.engine.vocab_coverage()}
     show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result | {"prompts": latency.per_prompt(rows)}, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json, prompts=latency.per_prompt(rows))
     return 0
 
 
@@ -168,14 +165,11 @@ def measure(prompts: Sequence[Prompt], modes: Mapping[str, Mode], repeats: int) 
 
 def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: int) -> dict[str, Any]:
     """What was measured, where and how."""
-    from perf import provenance
+    from perf import document, provenance
 
     config = engine_config(args)
-    size = config.speculation
-    found = {
-        "model": served.name,
-        "draft": served.draft_name,
-        "speculation": dataclasses.asdict(size),
+    found = document.described("latency", served) | {
+        "speculation": dataclasses.asdict(config.speculation),
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
         "prefix_caching": config.prefix_caching,
@@ -189,7 +183,7 @@ def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: 
 
         version = importlib.metadata.version(args.peer)
         found |= {"peer": f"{args.peer} {version}", "peer_dtype": args.peer_dtype}
-    return found | provenance.provenance(config.device, config.dtype_name)
+    return found
 
 
 COLUMNS = (
@@ -226,13 +220,14 @@ def show(result: Mapping[str, Any]) -> None:
     for title, _ in columns:
         table.add_column(title, justify="right")
     for kind, figures in result["kinds"].items():
-        table.add_row(kind, *(_cell(figures[key]) for _, key in columns))
+        table.add_row(kind, *(number(figures[key]) for _, key in columns))
     table.add_section()
-    table.add_row("all", *(_cell(result[key]) for _, key in columns), style="bold")
+    table.add_row("all", *(number(result[key]) for _, key in columns), style="bold")
     console = Console()
     # a pipe has no width; the table must not be folded into 80 columns there
     (console if console.is_terminal else Console(width=160)).print(table)
 
 
-def _cell(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure in a table: three digits or so, "-" where there is none."""
     return "-" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -8,9 +8,7 @@ are the flags, the tables and the JSON, whose last line on stdout is one object.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.build import Served
-from engine.cli.bench_latency import measure, spread
-from engine.cli.options import add_engine_arguments, engine_config, open_engine
+from engine.cli.bench_latency import measure, number, spread
+from engine.cli.loading import open_engine
+from engine.cli.options import add_engine_arguments
 from engine.errors import ConfigError
 from engine.text.conversation import conversation_ids
 
@@ -67,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and the result. Raises ConfigError or CheckpointError."""
-    from perf import acceptance, latency
+    from perf import acceptance, document, latency
 
     cells = asked_cells(args)
     path = args.prompts or latency.DEFAULT_PROMPTS
@@ -81,12 +80,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if served.engine.step_log is not None:
             served.engine.step_log.close()
-    result = {"benchmark": "spec", "cells": acceptance.report(rows, cells)}
-    result |= describe(served, args, path, len(prompts)) | {"load_before": load_before}
+    result = describe(served, args, path, len(prompts))
+    result |= {"load_before": load_before, "cells": acceptance.report(rows, cells)}
     show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0
 
 
@@ -137,20 +134,17 @@ def answers(
 
 def describe(served: Served, args: argparse.Namespace, path: Path, num_prompts: int) -> dict[str, Any]:
     """What was measured, where and how."""
-    from perf import provenance
+    from perf import document, provenance
 
-    config = engine_config(args)
-    return {
-        "model": served.name,
-        "draft": served.draft_name,
+    return document.described("spec", served) | {
         "draft_vocab_coverage": served.engine.vocab_coverage(),
         "max_tokens": args.max_tokens,
-        "prefix_caching": config.prefix_caching,
+        "prefix_caching": served.engine.config.prefix_caching,
         "repeats": args.repeats,
         "num_prompts": num_prompts,
         "prompt_set": path.name,
         "prompt_set_sha256": provenance.file_hash(path),
-    } | provenance.provenance(config.device, config.dtype_name)
+    }
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -184,8 +178,8 @@ def _by_depth(result: Mapping[str, Any]) -> Table:
     )
     for cell in result["cells"]:
         shares = {row["depth"]: row["acceptance"] for row in cell["by_depth"]}
-        cells = [_number(cell[key]) for key in columns.values()]
-        table.add_row(*_setting(cell), *cells, *(_number(shares.get(d + 1)) for d in range(_NUM_DEPTHS)))
+        cells = [number(cell[key]) for key in columns.values()]
+        table.add_row(*_setting(cell), *cells, *(number(shares.get(d + 1)) for d in range(_NUM_DEPTHS)))
     return table
 
 
@@ -196,7 +190,7 @@ def _by_kind(cells: Sequence[Mapping[str, Any]]) -> Table:
         figures = cell["kinds"].values()
         table.add_row(
             *_setting(cell),
-            *(f"{_number(kind['acceptance_length'])} ({_number(kind['speedup'])})" for kind in figures),
+            *(f"{number(kind['acceptance_length'])} ({number(kind['speedup'])})" for kind in figures),
         )
     return table
 
@@ -207,7 +201,7 @@ def _by_rank(cells: Sequence[Mapping[str, Any]]) -> Table:
     table = _table([rank if rank == "lookup" else f"rank {rank}" for rank in sorted(ranks)])
     table.caption = "share of the judged children of a rank (0 is the head's first choice) that were accepted"
     for cell, found in zip(cells, shares, strict=True):
-        table.add_row(*_setting(cell), *(_number(found.get(rank)) for rank in sorted(ranks)))
+        table.add_row(*_setting(cell), *(number(found.get(rank)) for rank in sorted(ranks)))
     return table
 
 
@@ -221,7 +215,3 @@ def _table(titles: Sequence[str]) -> Table:
 def _setting(cell: Mapping[str, Any]) -> tuple[str, str, str]:
     noise = {None: "-", True: "shared", False: "none"}[cell["shared_noise"]]
     return cell["shape"], f"{cell['temperature']:g}", noise
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

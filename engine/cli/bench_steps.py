@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -31,7 +29,8 @@ from engine.checkpoint import Checkpoint, MistralCheckpoint
 from engine.checkpoint.dummy import DummyMistral, open_dummy
 from engine.checkpoint.native import MistralHead
 from engine.checkpoint.published import PUBLISHED, published_head, published_target, with_layers
-from engine.cli.options import check_quantization, engine_config, model_name, quantization_kind
+from engine.cli.loading import check_quantization, quantization_kind
+from engine.cli.options import engine_config, model_name
 from engine.cli.progress import LoadingBar
 from engine.cli.speculative import asked
 from engine.config import EngineConfig
@@ -90,6 +89,7 @@ def refuse_without_dummy(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and the result. Raises ConfigError or CheckpointError."""
+    from perf import document
     from perf.step_costs import Floors
 
     began = time.perf_counter()
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     # Written after each figure, so that what ends a run early takes none of them.
     floors = Floors.of(checkpoint, head if isinstance(head, MistralHead) else None, config, limits)
     for result in _measured(began, facts, engine, floors, wanted):
-        _write(result, args.json)
+        document.save(result, args.json)
     del engine
     gc.collect()  # an engine is full of cycles, and the peer needs its memory
     if args.peer is not None:
@@ -118,14 +118,8 @@ def run(args: argparse.Namespace) -> int:
 
         result["peer"] = per_layer(checkpoint, config, result["steps"])
     show(result)
-    _write(result, args.json)
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0
-
-
-def _write(result: Mapping[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _refuse(args: argparse.Namespace, flags: frozenset[str], why: str) -> None:

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import msgspec
 
 from engine.cli.client import session, stream_chat
+from engine.cli.loading import open_engine
 from engine.cli.local import LocalEngine
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.sampling import add_sampling_arguments, sampling_fields
 from engine.errors import ConfigError, EngineError
 from engine.server import protocol

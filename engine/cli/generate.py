@@ -22,8 +22,9 @@ from typing import IO, Any
 import msgspec
 
 from engine.build import Served
+from engine.cli.loading import open_engine
 from engine.cli.local import LocalEngine, Progress
-from engine.cli.options import add_engine_arguments, open_engine
+from engine.cli.options import add_engine_arguments
 from engine.cli.sampling import add_sampling_arguments, sampling_fields
 from engine.core import Request
 from engine.errors import ConfigError, EngineError, RequestError

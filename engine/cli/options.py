@@ -1,46 +1,26 @@
 """Flags that several verbs share: which model, how to run it, what to draft.
 
-``add_engine_arguments`` declares them, ``engine_config`` turns them into an EngineConfig, ``open_engine``
-loads. Flag names are vLLM's where vLLM has one; SGLang's names are aliases.
+``add_engine_arguments`` declares them, ``engine_config`` turns them into an EngineConfig; what they name is
+loaded by ``engine.cli.loading``. Flag names are vLLM's where vLLM has one; SGLang's names are aliases.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Final
 
 import torch
 
-from engine.build import Served, build
-from engine.checkpoint import open_model
-from engine.checkpoint.dummy import open_dummy
-from engine.checkpoint.published import Quantised
 from engine.cli import speculative
 from engine.cli.environment import Switch
-from engine.cli.progress import LoadingBar, PhaseBar
-from engine.cli.speculative import Asked, asked, check_method
-from engine.config import EngineConfig, LlamaConfig
+from engine.cli.speculative import asked
+from engine.config import EngineConfig
 from engine.core import Speculation
 from engine.errors import ConfigError
-from engine.memory import out_of_memory
-from engine.step import Engine
-from engine.warmup import warm_up
 from kernels import has_fast_bfloat16
 
-log = logging.getLogger("haast")
-
 GPU_MEMORY_UTILIZATION: Final = 0.9  # where --kv-cache-memory is not given
-_QUANTIZATIONS: Final[Mapping[str, Quantised]] = {  # names that others have for how a checkpoint is stored
-    "fp8": "fp8",
-    "nvfp4": "nvfp4",
-    "modelopt_fp4": "nvfp4",
-    "compressed-tensors": "nvfp4",
-}
 # As vLLM spells them; None is that of --dtype.
 KV_DTYPES: Final = {"auto": None, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -142,7 +122,6 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
         help="memory for the KV cache, as 512MiB or 2GiB (default on a CPU 1GiB); on a GPU what "
         "--gpu-memory-utilization leaves",
     )
-
     group.add_argument(
         "--enforce-eager",
         "--disable-cuda-graph",
@@ -341,99 +320,6 @@ def notes(args: argparse.Namespace, config: EngineConfig) -> list[str]:
         f"--gpu-memory-utilization {args.gpu_memory_utilization}: no effect {where}; the KV cache may take "
         f"{size:.2f} GiB (--kv-cache-memory)"
     ]
-
-
-def open_engine(args: argparse.Namespace) -> Served:
-    """Load the model that the flags name, with a progress bar on stderr.
-
-    Raises ConfigError or CheckpointError.
-    """
-    config, draft, model = engine_config(args), asked(args), model_name(args)
-    _check_draft(draft, model, config)
-    if args.quantization is not None:
-        check_quantization(args.quantization, model, config.dummy_weights)
-    num_read = 0
-    started = time.perf_counter()
-    with LoadingBar() as bar:
-
-        def update(done: int, total: int) -> None:
-            nonlocal num_read
-            num_read = done
-            bar.update(done, total)
-
-        with _enough_memory(config):
-            served = build(model, draft.head, config, update)
-    log.info(
-        "Model loading took %.2f GiB and %.1f s: %s, %s, from %s",
-        num_read / (1 << 30),
-        time.perf_counter() - started,
-        served.name,
-        config.dtype_name,
-        served.root,
-    )
-    with _enough_memory(served.engine.config):
-        _warm_up(served.engine)
-    return served
-
-
-@contextmanager
-def _enough_memory(config: EngineConfig) -> Iterator[None]:
-    """Turns a failed allocation into a ConfigError that says what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, config, *torch.cuda.mem_get_info(config.device)) from error
-
-
-def _warm_up(engine: Engine) -> None:
-    """Run the first steps; where they are captured, with a bar."""
-    graphs = engine.graphs
-    if not graphs.are_on:
-        warm_up(engine)
-        return
-    with PhaseBar("Capturing graphs") as bar:
-        warm_up(engine, bar.update)
-    log.info(
-        "Graph capturing took %.2f GiB and %.1f s: %d graphs, others when they are needed",
-        graphs.num_bytes / (1 << 30),
-        graphs.seconds,
-        len(graphs.keys),
-    )
-
-
-def _check_draft(draft: Asked, model: str | None, config: EngineConfig) -> None:
-    if draft.method in ("eagle", "eagle3") and draft.head is None and model is not None:
-        raise ConfigError(f"--spec-method is {draft.method!r}, expected a draft head as --spec-model")
-    check_method(draft, config.dummy_weights)
-
-
-def check_quantization(name: str, model: str | None, dummy: bool = False) -> None:
-    """ConfigError unless a model is stored in the way that --quantization names. Reads its headers, or for a
-    dummy its config.
-    """
-    kind = quantization_kind(name)
-    checkpoint = None if model is None else (open_dummy if dummy else open_model)(model)
-    stored: set[str] = set()
-    if checkpoint is not None and not isinstance(checkpoint.config, LlamaConfig):
-        plan = checkpoint.plan
-        stored = {planned.kind for planned in plan.weights.values() if planned.expected.is_linear}
-    if kind not in stored:
-        found = " and ".join(sorted(stored - {"plain"})) or "neither FP8 nor NVFP4"
-        raise ConfigError(
-            f"--quantization is {name!r}, but {model or 'the default model'} is stored as {found}; it is "
-            "served as it is stored: leave the flag out"
-        )
-
-
-def quantization_kind(name: str) -> Quantised:
-    """What a value of --quantization means. Raises ConfigError."""
-    kind = _QUANTIZATIONS.get(name.lower())
-    if kind is None:
-        raise ConfigError(
-            f"--quantization is {name!r}, expected {', '.join(_QUANTIZATIONS)}; a checkpoint is served as it "
-            "is stored, so the flag can be left out"
-        )
-    return kind
 
 
 def num_bytes(text: str) -> int:

@@ -236,31 +236,10 @@ def _collect(
 def _train(
     args: argparse.Namespace, checkpoint: Checkpoint, name: str, data_dirs: list[Path], device: str
 ) -> None:
-    dataset = Dataset(*data_dirs)
-    made_for = dataset.settings.get("target")
-    layers = tuple(dataset.settings.get("feature_layers", ()))
-    if made_for != name or dataset.feature_size != len(layers) * checkpoint.config.hidden_size:
-        raise ConfigError(
-            f"{data_dirs[0]}: holds {dataset.feature_size} features per token of {made_for}, "
-            f"expected {len(layers)} x {checkpoint.config.hidden_size} of {name}"
-        )
-    if args.feature_layers is not None and args.feature_layers != layers:
-        raise ConfigError(
-            f"{data_dirs[0]}: made with --feature-layers {','.join(map(str, layers))}, "
-            f"this run has {','.join(map(str, args.feature_layers))}"
-        )
-    settings = TrainSettings(
-        seed=args.seed,
-        epochs=args.epochs,
-        max_minutes=args.max_minutes,
-        batch_tokens=args.batch_tokens,
-        lr=args.lr,
-        num_steps=args.steps_unrolled,
-        chain_share=args.chain_share,
-        share_lm_head=args.share_lm_head,
-        bf16=bfloat16_is_fast(device),
-        eval_every=args.eval_every,
-    )
+    """The head, from the data: trained, exported with its card, and reported on stderr. Raises ConfigError if
+    the data is not of this target."""
+    dataset, settings = Dataset(*data_dirs), _settings(args, device)
+    _check_data(dataset, data_dirs[0], name, checkpoint.config.hidden_size, args.feature_layers)
     training, heldout = split(len(dataset), _HELDOUT_EVERY)
     with LoadingBar() as loading:
         weights = checkpoint.load(torch.float32, device, loading.update)
@@ -273,15 +252,7 @@ def _train(
     with PhaseBar("Training") as bar:
 
         def show(report: Report) -> None:
-            lengths = report.acceptance.lengths if report.acceptance is not None else {}
-            length = "".join(
-                f", {value:.2f} per step with chains of {chain}" for chain, value in lengths.items()
-            )
-            bar.update(
-                report.share,
-                f"step {report.step}, loss {report.loss:.3f}, "
-                f"{report.tokens_per_second:.0f} tokens/s{length}",
-            )
+            bar.update(report.share, _progress(report))
 
         job = Run(run_dir, settings, head.to(device), target, dataset, training, heldout, show)
         acceptance = job.train()
@@ -312,6 +283,45 @@ def _train(
         f"{', '.join(f'{value:.3f}' for value in acceptance.by_depth)}; length "
         f"{', '.join(f'{v:.3f} (chain of {k})' for k, v in acceptance.lengths.items())}\n"
     )
+
+
+def _check_data(
+    dataset: Dataset, where: Path, name: str, hidden_size: int, asked_layers: tuple[int, ...] | None
+) -> None:
+    """ConfigError unless the data has the features of this target, of the layers asked for if any are."""
+    made_for = dataset.settings.get("target")
+    layers = tuple(dataset.settings.get("feature_layers", ()))
+    if made_for != name or dataset.feature_size != len(layers) * hidden_size:
+        raise ConfigError(
+            f"{where}: holds {dataset.feature_size} features per token of {made_for}, "
+            f"expected {len(layers)} x {hidden_size} of {name}"
+        )
+    if asked_layers is not None and asked_layers != layers:
+        raise ConfigError(
+            f"{where}: made with --feature-layers {','.join(map(str, layers))}, "
+            f"this run has {','.join(map(str, asked_layers))}"
+        )
+
+
+def _settings(args: argparse.Namespace, device: str) -> TrainSettings:
+    return TrainSettings(
+        seed=args.seed,
+        epochs=args.epochs,
+        max_minutes=args.max_minutes,
+        batch_tokens=args.batch_tokens,
+        lr=args.lr,
+        num_steps=args.steps_unrolled,
+        chain_share=args.chain_share,
+        share_lm_head=args.share_lm_head,
+        bf16=bfloat16_is_fast(device),
+        eval_every=args.eval_every,
+    )
+
+
+def _progress(report: Report) -> str:
+    lengths = report.acceptance.lengths if report.acceptance is not None else {}
+    said = "".join(f", {value:.2f} per step with chains of {chain}" for chain, value in lengths.items())
+    return f"step {report.step}, loss {report.loss:.3f}, {report.tokens_per_second:.0f} tokens/s{said}"
 
 
 # --- odds and ends ------------------------------------------------------------------------------------------

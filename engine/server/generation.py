@@ -2,9 +2,8 @@
 
 A stream has one event per step and none before the first token; the role comes with that token. What a step
 could not complete (a cut character, what may become a stop string, the name of a tool) waits for a later
-event. The last
-chunk carries ``metrics``: the usage chunk if the client asked for one, else the chunk with the last finish
-reason.
+event. The last chunk carries ``metrics``: the usage chunk if the client asked for one, else the chunk with
+the last finish reason.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def _lark(text: str) -> str:
     """Lark's notation as it is, GBNF's (``root ::= ..``) translated."""
     try:
         converted: str = any_to_lark(text)
-    except Exception as error:  # noqa: BLE001 - a parser of its own, with errors of many kinds
+    except Exception as error:  # a parser of its own, with errors of many kinds
         raise ValueError(f"neither Lark nor GBNF: {error}") from error
     return converted
 

@@ -106,7 +106,7 @@ class Tokenizer:
         """
         try:
             backend = tokenizers.Tokenizer.from_file(str(tokenizer_json))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception, for a missing file too
+        except Exception as error:  # the library raises bare Exception, for a missing file too
             raise CheckpointError(
                 f"{tokenizer_json}: not a tokenizer.json that can be read: {error}"
             ) from error
@@ -161,7 +161,7 @@ class Tokenizer:
             # llama-3 takes a word that is a token whole, even where no chain of merges leads to it
             model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe")
             backend = tokenizers.Tokenizer(model)
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{where}: tokens and merges do not fit together: {error}") from error
         backend.pre_tokenizer = _pre_tokenizer(pre, where)
         backend.decoder = decoders.ByteLevel()

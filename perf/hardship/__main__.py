@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -19,6 +17,7 @@ from rich.table import Table
 from engine.cli.client import session
 from engine.cli.parser import Parser
 from engine.errors import EngineError
+from perf import document
 from perf.hardship.census import Census, Observer
 from perf.hardship.failures import broken_step, dead_engine
 from perf.hardship.process import SERVE, serving
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m perf.hardship", description="What a server goes through.")
     parser.add_argument("--quick", action="store_true", help="a little of everything, in seconds")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of questions, moments and nonsense")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    document.add_json_argument(parser)
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of haast serve, the model among them")
     args = parser.parse_args(argv)
     try:
@@ -49,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"hardship: error: {error}\n")
         return 1
     _show(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    document.write(result, args.json)
     return 0 if result["holds"] else 1
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn, cast
 import uvloop
 
 from engine.build import Served
-from engine.cli.options import open_engine
+from engine.cli.loading import open_engine
 from engine.cli.parser import Parser
 from engine.cli.serve import add_arguments, server_options
 from engine.core import Batch, Delta, DraftTree, Request

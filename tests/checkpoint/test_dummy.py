@@ -1,49 +1,29 @@
-"""Models without weights: the plan of real files, numbers of sane size, and engines that run on them."""
+"""Models without weights: the plan of real files, with numbers of sane size."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from draft.head import FeatureDraft
-from engine.build import build, build_engine, open_head
+from engine.build import build, open_head
 from engine.checkpoint import dummy, open_model
-from engine.checkpoint.dummy import DummyLlama, DummyMistral, open_dummy
+from engine.checkpoint.dummy import DummyMistral, open_dummy
 from engine.checkpoint.mistral_hf import MistralHfCheckpoint
-from engine.checkpoint.mistral_tables import VisionShape
 from engine.checkpoint.native import MistralHead, NativeCheckpoint, read_mistral_head
 from engine.checkpoint.plan import Planned
 from engine.checkpoint.synthetic import write_head, write_target
-from engine.checkpoint.synthetic_config import (
-    SMALL_4,
-    SMALL_4_VISION,
-    TINY,
-    TINY_VISION,
-    config_json,
-    head_config,
-    params_json,
-)
+from engine.checkpoint.synthetic_config import SMALL_4, SMALL_4_VISION, TINY, TINY_VISION, head_config
 from engine.checkpoint.synthetic_tables import HEAD_LAYOUTS, LAYOUTS, Layout
-from engine.cli import main
-from engine.config import EngineConfig, Mistral4Config
-from engine.core import SPECULATION_OFF, Batch, DraftTree, SamplingParams, Scores, Speculation
 from engine.errors import CheckpointError, ConfigError
-from engine.nn.weight import Fp8Weight, Nvfp4Weight, Weight
-from tests.checkpoint.files import hf_config, write_gguf, write_hf, write_tokenizer
+from engine.nn.weight import Fp8Weight, Nvfp4Weight
+from tests.checkpoint.dummies import CONFIG, describe, dummy_pair, settings, tensors
+from tests.checkpoint.files import write_gguf, write_hf
 from tests.checkpoint.mistral_files import edit_json, same_bits, wide
-from tests.conftest import tiny_eagle3, tiny_llama
-from tests.engine.rig import assert_idle, prompts_of
-from tests.text.tekken import tekken_data
+from tests.conftest import tiny_llama
 
-VOCAB = 1300  # a thousand control tokens and the 300 most frequent others
-CONFIG = dataclasses.replace(TINY, vocab_size=VOCAB)
 FP8_ELEMENTS, NVFP4_ELEMENTS = 117_879_865_344, 115_964_116_992 + 905_969_664
 BF16_ELEMENTS = 1_521_433_600 - 428_472_320  # without the vision encoder, which is not loaded
 
@@ -53,50 +33,6 @@ def without_weights(directory: Path) -> Path:
     for file in directory.glob("*.safetensors"):
         file.unlink()
     return directory
-
-
-def describe(
-    directory: Path, config: Mistral4Config, layout: Layout, vision: VisionShape | None = None
-) -> Path:
-    """A directory with params.json or config.json, as published with a layout, and nothing else."""
-    directory.mkdir()
-    kind = layout.partition("-")[2]
-    write, name = (config_json, "config.json") if layout.startswith("hf") else (params_json, "params.json")
-    raw = write(config, None if kind == "bf16" else kind, vision)
-    (directory / name).write_text(json.dumps(raw))
-    return directory
-
-
-def dummy_pair(root: Path, layout: Layout, config: Mistral4Config = CONFIG) -> tuple[Path, Path]:
-    target = describe(root / "target", config, layout)
-    (target / "tekken.json").write_text(json.dumps(tekken_data(VOCAB - 1000)))
-    head_layout: Layout = "native-bf16" if layout.endswith("bf16") else "native-fp8"
-    return target, describe(root / "head", head_config(config), head_layout)
-
-
-def settings(**changes: Any) -> EngineConfig:
-    config = EngineConfig(
-        max_model_len=128,
-        max_num_seqs=4,
-        page_size=4,
-        kv_cache_memory=8 << 20,
-        speculation=Speculation(6, 3, 2),
-        dummy_weights=True,
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def tensors(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """Every tensor that weights consist of, by weight and part."""
-    found: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if isinstance(weight, Tensor):
-            found[name] = weight
-            continue
-        for part in dataclasses.fields(weight):
-            if getattr(weight, part.name) is not None:
-                found[f"{name} {part.name}"] = getattr(weight, part.name)
-    return found
 
 
 # --- what is filled
@@ -245,94 +181,6 @@ def test_a_head_is_no_copy_of_its_target(tmp_path: Path) -> None:
     assert not same_bits(of_head[codes], of_target[codes])
 
 
-# --- engines
-
-
-def answers(target: Path, head: str, config: EngineConfig, vocab_size: int) -> list[tuple[int, ...]]:
-    served = build(str(target), head, config)
-    found = []
-    for temperature in (0.0, 1.0):
-        params = SamplingParams(temperature=temperature, seed=5, max_tokens=12, ignore_eos=True)
-        prompts = prompts_of([3, 17], vocab_size=vocab_size)
-        done = served.engine.generate(prompts, [params] * len(prompts))
-        assert all(len(one.token_ids) == 12 for one in done)
-        found += [one.token_ids for one in done]
-    if isinstance(served.engine.draft, FeatureDraft):
-        assert bool(torch.isfinite(served.engine.draft.model.pool.rows).all())
-    assert_idle(served.engine)
-    return found
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_dummy_pair_speculates_and_changes_nothing(tmp_path: Path, layout: Layout) -> None:
-    target, head = dummy_pair(tmp_path, layout)
-    plain = answers(target, "none", settings(speculation=SPECULATION_OFF), VOCAB)
-    assert answers(target, str(head), settings(), VOCAB) == plain
-    assert len(set(plain)) == len(plain)
-
-
-@pytest.mark.parametrize("layout", ["native-fp8", "native-nvfp4", "native-bf16"])
-def test_activations_stay_sane_through_36_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
-) -> None:
-    config = dataclasses.replace(CONFIG, num_layers=36)
-    checkpoint = open_dummy(dummy_pair(tmp_path, layout, config)[0])
-    _check_activations(checkpoint, monkeypatch, VOCAB, 36)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_activations_of_a_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
-    config, _ = tiny_llama(vocab_size=300, num_layers=24, tie_word_embeddings=tied)
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
-    checkpoint = open_dummy(tmp_path)
-    assert isinstance(checkpoint, DummyLlama)
-    assert ("lm_head.weight" in checkpoint.load(torch.float32, "cpu")) != tied
-    _check_activations(checkpoint, monkeypatch, 300, 24)
-
-
-def _check_activations(checkpoint: Any, monkeypatch: pytest.MonkeyPatch, vocab: int, num_layers: int) -> None:
-    """Hidden states between layers grow as a random walk, and logits say something, but not everything."""
-    config = settings(dtype=torch.bfloat16, max_num_batched_tokens=64)
-    layers = tuple(range(num_layers + 1))
-    engine = build_engine(checkpoint, (), "none", config, feature_layers=layers)
-    seen: list[Scores] = []
-    score = engine.target.score
-
-    def recorded(batches: Sequence[Batch], trees: Sequence[DraftTree]) -> tuple[Scores, ...]:
-        scores = score(batches, trees)
-        seen.extend(scores)
-        return scores
-
-    monkeypatch.setattr(engine.target, "score", recorded)
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    engine.generate(prompts_of([40], vocab_size=vocab), [params])
-    features = seen[0].features[0].float()  # of the prompt, [N, layers * H]
-    hidden = features.view(len(features), num_layers + 1, -1)
-    spreads = hidden.square().mean(dim=(0, 2)).sqrt()
-    assert bool(torch.isfinite(spreads).all())
-    assert 0.05 < float(spreads.min()) < float(spreads.max()) < 3 * num_layers**0.5, spreads
-    for scores in seen:
-        logits = scores.logits.float()
-        assert bool(torch.isfinite(logits).all())
-        assert bool(((logits.std(dim=-1) > 0.3) & (logits.std(dim=-1) < 3)).all())
-        assert float(torch.softmax(logits, dim=-1).max()) < 0.5
-    assert len({int(scores.logits[0, 0].argmax()) for scores in seen}) > 1  # not one token for ever
-
-
-@pytest.mark.parametrize("kind", ["eagle3", "eagle", "ngram"])
-def test_a_dummy_llama_speculates_and_changes_nothing(tmp_path: Path, kind: str) -> None:
-    config, _ = tiny_llama(vocab_size=300, num_layers=6)
-    target, head = tmp_path / "target", tmp_path / "head"
-    head.mkdir()
-    write_tokenizer(target, 300)
-    (target / "config.json").write_text(json.dumps(hf_config(config)))
-    raw = tiny_eagle3(config)[0] if kind == "eagle3" else hf_config(config) | {"num_hidden_layers": 1}
-    (head / "config.json").write_text(json.dumps(raw))
-    draft = kind if kind == "ngram" else str(head)
-    plain = answers(target, "none", settings(speculation=SPECULATION_OFF), 300)
-    assert answers(target, draft, settings(), 300) == plain
-
-
 def test_a_gguf_file_says_what_shape_it_is_and_no_more(tmp_path: Path) -> None:
     config, weights = tiny_llama(vocab_size=300)
     file = write_gguf(tmp_path / "m.gguf", config, weights)
@@ -437,22 +285,3 @@ def test_a_gpu_is_filled_where_it_is(tmp_path: Path, layout: Layout) -> None:
             assert torch.equal(tensor.cpu(), here[name])
         elif tensor.dim() > 1 and tensor.dtype == torch.bfloat16:
             assert float(tensor.float().std()) == pytest.approx(float(here[name].float().std()), rel=0.1)
-
-
-# --- the command line
-
-
-def test_load_format_dummy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target, head = dummy_pair(tmp_path, "native-nvfp4")
-    prompts, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
-    prompts.write_text("a\nb\n")
-    words = ["generate", str(target), "--spec-model", str(head), "-i", str(prompts), "-o", str(out)]
-    words += ["--device", "cpu", "--max-model-len", "128", "--kv-cache-memory", "8MiB", "--max-tokens", "4"]
-    assert main.main([*words, "--load-format", "mistral"]) == 1
-    assert "no consolidated*.safetensors" in capsys.readouterr().err
-    words += ["--load-format", "dummy"]
-    assert main.main([*words, "--quantization", "fp8"]) == 1
-    assert "is stored as nvfp4" in capsys.readouterr().err
-    assert main.main([*words, "--quantization", "nvfp4"]) == 0
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["usage"]["completion_tokens"] for line in lines] == [4, 4]

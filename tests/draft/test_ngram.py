@@ -140,12 +140,11 @@ class TestPromptLookup:
         assert short is not None
         # 0.5, 0.5 * 0.6, .. * 0.667, .. * 0.714, .. * 0.75 is 0.107, the next one less than 0.1
         assert short.tokens == [9, 8, 7, 6, 5]
-        assert short.likelihood == 0.5
         assert short.chances == pytest.approx([1 / 2, 3 / 10, 1 / 5, 1 / 7, 3 / 28])
         sure = lookup.propose(sequence_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, 1), 12)
         assert sure is not None
         assert sure.tokens == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]
-        assert sure.likelihood == pytest.approx(MAX_MATCH / (MAX_MATCH + 2))
+        assert sure.chances[0] == pytest.approx(MAX_MATCH / (MAX_MATCH + 2))
 
     def test_no_match_and_no_wish_give_nothing(self) -> None:
         lookup = PromptLookup()

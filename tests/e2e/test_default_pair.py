@@ -1,10 +1,8 @@
 """The main job on real weights: the default pair behind the real server, driven over a real socket.
 
 The server runs in float32, where speculative output must equal plain output token for token, at any
-temperature. The
-parity of the target's logits with transformers, on the same weights, is here too: everything that needs the
-94 MB
-file is in this module.
+temperature. The parity of the target's logits with transformers, on the same weights, is here too: everything
+that needs the 94 MB file is in this module.
 """
 
 from __future__ import annotations

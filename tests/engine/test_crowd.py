@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engine.core import Request, SamplingParams, Speculation
 from engine.errors import RequestError
 from engine.step import Engine
+from tests.engine.prefixes import unwritten
 from tests.engine.rig import (
     CHAIN,
     PLAIN,
@@ -29,7 +30,6 @@ from tests.engine.rig import (
     snapshots,
 )
 from tests.engine.state import TOLERANCE, state_error
-from tests.engine.test_prefix import unwritten
 from tests.engine.test_scheduler import check_pages
 
 MODEL: Model = echo_model(11)

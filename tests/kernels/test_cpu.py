@@ -5,12 +5,7 @@ A machine without a C compiler has no such kernels; the rest of the suite then r
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import stat
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,48 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, cpu_choose, ref
 from kernels import dispatch as ops
-
-needs_compiler = pytest.mark.skipif(cpu.kernels_for(torch.float32) is None, reason="no C compiler")
+from kernels import ref
+from tests.kernels.compiled import close, needs_compiler, normal, rotation
 
 WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 40, 576])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-
-
-def forget_library() -> None:
-    for remembered in (cpu._library, cpu._load, cpu.panel_kernels, cpu_choose.choose_kernel):
-        remembered.cache_clear()
-
-
-@pytest.fixture
-def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache directory, and no library remembered from before. What is compiled into it need not be
-    fast, but soon there."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS))
-    forget_library()
-    yield tmp_path / "haast" / "kernels"
-    forget_library()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    """Whether a result is that of float32 arithmetic on the same numbers, rounded once to its own dtype.
-
-    expected: computed by the reference in float32.
-    """
-    step = torch.finfo(found.dtype).eps if found.dtype != torch.float32 else 4e-6
-    torch.testing.assert_close(found.float(), expected, rtol=step, atol=step)
-
-
-def rotation(num_nodes: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    angles = normal(1, num_nodes, 1, head_dim // 2, seed=5)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 @needs_compiler
@@ -241,89 +200,6 @@ class TestRowsStandAlone:
             assert torch.equal(alone[:, 0], chain[:, node])
 
 
-needs_panels = pytest.mark.skipif(
-    cpu.panel_kernels() is None, reason="no C compiler with OpenMP, or no float16"
-)
-
-
-def in_bytes(weight: Tensor) -> Tensor:
-    codes, scales = ref.quantise_rows(weight)
-    return codes.double() * scales.double()[:, None]
-
-
-# How a matrix is packed, and what it is rounded to.
-KINDS: list[tuple[Callable[[Tensor], object], Callable[[Tensor], Tensor]]] = [
-    (ops.pack_half, lambda weight: weight.half().double()),
-    (ops.pack_bytes, in_bytes),
-]
-
-
-@needs_panels
-class TestPanels:
-    @settings(deadline=None)
-    @given(
-        num_rows=st.one_of(st.integers(1, 14), st.sampled_from([33, 97, 200])),
-        num_inputs=st.sampled_from([1, 7, 64, 576]),
-        num_outputs=st.sampled_from([1, 15, 16, 17, 64, 80, 200]),
-        threads=st.sampled_from([1, 2, 3]),
-        kind=st.sampled_from(KINDS),
-    )
-    def test_is_the_product_and_its_rows_stand_alone(
-        self,
-        num_rows: int,
-        num_inputs: int,
-        num_outputs: int,
-        threads: int,
-        kind: tuple[Callable[[Tensor], object], Callable[[Tensor], Tensor]],
-    ) -> None:
-        weight, x = normal(num_outputs, num_inputs), normal(num_rows, num_inputs, seed=1)
-        packed = kind[0](weight)
-        assert isinstance(packed, cpu.PanelMatrix)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            found = ops.panel_linear(x, packed)
-        finally:
-            torch.set_num_threads(before)
-        torch.testing.assert_close(found.double(), x.double() @ kind[1](weight).T, rtol=1e-5, atol=1e-4)
-        alone = torch.cat([ops.panel_linear(row[None], packed) for row in x[-7:]])
-        assert torch.equal(alone, found[-7:])
-
-    def test_every_float16_is_widened_exactly(self) -> None:
-        bits = torch.arange(-(1 << 15), 1 << 15).short().view(torch.float16)
-        weight = bits[bits.isfinite()].float()[:, None]
-        packed = ops.pack_half(weight)
-        assert torch.equal(ops.half_linear(torch.ones(1, 1), packed)[0], weight[:, 0])
-
-    def test_every_byte_is_widened_exactly(self) -> None:
-        """Each output has all the codes, so that its largest is 127; a row of zeros stays one."""
-        codes = torch.arange(-127, 128).float()
-        weight = torch.stack([codes * 0.5, codes.flip(0), torch.zeros(255)])
-        packed = ops.pack_bytes(weight)
-        assert isinstance(packed, cpu.PanelMatrix)
-        assert torch.equal(ops.panel_linear(torch.eye(255), packed), weight.T)
-
-    def test_any_shape_and_layout_of_rows(self) -> None:
-        weight, x = normal(40, 24), normal(24, 3, 5, seed=1).permute(1, 2, 0)
-        packed = ops.pack_half(weight)
-        found = ops.half_linear(x, packed)
-        assert found.shape == (3, 5, 40)
-        torch.testing.assert_close(found, x @ weight.half().float().T, rtol=1e-5, atol=1e-5)
-        assert ops.half_linear(x[:0], packed).shape == (0, 5, 40)
-
-    def test_what_is_not_a_number_does_not_vanish(self) -> None:
-        x = normal(2, 16)
-        x[1, 3] = math.nan
-        found = ops.half_linear(x, ops.pack_half(normal(32, 16, seed=1)))
-        assert found[0].isfinite().all()
-        assert found[1].isnan().all()
-
-    def test_gradients_are_not_dropped_in_silence(self) -> None:
-        packed = ops.pack_half(normal(16, 8))
-        with pytest.raises(AssertionError, match="gradient"):
-            ops.half_linear(normal(1, 8).requires_grad_(), packed)
-
-
 class TestWhatIsLeftToTorch:
     def test_other_dtypes(self) -> None:
         x, weight = normal(1, 2, 16).double(), normal(16).double()
@@ -382,156 +258,3 @@ class TestWhatIsLeftToTorch:
     def test_very_much_attention(self) -> None:
         q, pools = torch.empty(1, 600, 16, 64), torch.empty(2, 1, 1000, 64)
         assert not ops._attention_applies(q, pools[0], pools[1], (slice(0, 1000),), None)
-
-
-class TestLibrary:
-    def test_is_turned_off_by_the_environment(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("HAAST_CPU_KERNELS", "0")
-        assert cpu.kernels_for(torch.float32) is None
-        x, weight = normal(1, 2, 16), normal(16, seed=1)
-        assert torch.equal(ops.rms_norm(x, weight, 1e-5), ref.rms_norm(x, weight, 1e-5))
-        assert not fresh_library.exists()
-
-    @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc 'open quote"])
-    def test_without_a_compiler_torch_runs_and_the_log_says_so(
-        self,
-        compiler: str,
-        fresh_library: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        monkeypatch.setenv("CC", compiler)
-        with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.kernels_for(torch.float32) is None
-        assert "plain torch" in caplog.text
-        assert ops.silu_mul(normal(1, 1, 16)).shape == (1, 1, 8)
-
-    def test_a_compiler_may_fail_in_any_language(
-        self,
-        fresh_library: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        tmp_path: Path,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        compiler = tmp_path / "compiler"
-        compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { printf "\\344rger\\n" >&2; exit 1; }\n')
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CC", str(compiler))
-        with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.kernels_for(torch.float32) is None
-        assert "rger" in caplog.text
-
-    def test_without_a_home_torch_runs(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """As in a container whose user is a bare number."""
-
-        def unknown(uid: int) -> None:
-            raise KeyError(uid)
-
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.delenv("HOME", raising=False)
-        monkeypatch.setattr("pwd.getpwuid", unknown)
-        with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.kernels_for(torch.float32) is None
-        assert "plain torch" in caplog.text
-
-    @needs_compiler
-    def test_an_empty_choice_of_compiler_is_none(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("CC", "")
-        assert cpu.kernels_for(torch.float32) is not None
-
-    @needs_compiler
-    @pytest.mark.parametrize(
-        ("folder", "mode"), [(".", 0o777), (".", 0o770), ("..", 0o777)], ids=["open", "group", "open parent"]
-    )
-    def test_nothing_is_loaded_from_where_others_may_write(
-        self, folder: str, mode: int, fresh_library: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        assert cpu.kernels_for(torch.float32) is not None
-        forget_library()
-        (fresh_library / folder).chmod(mode)
-        with caplog.at_level(logging.INFO, "haast"):
-            assert cpu.kernels_for(torch.float32) is None
-        assert "others may write" in caplog.text
-
-    @needs_compiler
-    def test_nothing_is_loaded_from_somebody_elses_directory(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert cpu.kernels_for(torch.float32) is not None
-        forget_library()
-        owner = fresh_library.stat().st_uid
-        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-        if owner == 0:  # what root owns is trusted: give it away
-            os.chown(fresh_library, 4711, -1)
-        assert cpu.kernels_for(torch.float32) is None
-
-    @needs_compiler
-    def test_is_compiled_once_and_found_again(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert cpu.kernels_for(torch.float32) is not None
-        (built,) = fresh_library.iterdir()
-        assert stat.S_IMODE(fresh_library.stat().st_mode) == 0o700
-        forget_library()
-        changed = built.stat().st_mtime_ns
-        assert cpu.kernels_for(torch.float32) is not None
-        assert [file.stat().st_mtime_ns for file in fresh_library.iterdir()] == [changed]
-
-    @needs_compiler
-    def test_one_that_does_not_load_is_compiled_anew(self, fresh_library: Path) -> None:
-        """As a crash leaves it before its bytes have reached the disk."""
-        built = cpu._compiled()
-        built.write_bytes(b"")
-        assert cpu.kernels_for(torch.float32) is not None
-        assert list(fresh_library.iterdir()) == [built]
-        assert built.stat().st_size > 0
-
-    @needs_compiler
-    def test_a_changed_source_is_compiled_anew(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        assert cpu.kernels_for(torch.float32) is not None
-        files = (cpu.SOURCE, *cpu.INCLUDED)
-        copies = [tmp_path / file.name for file in files]
-        for file, copy in zip(files, copies, strict=True):
-            copy.write_text(file.read_text())
-        copies[-1].write_text(copies[-1].read_text() + "\n/* more */\n")
-        monkeypatch.setattr(cpu, "SOURCE", copies[0])
-        monkeypatch.setattr(cpu, "INCLUDED", tuple(copies[1:]))
-        forget_library()
-        assert cpu.kernels_for(torch.float32) is not None
-        assert len(list(fresh_library.iterdir())) == 2
-
-    @needs_compiler
-    def test_a_compiler_without_openmp_compiles_the_rest(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        compiler = tmp_path / "cc"
-        compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CC", str(compiler))
-        assert cpu.kernels_for(torch.float32) is not None
-        assert cpu.panel_kernels() is None
-        assert not isinstance(ops.pack_half(torch.zeros(8, 8)), cpu.PanelMatrix)
-
-    @needs_compiler
-    def test_beside_another_openmp_the_product_is_torchs(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(cpu, "_shares_openmp", lambda: False)
-        assert cpu.kernels_for(torch.float32) is not None
-        assert cpu.panel_kernels() is None
-
-    def test_a_directory_that_cannot_be_written_means_torch(
-        self, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        file = tmp_path / "file"
-        file.write_text("")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-        assert cpu.kernels_for(torch.float32) is None

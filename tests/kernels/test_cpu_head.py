@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,25 +11,12 @@ from torch import Tensor
 
 from kernels import FusedHead, LayerSizes, cpu, cpu_layer, fused_head, fused_layer, ref
 from kernels import dispatch as ops
+from tests.kernels.compiled import Part, needs_panels, normal
 
-pytestmark = pytest.mark.skipif(
-    cpu.panel_kernels() is None, reason="no C compiler with OpenMP, or no float16"
-)
+pytestmark = needs_panels
 
 EPS, NUM_SLOTS, NUM_TOKENS, NUM_POSITIONS, VOCAB, NUM_FEATURES = 1e-5, 60, 90, 50, 64, 72
 SIZES = LayerSizes(hidden=48, num_heads=6, num_kv_heads=2, head_dim=8, inner=80)
-
-
-@dataclass(frozen=True)
-class Part:
-    num_seqs: int
-    num_nodes: int
-    read: Tensor | tuple[slice, ...]
-    bias: Tensor | None
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

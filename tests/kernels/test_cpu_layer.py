@@ -10,28 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, cpu_layer
+from kernels import cpu_layer
 from kernels import dispatch as ops
+from tests.kernels.compiled import Part, needs_panels, normal
 
-pytestmark = pytest.mark.skipif(
-    cpu.panel_kernels() is None, reason="no C compiler with OpenMP, or no float16"
-)
+pytestmark = needs_panels
 
 EPS, NUM_SLOTS = 1e-5, 200
 SIZES = cpu_layer.LayerSizes(hidden=48, num_heads=6, num_kv_heads=2, head_dim=8, inner=80)
 GROUPED = cpu_layer.LayerSizes(hidden=64, num_heads=3, num_kv_heads=1, head_dim=16, inner=32)
-
-
-@dataclass(frozen=True)
-class Part:
-    num_seqs: int
-    num_nodes: int
-    read: Tensor | tuple[slice, ...]
-    bias: Tensor | None
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

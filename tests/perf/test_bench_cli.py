@@ -66,24 +66,10 @@ def test_bench_latency(
 ) -> None:
     target, head = pair
     log, out = tmp_path / "steps.jsonl", tmp_path / "result.json"
-    assert (
-        bench(
-            target,
-            "--spec-model",
-            head,
-            "--spec-log",
-            log,
-            "--json",
-            out,
-            "--temperature",
-            temperature,
-            "--spec-nodes",
-            16,
-            "--repeats",
-            2,
-        )
-        == 0
-    )
+    words = ("--spec-log", log, "--json", out, "--temperature", temperature, "--repeats", 2)
+    # Fixed: on a busy machine the planner may well decide to draft nothing at all.
+    drafting = ("--spec-model", head, "--spec-nodes", 16, "--spec-plan", "fixed")
+    assert bench(target, *words, *drafting) == 0
     result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result.keys() >= PROMISED
     assert result["texts_equal_share"] == 1.0

@@ -8,10 +8,9 @@ from typing import Any, cast
 from engine.config import EngineConfig
 from engine.core import Delta
 from tests.server.fakes import FakeEngine
-from tests.text.tekken import CONTROL, tekken_tokenizer
+from tests.text.tekken import spell
 
 EOS = 2
-CONTROL_IDS = {text: index for index, text in CONTROL.items()}
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -30,14 +29,6 @@ TWO_CALLS = (
     (' "Rome"}', "[TOOL_CALLS]", "weather", "[ARGS]", '{"city": '),
     ('"Oslo"}',),
 )
-
-
-def spell(*pieces: str) -> list[int]:
-    """Token ids: a piece that is a control token's name is that token, any other is text."""
-    ids: list[int] = []
-    for piece in pieces:
-        ids += [CONTROL_IDS[piece]] if piece in CONTROL_IDS else tekken_tokenizer().encode(piece)
-    return ids
 
 
 def script(*steps: tuple[str, ...], finish: str = "stop") -> list[Delta]:

@@ -12,8 +12,8 @@ import pytest
 from engine.pages import PagePool
 from engine.step import Engine
 from tests.engine.rig import make_engine, random_model
+from tests.server.calls import allowed, assembled, deltas, named, reasons
 from tests.server.fakes import FakeEngine, Server, server
-from tests.server.test_tools import allowed, assembled, deltas, named, reasons
 from tests.text.hermes import compiler, hermes_tokenizer
 
 CHAT = "/v1/chat/completions"

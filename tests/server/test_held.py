@@ -19,9 +19,9 @@ from engine.text import mistral_grammar
 from engine.text.conversation import AnyTokenizer
 from engine.text.grammar import GrammarCompiler
 from tests.server.fakes import ByteTokenizer
-from tests.server.mistral import QUESTION, WEATHER, spell
+from tests.server.mistral import QUESTION, WEATHER
 from tests.text.hermes import allows, compiler, hermes_tokenizer
-from tests.text.tekken import tekken_tokenizer
+from tests.text.tekken import spell, tekken_tokenizer
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}

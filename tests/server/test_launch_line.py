@@ -16,7 +16,7 @@ import torch
 from engine.checkpoint.synthetic import write_head, write_target
 from engine.checkpoint.synthetic_config import head_config
 from engine.checkpoint.synthetic_tables import Layout
-from engine.cli import compat, main, options, serve
+from engine.cli import compat, loading, main, options, serve
 from engine.cli.speculative import asked
 from engine.core import Speculation
 from engine.errors import ConfigError
@@ -303,18 +303,18 @@ def test_quantization_is_compared_with_the_files(
 ) -> None:
     target, _ = write_long_pair(tmp_path, layout)
     for name in right:
-        options.check_quantization(name.upper(), target)
+        loading.check_quantization(name.upper(), target)
     with pytest.raises(ConfigError, match=f"is '{wrong}', but .* is stored as {right[0]}; .* leave the flag"):
-        options.check_quantization(wrong, target)
+        loading.check_quantization(wrong, target)
     with pytest.raises(ConfigError, match="--quantization is 'awq', expected fp8, nvfp4"):
-        options.check_quantization("awq", target)
+        loading.check_quantization("awq", target)
 
 
 def test_quantization_of_what_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = str(write_hf(tmp_path / "m", *tiny_llama()))
     built: list[Any] = []
-    monkeypatch.setattr(options, "build", lambda *args: built.append(args))
+    monkeypatch.setattr(loading, "build", lambda *args: built.append(args))
     for words in ((llama,), ()):
         with pytest.raises(ConfigError, match="is stored as neither FP8 nor NVFP4"):
-            options.open_engine(parse(*words, "--quantization", "fp8"))
+            loading.open_engine(parse(*words, "--quantization", "fp8"))
     assert not built

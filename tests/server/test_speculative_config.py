@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli import options, speculative
+from engine.cli import loading, options, speculative
 from engine.cli.speculative import Asked, asked, check_method, from_json
 from engine.core import Speculation
 from engine.errors import ConfigError
@@ -170,7 +170,7 @@ def test_the_method_is_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     check_method(Asked(None, "eagle3"))  # the shipped head
     check_method(Asked("nowhere"))
     built: list[Any] = []
-    monkeypatch.setattr(options, "build", lambda *args: built.append(args))
+    monkeypatch.setattr(loading, "build", lambda *args: built.append(args))
     for words, message in (
         (
             (target, "--spec-model", head, "--spec-method", "eagle3"),
@@ -183,5 +183,5 @@ def test_the_method_is_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            options.open_engine(parse(*words))
+            loading.open_engine(parse(*words))
     assert not built

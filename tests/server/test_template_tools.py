@@ -12,9 +12,9 @@ import pytest
 from engine.config import EngineConfig
 from engine.core import Delta
 from engine.text.conversation import conversation_ids
+from tests.server.calls import assembled, deltas, reasons, with_results
 from tests.server.fakes import FakeEngine, server
 from tests.server.mistral import QUESTION, WEATHER
-from tests.server.test_tools import assembled, deltas, reasons
 from tests.text.hermes import END, hermes_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -105,11 +105,7 @@ def test_an_answer_can_be_sent_back_with_its_results() -> None:
     async def scenario() -> None:
         async with server(engine(*TWO_CALLS), tokenizer=hermes_tokenizer()) as api:
             message = (await api.post(CHAT, WITH_TOOLS))[1]["choices"][0]["message"]
-            results = [
-                {"role": "tool", "tool_call_id": call["id"], "content": "sun"}
-                for call in message["tool_calls"]
-            ]
-            messages = [*QUESTION["messages"], message, *results]
+            messages = with_results(QUESTION["messages"], message)
             assert (await api.post(CHAT, {**WITH_TOOLS, "messages": messages}))[0] == 200
             first, second = (list(request.prompt) for request in api.engine.added)
             encode = hermes_tokenizer().encode

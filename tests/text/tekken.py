@@ -44,6 +44,7 @@ CONTROL = {
     36: "[MODEL_SETTINGS]",
     37: "[/MODEL_SETTINGS]",
 }
+CONTROL_IDS = {text: index for index, text in CONTROL.items()}
 NUM_CONTROL = 1000
 
 
@@ -87,3 +88,11 @@ def tekken_file() -> Path:
 def tekken_tokenizer() -> MistralTokenizer:
     """Our reading of the file; two seconds, once per session."""
     return MistralTokenizer.from_file(tekken_file())
+
+
+def spell(*pieces: str) -> list[int]:
+    """Token ids: a piece that is a control token's name is that token, any other is text."""
+    ids: list[int] = []
+    for piece in pieces:
+        ids += [CONTROL_IDS[piece]] if piece in CONTROL_IDS else tekken_tokenizer().encode(piece)
+    return ids

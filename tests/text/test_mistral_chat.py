@@ -10,9 +10,8 @@ import pytest
 
 from engine.errors import RequestError
 from engine.text.mistral_chat import encode_chat
-from tests.text.tekken import CONTROL, NUM_CONTROL, tekken_tokenizer
+from tests.text.tekken import CONTROL, CONTROL_IDS, NUM_CONTROL, spell, tekken_tokenizer
 
-CONTROL_IDS = {text: index for index, text in CONTROL.items()}
 NONE = ("[MODEL_SETTINGS]", '{"reasoning_effort": "none"}', "[/MODEL_SETTINGS]")
 HIGH = ("[MODEL_SETTINGS]", '{"reasoning_effort": "high"}', "[/MODEL_SETTINGS]")
 WEATHER = {
@@ -36,14 +35,6 @@ def user(content: object) -> dict[str, Any]:
 
 def call(identity: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def spell(*pieces: str) -> list[int]:
-    """The layout by hand: a piece that is a control token's name is that token, any other is text."""
-    ids: list[int] = []
-    for piece in pieces:
-        ids += [CONTROL_IDS[piece]] if piece in CONTROL_IDS else tekken_tokenizer().encode(piece)
-    return ids
 
 
 def chat(*messages: Mapping[str, Any], **options: Any) -> list[int]:

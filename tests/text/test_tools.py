@@ -13,9 +13,8 @@ from engine.text.conversation import AnyTokenizer, answer_grammar, answer_parser
 from engine.text.hermes import CLOSE, OPEN
 from engine.text.output_parser import Answer, assemble
 from engine.text.tools import tool_use
-from tests.server.mistral import spell
 from tests.text.hermes import allows, hermes_tokenizer, matcher, random_answer
-from tests.text.tekken import tekken_tokenizer
+from tests.text.tekken import spell, tekken_tokenizer
 
 CITY = {
     "type": "object",
