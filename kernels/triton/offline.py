@@ -109,9 +109,7 @@ def inspect(launch: Launch) -> Binary:
         file.write(launch.code)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool(
-            "nvdisasm", "-c", "-ndf", file.name
-        )  # no dataflow analysis: it takes as long as all else
+        code = _tool("nvdisasm", "-c", "-ndf", file.name)  # without dataflow analysis, which takes long
     numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+(?:\[\d\])?):(\d+)", usage)}
     wait, write = _WAIT.search(code), _WRITE.search(code)
     return Binary(

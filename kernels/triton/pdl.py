@@ -14,6 +14,8 @@ before it, and by that after the end of all before: C may begin while A still ru
 but C waits for B, and B has waited for A. A kernel that did not wait would break the chain for all behind
 it. Kernels that know nothing of this (torch's) are launched as ever, after the end of everything before.
 
+(What is read earlier only to guess what to fetch is no such read: the guess may be wrong.)
+
 Releasing is safe at any time, for whoever is released waits. It costs room on a processor, so it comes once a
 program of the kernel itself has that.
 
