@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.core import DraftTree, Verdict, depths_of
+from engine.graphs import Mailbox
 
 NUM_BUCKETS = 12
 _MAX_DEPTH, _MAX_RANK = 16, 8  # deeper and later ones share the last entry
@@ -48,7 +49,7 @@ class Calibration:
         self._centres = (np.arange(NUM_BUCKETS) + 0.5) / NUM_BUCKETS
         self._rates = np.broadcast_to(self._centres, shape).copy()
         self._touched: set[tuple[int, int, int]] = set()
-        self._map = torch.zeros(shape, device=device)  # the rates, at an address that graphs may hold on to
+        self._sent = Mailbox({"rates": (shape, torch.float32)}, device)  # at an address that graphs may hold
         self._is_stale = True
         self._observed = 0
 
@@ -62,7 +63,8 @@ class Calibration:
     def send(self) -> None:
         """Bring the device's map up to date: before a graph runs that reads it."""
         if self._is_stale:
-            self._map.copy_(torch.from_numpy(self._rates).float())
+            self._sent.host["rates"].copy_(torch.from_numpy(self._rates))
+            self._sent.send()
             self._is_stale = False
 
     def __call__(self, raw: Tensor, depth: int, sampled: Tensor) -> Tensor:
@@ -74,7 +76,9 @@ class Calibration:
         k = raw.shape[-1]
         rank = torch.arange(k, device=raw.device).clamp(max=_MAX_RANK - 1)
         self.send()
-        curves = self._map[sampled.long(), min(depth, _MAX_DEPTH) - 1][:, rank]  # [B, k, buckets]
+        curves = self._sent.device["rates"][sampled.long(), min(depth, _MAX_DEPTH) - 1][
+            :, rank
+        ]  # [B, k, buckets]
         place = (raw * NUM_BUCKETS - 0.5).clamp(0, NUM_BUCKETS - 1)
         low = place.floor().long().clamp(max=NUM_BUCKETS - 2)
         curves = curves[:, None].expand(-1, raw.shape[1], -1, -1)

@@ -7,6 +7,9 @@ has none at all, and a tree of its root. Once a step the host sends what is new 
 tokens of the pairs, sizes of trees, chains; the features of the pairs come from where the step before left
 them.
 
+Ahead of the host, which does not know yet what the step before has accepted, the device makes the pairs by
+itself, all of them.
+
 Sizes are in the key of the graph: a tree that is deeper takes another one.
 """
 
@@ -21,12 +24,12 @@ from torch import Tensor
 from draft.growth import Growth, Rows
 from draft.ngram import Lookup
 from draft.tree import Limits, graft
-from engine.core import Batch, DraftTree, Speculation
+from engine.core import Batch, DraftTree, Speculation, Verdict
 from engine.graphs import NODE_BUCKETS, Graphs, Mailbox, bucket
 from engine.rows import RowPlan, tree_part
 from kernels import MOST_OWN, TreeRows
 
-_PAIR_BUCKETS = (4, 16)
+_PAIR_BUCKETS = (4, 8, 16)
 _CHAIN_BUCKETS = (4, 8, 16)
 
 
@@ -52,16 +55,22 @@ class Shape:
     top_k: int
     num_nodes: int
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What says how much is sent for it: sequences, pairs, tokens of a chain."""
+        return self.num_seqs, self.num_pairs, self.num_chain
+
     @classmethod
     def of(cls, num_seqs: int, num_pairs: int, num_chain: int, sizes: Items[Speculation]) -> Shape | None:
-        """The least that holds a step's proposal, None where none does."""
-        pairs = bucket(num_pairs, _PAIR_BUCKETS)
+        """The least that holds a step's proposal, None where none does. It holds as many pairs as such a tree
+        can leave, whatever was accepted: the step behind it takes the same graph, ahead or not."""
+        depth, top_k = max(size.depth for size in sizes), max(size.top_k for size in sizes)
+        pairs = bucket(max(num_pairs, depth + 1), _PAIR_BUCKETS)
         chain = bucket(num_chain, _CHAIN_BUCKETS) if num_chain else 0
         if pairs is None or chain is None:
             return None
         most = max(size.nodes for size in sizes)
         drafted, nodes = bucket(most, NODE_BUCKETS), bucket(most + num_chain, NODE_BUCKETS)
-        depth, top_k = max(size.depth for size in sizes), max(size.top_k for size in sizes)
         if drafted is None or nodes is None or (depth - 1) * top_k > MOST_OWN:
             return None
         return cls(num_seqs, pairs, chain, drafted, depth, top_k, nodes)
@@ -85,21 +94,50 @@ class CapturedProposals:
     ) -> DraftTree:
         """Trees [B, shape.num_nodes]. sizes, pairs, chains: of each sequence; pairs up to its root's, or None
         if the head drafts nothing for it."""
-        box = self._filled(shape, sizes, pairs, chains)
-        features = self._gathered(shape, pairs)
+        box = self._mailbox(shape)
+        host = self._sizes(
+            box, [None if own is None else size for size, own in zip(sizes, pairs, strict=True)]
+        )
+        host["counts"].fill_(0), host["chain"].fill_(-1), host["chances"].fill_(0.0)
+        for row, (own, chain) in enumerate(zip(pairs, chains, strict=True)):
+            if own is not None:
+                host["counts"][row] = len(own.tokens)
+                host["tokens"][row, : len(own.tokens)] = torch.tensor(own.tokens)
+            if chain is not None:
+                host["chain"][row, : len(chain.tokens)] = torch.tensor(chain.tokens)
+                host["chances"][row, : len(chain.chances)] = torch.tensor(chain.chances)
+        box.send()
+        return self._proposed(batch, shape, box, self._gathered(shape, pairs))
+
+    def ahead(
+        self,
+        batch: Batch,
+        shape: Shape,
+        sizes: Items[Speculation | None],
+        tree: DraftTree,
+        verdict: Verdict,
+        features: Tensor,
+    ) -> DraftTree:
+        """The same with the pairs of a step that is under way. sizes: None for a sequence for which the head
+        drafts nothing; shape: without chains; tree, verdict, features: of that step, on the device."""
+        box, gathered = self._mailbox(shape), self._features_of(shape, features)
+        self._sizes(box, sizes)
+        box.send()
+
+        def take(tokens: Tensor, path: Tensor, length: Tensor, bonus: Tensor, features: Tensor) -> None:
+            _take(box.device, gathered, tokens, Verdict(path, length, bonus), features)
+
+        key = ("take", *shape.place, tree.tokens.shape[1])
+        self._graphs(key, take, tree.tokens, verdict.path, verdict.length, verdict.bonus, features)
+        return self._proposed(batch, shape, box, gathered)
+
+    def _proposed(self, batch: Batch, shape: Shape, box: Mailbox, features: Tensor) -> DraftTree:
         self._growth.calibration.send()
         key = ("propose", shape, batch.sampling.facts)
         return self._graphs(key, lambda: self._propose(batch, shape, box.device, features))
 
-    def _filled(
-        self,
-        shape: Shape,
-        sizes: Items[Speculation],
-        pairs: Items[Pairs | None],
-        chains: Items[Lookup | None],
-    ) -> Mailbox:
-        """What the host knows, on its way to the device."""
-        num_seqs, num_pairs, num_chain = place = shape.num_seqs, shape.num_pairs, shape.num_chain
+    def _mailbox(self, shape: Shape) -> Mailbox:
+        num_seqs, num_pairs, num_chain = place = shape.place
         box = self._mailboxes.get(place)
         if box is None:
             fields = dict.fromkeys(("nodes", "depth", "top_k", "counts"), ((num_seqs, 1), torch.int64))
@@ -107,31 +145,29 @@ class CapturedProposals:
             fields |= {"chain": ((num_seqs, num_chain), torch.int64)}
             fields |= {"chances": ((num_seqs, num_chain), torch.float32)}
             box = self._mailboxes[place] = Mailbox(fields, self._device)
-        host = box.host
-        host["nodes"].fill_(1), host["depth"].fill_(0), host["top_k"].fill_(1), host["counts"].fill_(0)
-        host["chain"].fill_(-1), host["chances"].fill_(0.0)
-        for row, (size, own, chain) in enumerate(zip(sizes, pairs, chains, strict=True)):
-            if own is not None:
-                host["nodes"][row], host["depth"][row], host["top_k"][row] = (
-                    size.nodes,
-                    size.depth,
-                    size.top_k,
-                )
-                host["counts"][row] = len(own.tokens)
-                host["tokens"][row, : len(own.tokens)] = torch.tensor(own.tokens)
-            if chain is not None:
-                host["chain"][row, : len(chain.tokens)] = torch.tensor(chain.tokens)
-                host["chances"][row, : len(chain.chances)] = torch.tensor(chain.chances)
-        box.send()
         return box
+
+    def _sizes(self, box: Mailbox, sizes: Items[Speculation | None]) -> dict[str, Tensor]:
+        """Write the sizes of trees where the rest is to be written, too: there is one node where there is
+        None."""
+        host = box.host
+        host["nodes"].fill_(1), host["depth"].fill_(0), host["top_k"].fill_(1)
+        for row, size in enumerate(sizes):
+            if size is not None:
+                host["nodes"][row], host["depth"][row] = size.nodes, size.depth
+                host["top_k"][row] = size.top_k
+        return host
+
+    def _features_of(self, shape: Shape, like: Tensor) -> Tensor:
+        """Where the graph expects the features of all pairs, [B, M, F]; like: [.., F]."""
+        place = shape.num_seqs, shape.num_pairs
+        if place not in self._features:
+            self._features[place] = like.new_zeros(*place, like.shape[-1])
+        return self._features[place]
 
     def _gathered(self, shape: Shape, pairs: Items[Pairs | None]) -> Tensor:
         """The features of all pairs, [B, M, F], where the graph expects them."""
-        place = shape.num_seqs, shape.num_pairs
-        given = [own.features for own in pairs if own is not None]
-        if place not in self._features:
-            self._features[place] = given[0].new_zeros(*place, given[0].shape[-1])
-        gathered = self._features[place]
+        gathered = self._features_of(shape, next(own.features for own in pairs if own is not None))
         for row, own in enumerate(pairs):
             if own is not None:
                 gathered[row, : len(own.tokens)] = own.features
@@ -166,3 +202,20 @@ class CapturedProposals:
         )
         last = (counts - 1).clamp(min=0)[..., None].expand(-1, -1, out.shape[-1])
         return out.view(*tokens.shape, -1).gather(1, last)
+
+
+def _take(
+    sent: dict[str, Tensor], gathered: Tensor, tokens: Tensor, verdict: Verdict, features: Tensor
+) -> None:
+    """Make pairs where the head looks for them, of what a step has left: every accepted node's feature, and
+    the token after it, at last the bonus. Sequences that do not draft have none. tokens: [B, N]; features:
+    [B, N, F]."""
+    node = verdict.path[:, : gathered.shape[1]].clamp(min=0)  # no path is longer than there are pairs
+    width = node.shape[1]
+    place, length = torch.arange(width, device=node.device), verdict.length[:, None]
+    following = torch.where(
+        place == length - 1, verdict.bonus.clamp(min=0)[:, None], tokens.gather(1, node.roll(-1, 1))
+    )
+    sent["tokens"][:, :width].copy_(following)
+    sent["counts"].copy_(torch.where(sent["depth"] > 0, length, 0))
+    gathered[:, :width].copy_(features.gather(1, node[..., None].expand(-1, -1, features.shape[-1])))

@@ -99,10 +99,13 @@ class _ScratchRows:
         own_path = self._seen.gather(2, column[:, None].expand(-1, width, -1))
         place = torch.arange(width, device=device)
         kept = (place < limits.top_k) & (limits.depth > depth)
+        # Whatever is not kept sees something too, the first scratch row: of nothing it would make NaN, and
+        # leave that on the dummy page, where there are rows that others see not, but read.
+        seen = own_path & (scratch < num_scratch)[:, None] | (~kept[..., None] & (scratch == 0))
         plan = plan_own(
             torch.where(kept, rows.slots(kv_lens + 1 + level * limits.top_k + place), place % rows.page_size),
             TreeRows(rows.page_table, rows.page_size, rows.kv_lens + 1, None, depth * width, start=1),
-            own_path & (scratch < num_scratch)[:, None],
+            seen,
             self.longest,
         )
         # The others' depths may lie past the end of this one's context, where there are no positions.

@@ -21,15 +21,16 @@ from torch import Tensor
 
 from draft.calibration import Calibration
 from draft.captured import CapturedProposals, Pairs, Shape
+from draft.coverage import Coverage
 from draft.growth import Growth, HeadModel
 from draft.masking import FrontierMask, has_grammar, num_allowed
 from draft.ngram import Lookup, PromptLookup
-from draft.none import Unplanned, root_tokens
+from draft.none import Unplanned, root_tokens, roots_alone
 from draft.pending import Pending
 from draft.planner import Planner
 from draft.planning import Planning
 from draft.tree import graft
-from engine.clock import Clock
+from engine.clock import Clock, Mark
 from engine.core import Batch, Decision, DraftScores, DraftTree, Sequence, Speculation, StepCost, Verdict
 from engine.graphs import Graphs
 from engine.roles import DraftMask, DraftRows
@@ -37,33 +38,6 @@ from engine.rows import RowPlan, chain_bias, first_slot, plan_chains, plan_spans
 from kernels import compact_rows
 
 _MOST_PENDING = 256  # pairs that wait while nothing is drafted; most answers end before that many
-
-
-class Coverage:
-    """How many emitted tokens a head with a reduced vocabulary could have drafted at all."""
-
-    def __init__(self, token_ids: Tensor) -> None:
-        self.emitted, self.covered = 0, 0
-        self._ids = frozenset(token_ids.tolist())
-        self._counted: dict[int, int] = {}  # tokens of each sequence that are counted, or are its prompt
-
-    @property
-    def share(self) -> float | None:
-        """None before the first token."""
-        return self.covered / self.emitted if self.emitted else None
-
-    def count(self, seq: Sequence) -> None:
-        """Count what a sequence has emitted since the last call; the first call only starts."""
-        start = self._counted.get(seq.request.id, len(seq.tokens))
-        self._counted[seq.request.id] = len(seq.tokens)
-        self.emitted += len(seq.tokens) - start
-        self.covered += sum(token in self._ids for token in seq.tokens[start:])
-
-    def forget(self, seq: Sequence) -> None:
-        """Count the rest of a sequence, and drop it."""
-        if seq.request.id in self._counted:
-            self.count(seq)
-            del self._counted[seq.request.id]
 
 
 class FeatureDraft:
@@ -94,6 +68,9 @@ class FeatureDraft:
         self._growth = Growth(model, self.calibration, shared_noise, anything, None)
         self._captured = CapturedProposals(self._growth, Graphs() if graphs is None else graphs, self.device)
         self._pending: dict[int, Pending] = {}
+        self._taken: frozenset[int] = (
+            frozenset()
+        )  # whose pairs of the step under way run in the one behind it
         self.start_over()
 
     def start_over(self) -> None:
@@ -130,11 +107,12 @@ class FeatureDraft:
         pending = self._pending.get(seq.request.id)
         return pending is not None and pending.num_waiting > 0
 
-    def _has_outgrown(self, seq: Sequence, speculation: Speculation) -> bool:
-        """Whether a tree behind the sequence, its known prompt included, would reach past ``max_len``."""
+    def _has_outgrown(self, seq: Sequence, speculation: Speculation, num_under_way: int = 0) -> bool:
+        """Whether a tree behind the sequence, its known prompt and so many tokens under way included, would
+        reach past ``max_len``."""
         if self.max_len is None:
             return False
-        return len(seq.tokens) + len(seq.forced) + speculation.depth > self.max_len
+        return len(seq.tokens) + len(seq.forced) + num_under_way + speculation.depth > self.max_len
 
     # --- rows of others
 
@@ -165,6 +143,7 @@ class FeatureDraft:
         lengths, paths, bonuses = verdict.length.tolist(), verdict.path.tolist(), verdict.bonus.tolist()
         tree_tokens = tree.tokens.tolist()
         ready: list[tuple[int, int]] = []  # rows of the batch, and how many of their pairs can run now
+        taken, self._taken = self._taken, frozenset()
         for row, seq in enumerate(batch.seqs):
             if self._has_outgrown(seq, batch.speculation[row]):
                 self._pending.pop(seq.request.id, None)
@@ -175,6 +154,9 @@ class FeatureDraft:
                 continue
             path = paths[row][: lengths[row]]
             pending = self._pending.setdefault(seq.request.id, Pending())
+            if seq.request.id in taken:
+                pending.skip(len(path))
+                continue
             tokens = [tree_tokens[row][node] for node in path[1:]]
             pending.append([*tokens, bonuses[row]], features[row], path)
             # The pair of the last token stays: its row may lie on a page that is not reserved yet, and for
@@ -185,7 +167,8 @@ class FeatureDraft:
         if ready:
             self._extend(batch, ready)
         if self._planning is not None and batch.prompt is None:
-            self._planning.observe(tree, [length - 1 for length in lengths])
+            ids = [seq.request.id for seq in batch.seqs]
+            self._planning.observe(ids, tree, [length - 1 for length in lengths])
 
     def account(self, cost: StepCost) -> None:
         if self._planning is not None:
@@ -195,11 +178,50 @@ class FeatureDraft:
 
     def plan(self, seqs: Items[Sequence], limits: Items[Speculation], num_other_rows: int) -> list[Decision]:
         """What the planner decides, or all that is allowed."""
+        can_grow = [self._can_grow(seq, limit) for seq, limit in zip(seqs, limits, strict=True)]
+        return self._decide(seqs, limits, can_grow, num_other_rows)
+
+    def plan_ahead(self, batch: Batch, limits: Items[Speculation]) -> list[Decision] | None:
+        """The head can take in what a step leaves on the device, and nothing besides: where pairs are waiting
+        here, nobody begins to draft ahead; nor is there a lookup before the text is known. If the plan has
+        one of these, the host reads first and plans anew. So whatever pays comes a step late at most.
+        """
+        can_grow = [
+            limit.has_tree and self._is_followed(seq, limit, before.most_emitted)
+            for seq, limit, before in zip(batch.seqs, limits, batch.speculation, strict=True)
+        ]
+        decisions, sizes = list[Decision](), list[Speculation]()
+        for seq, decision, grows in zip(
+            batch.seqs, self._decide(batch.seqs, limits, can_grow, 0), can_grow, strict=True
+        ):
+            size = decision.speculation if grows else replace(decision.speculation, nodes=1)
+            if self.lookup.propose(seq, size.lookup) is not None or (
+                size.has_tree and self._has_waiting(seq)
+            ):
+                return None
+            size = replace(size, lookup=0)
+            decisions.append(replace(decision, speculation=size))
+            sizes.append(size)
+        shape = self._shape_ahead(batch, len(batch.kv_lens), sizes)
+        return None if shape is None and any(size.has_tree for size in sizes) else decisions
+
+    def _shape_ahead(self, before: Batch, num_seqs: int, sizes: Items[Speculation]) -> Shape | None:
+        """The graph that drafts behind a step, ``before``, that is under way; None where none does, or nobody
+        drafts."""
+        active = [row for row, size in enumerate(sizes) if size.has_tree]
+        if not active:
+            return None
+        most_pairs = max(before.speculation[row].most_emitted for row in active)
+        return Shape.of(num_seqs, most_pairs, 0, [self._growth.bounded(sizes[row]) for row in active])
+
+    def _decide(
+        self, seqs: Items[Sequence], limits: Items[Speculation], can_grow: Items[bool], num_other_rows: int
+    ) -> list[Decision]:
+        """can_grow: whether there is anything to grow a tree from."""
         if self._planning is None:
             return Unplanned().plan(seqs, limits, num_other_rows)
         allowed = [
-            limit if self._can_grow(seq, limit) else replace(limit, nodes=1)
-            for seq, limit in zip(seqs, limits, strict=True)
+            limit if grows else replace(limit, nodes=1) for limit, grows in zip(limits, can_grow, strict=True)
         ]
         found = [self.lookup.propose(seq, limit.lookup) for seq, limit in zip(seqs, limits, strict=True)]
         chances = [[] if lookup is None else lookup.chances for lookup in found]
@@ -209,8 +231,13 @@ class FeatureDraft:
         """Whether the head can draft for a sequence as much as is asked for."""
         return speculation.has_tree and self._has_waiting(seq) and not self._has_outgrown(seq, speculation)
 
+    def _is_followed(self, seq: Sequence, speculation: Speculation, num_under_way: int) -> bool:
+        """Whether the head will have a row to grow such a tree from, behind so many tokens under way."""
+        return seq.request.id in self._pending and not self._has_outgrown(seq, speculation, num_under_way)
+
     def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
         """Trees for the sequences that speculate, the root alone for the others."""
+        self._carry_out(ahead=False)
         both = list(zip(batch.seqs, batch.speculation, strict=True))
         lookups = [self._look_up(seq, spec.lookup, mask) for seq, spec in both]
         active = [row for row, of in enumerate(both) if self._can_grow(*of)]
@@ -230,6 +257,28 @@ class FeatureDraft:
                 torch.tensor(chances, dtype=torch.float32).to(self.device),
             )
         return tree if self._planning is None else self._planning.cut(tree)
+
+    def propose_ahead(
+        self, batch: Batch, before: Batch, tree: DraftTree, verdict: Verdict, features: Tensor
+    ) -> DraftTree:
+        """Trees for the sequences for which that was planned."""
+        self._carry_out(ahead=True)
+        shape = self._shape_ahead(before, len(batch.kv_lens), batch.speculation)
+        if shape is None:
+            return roots_alone(batch)
+        active = [row for row, size in enumerate(batch.speculation) if size.has_tree]
+        self._taken = frozenset(batch.seqs[row].request.id for row in active)
+        started = self._begin(batch, active, shape.num_pairs)
+        sizes = [self._growth.bounded(size) if size.has_tree else None for size in batch.speculation]
+        drafted = self._captured.ahead(batch, shape, sizes, tree, verdict, features)
+        self._end(drafted, started)
+        return drafted
+
+    def _carry_out(self, *, ahead: bool) -> None:
+        """The step that was planned begins. ahead: before the last one was observed."""
+        self._taken = frozenset()
+        if self._planning is not None:
+            self._planning.carry_out(ahead=ahead)
 
     def _look_up(self, seq: Sequence, most: int, mask: DraftMask | None) -> Lookup | None:
         """A lookup's chain, as far as the sequence's grammar allows it."""
@@ -256,37 +305,39 @@ class FeatureDraft:
     def _propose_captured(
         self, batch: Batch, shape: Shape, active: list[int], lookups: Items[Lookup | None]
     ) -> DraftTree:
-        self._begin(batch, active)
-        started = self._clock.mark()
+        pendings = [self._pending[batch.seqs[row].request.id] for row in active]
+        started = self._begin(batch, active, max(pending.num_waiting for pending in pendings))
         pairs: list[Pairs | None] = [None] * len(batch.seqs)
-        for row in active:
-            pending = self._pending[batch.seqs[row].request.id]
+        for row, pending in zip(active, pendings, strict=True):
             pairs[row] = Pairs(*pending.take(pending.num_waiting))
         sizes = [self._growth.bounded(spec) for spec in batch.speculation]
         tree = self._captured(batch, shape, sizes, pairs, lookups)
-        if self._planning is not None:
-            self._planning.note(tree, (started, self._clock.mark()))
+        self._end(tree, started)
         return tree
 
-    def _begin(self, batch: Batch, active: list[int]) -> None:
-        """The head is about to draft for some sequences of a batch."""
+    def _begin(self, batch: Batch, active: list[int], most_pending: int) -> Mark:
+        """The head is about to draft for some sequences of a batch; most_pending: see ``Planning.begin``."""
         for row in active:
             self.coverage.count(batch.seqs[row])
         if self._planning is not None:
-            pendings = [self._pending[batch.seqs[row].request.id] for row in active]
             sizes = [] if self.device == "cpu" else [batch.speculation[row] for row in active]
-            self._planning.begin(active, max(pending.num_waiting for pending in pendings), sizes)
+            self._planning.begin(active, most_pending, sizes)
+        return self._clock.mark()
+
+    def _end(self, tree: DraftTree, started: Mark) -> None:
+        """It has drafted."""
+        if self._planning is not None:
+            self._planning.note(tree, (started, self._clock.mark()))
 
     def _trees(self, batch: Batch, active: list[int], mask: DraftMask | None) -> DraftTree:
         """The head's trees for some rows of a batch, the root alone for the others."""
         roots = root_tokens(batch)
         if not active:
             return DraftTree(roots, torch.full_like(roots, -1))
-        self._begin(batch, active)
-        started = self._clock.mark()
+        pendings = [self._pending[batch.seqs[row].request.id] for row in active]
+        started = self._begin(batch, active, max(pending.num_waiting for pending in pendings))
         tree = self._grown(batch, active, roots, mask)
-        if self._planning is not None:
-            self._planning.note(tree, (started, self._clock.mark()))
+        self._end(tree, started)
         return tree if len(active) == len(roots) else _spread(tree, active, roots)
 
     def _grown(self, batch: Batch, active: list[int], roots: Tensor, mask: DraftMask | None) -> DraftTree:

@@ -19,12 +19,27 @@ def root_tokens(batch: Batch) -> Tensor:
     return torch.tensor([seq.tokens[-1] for seq in batch.seqs], dtype=torch.int64).to(device)[:, None]
 
 
+def roots_alone(batch: Batch) -> DraftTree:
+    """Trees of one node."""
+    tokens = root_tokens(batch)
+    return DraftTree(tokens, torch.full_like(tokens, -1))
+
+
 class Unplanned:
     """The part of a draft (roles.Draft) that does what it is asked to, whatever that costs."""
 
     def plan(self, seqs: Items[Sequence], limits: Items[Speculation], num_other_rows: int) -> list[Decision]:
         """All that the limits allow."""
         return [Decision(limit, "request said off" if limit.is_off else "as asked") for limit in limits]
+
+    def plan_ahead(self, batch: Batch, limits: Items[Speculation]) -> list[Decision] | None:
+        """Nothing is drafted from a text that nobody knows yet."""
+        return self.plan(batch.seqs, limits, 0) if all(limit.is_off for limit in limits) else None
+
+    def propose_ahead(
+        self, batch: Batch, before: Batch, tree: DraftTree, verdict: Verdict, features: Tensor
+    ) -> DraftTree:
+        return roots_alone(batch)
 
     def account(self, cost: StepCost) -> None:
         pass
@@ -45,9 +60,11 @@ class NoDraft(Unplanned):
     def scratch_rows(self, speculation: Speculation) -> int:
         return 0
 
+    def plan_ahead(self, batch: Batch, limits: Items[Speculation]) -> list[Decision] | None:
+        return self.plan(batch.seqs, limits, 0)
+
     def propose(self, batch: Batch, mask: DraftMask | None = None) -> DraftTree:
-        tokens = root_tokens(batch)
-        return DraftTree(tokens, torch.full_like(tokens, -1))
+        return roots_alone(batch)
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         pass

@@ -30,6 +30,11 @@ class Pending:
         self.tokens += tokens
         self._features.append((features, nodes))
 
+    def skip(self, count: int) -> None:
+        """As many pairs went past here: a device has taken them in before the host knew them."""
+        assert not self.tokens, "pairs before them are waiting"
+        self.num_rows += count
+
     def take(self, count: int) -> tuple[list[int], Tensor]:
         """Remove the first ``count`` pairs: tokens, and features [count, F]."""
         # A chain's nodes lie side by side, and then nobody needs a list of them.

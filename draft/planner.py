@@ -207,6 +207,7 @@ class _Memory:
     """What is kept of a request."""
 
     belief: Belief
+    sampled: bool
     drafted: bool | None = None
     idle_steps: int = 0
 
@@ -233,28 +234,34 @@ class Planner:
         self._asks: Sequence[Ask] = ()
         self._whole: list[bool] = []  # of which asks every drafted node is kept
         self._load = Load(0.0)
+        self._planned: tuple[Sequence[Ask], Load, Plan, bool] | None = None
 
     def plan(self, asks: Sequence[Ask], load: Load) -> Plan:
-        """Decide for the sequences of a decode step, in their order."""
-        self._asks, self._load = asks, load
-        memories = [self._memory(ask) for ask in asks]
-        for memory in memories:
-            memory.idle_steps += 1
-        self._since_probe += 1
-        self._since_plain += 1
-        self._next_look -= 1
-        looks_around = self._next_look < 0
+        """Decide for the sequences of a decode step, in their order. Unless the plan is carried out, the next
+        one is made as if nobody had asked for it."""
+        looks_around = self._next_look < 1
         found = plan(
             self.costs,
-            [_seat(ask, memory) for ask, memory in zip(asks, memories, strict=True)],
+            [_seat(ask, self._memory(ask)) for ask in asks],
             load,
             self._shape,
-            steps_since_probe=self._since_probe,
-            steps_since_plain=self._since_plain,
+            steps_since_probe=self._since_probe + 1,
+            steps_since_plain=self._since_plain + 1,
             stops_early=self._stops_early,
             looks_around=looks_around,
         )
-        if looks_around:
+        self._planned = asks, load, found, looks_around
+        return found
+
+    def carry_out(self) -> None:
+        """The last plan is what the step does."""
+        assert self._planned is not None, "a step without a plan"
+        (self._asks, self._load, found, looked_around), self._planned = self._planned, None
+        self._since_probe = 0 if found.is_probe else self._since_probe + 1
+        is_plain = all(decision.speculation.is_off for decision in found.decisions)
+        self._since_plain = 0 if is_plain else self._since_plain + 1
+        self._next_look -= 1
+        if looked_around:
             drafts = found.shape.levels > 0
             self._look_every = _LOOK_EVERY if drafts else min(2 * self._look_every, _LOOK_SELDOM)
             self._next_look = self._look_every - 1
@@ -262,15 +269,12 @@ class Planner:
         # A probe is also to show what its row costs and whether it is accepted.
         self._whole = [
             ask.asked == "fixed" or decision.reason == "probe"
-            for ask, decision in zip(asks, found.decisions, strict=True)
+            for ask, decision in zip(self._asks, found.decisions, strict=True)
         ]
-        for memory, drafted in zip(memories, found.drafted, strict=True):
+        for ask, drafted in zip(self._asks, found.drafted, strict=True):
+            memory = self._memory(ask)
             memory.drafted = drafted
-        if found.is_probe:
-            self._since_probe = 0
-        if all(decision.speculation.is_off for decision in found.decisions):
-            self._since_plain = 0
-        return found
+            memory.idle_steps += 1
 
     def is_worth_level(
         self,
@@ -309,14 +313,13 @@ class Planner:
         return keep(self.costs, self._load, trusted, spent, self._whole)
 
     def observe(self, drafts: Sequence[Drafted]) -> None:
-        """Learn from the drafts of the step, those of sequences that were planned for."""
-        asks = {ask.request_id: ask for ask in self._asks}
+        """Learn from the drafts of a step, those of sequences that were planned for and go on."""
         for draft in drafts:
-            ask, memory = asks[draft.request_id], self._memories[draft.request_id]
+            memory = self._memories[draft.request_id]
             memory.belief.judge(draft.expected, draft.accepted)
             if draft.levels:
                 memory.belief.learn(draft.levels, memory.idle_steps - 1)
-                self._modes[ask.sampled].learn(draft.levels, slowness=_MODE_SLOWNESS)
+                self._modes[memory.sampled].learn(draft.levels, slowness=_MODE_SLOWNESS)
                 memory.idle_steps = 0
 
     def forget(self, request_id: int) -> None:
@@ -326,7 +329,8 @@ class Planner:
     def _memory(self, ask: Ask) -> _Memory:
         memory = self._memories.get(ask.request_id)
         if memory is None:
-            memory = self._memories[ask.request_id] = _Memory(Belief(self._modes[ask.sampled]))
+            memory = _Memory(Belief(self._modes[ask.sampled]), ask.sampled)
+            self._memories[ask.request_id] = memory
         return memory
 
 
@@ -338,5 +342,5 @@ def _seat(ask: Ask, memory: _Memory) -> Seat:
         belief.typical(ask.limits.depth),
         belief.trusted(ask.lookup),
         memory.drafted,
-        memory.idle_steps,
+        memory.idle_steps + 1,
     )

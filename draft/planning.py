@@ -1,13 +1,17 @@
 """The planner's place in a step: between the scheduler, which asks how much to draft, and the head.
 
-``draft.planner`` decides on numbers; here they are taken from sequences and trees, one step at a time:
+``draft.planner`` decides on numbers; here they are taken from sequences and trees, step by step:
 
     plan             the scheduler asks, before it reserves rows
+    carry_out        the step does what was planned
     begin            the head starts to draft for some sequences of the batch
     is_worth_level   before each further level
     cut              the grown tree, with what prompt lookup added: its best nodes
     observe          what was accepted
     account          what it cost
+
+Where a step begins before the host knows how the one before it ended, all but the last two are about the
+newer of them, and the last two about the older.
 """
 
 from __future__ import annotations
@@ -38,11 +42,14 @@ class _Step:
 
 
 class Planning:
-    """Holds the Planner and the step that it is asked about."""
+    """Holds the Planner and the steps that it is asked about."""
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
-        self._step = _Step([], [])
+        self._planned = self._step = self._observed = _Step(
+            [], []
+        )  # a plan; the newest step; one that is over
+        self._under_way: list[_Step] = []  # carried out, not observed: the oldest first
 
     def plan(
         self,
@@ -62,8 +69,15 @@ class Planning:
         chances = [
             list(own[: decision.speculation.lookup]) for own, decision in zip(lookups, decisions, strict=True)
         ]
-        self._step = _Step([seq.request.id for seq in seqs], chances)
+        self._planned = _Step([seq.request.id for seq in seqs], chances)
         return list(decisions)
+
+    def carry_out(self, *, ahead: bool = False) -> None:
+        """The last plan is what a step does. ahead: before the last step was observed; else nothing is under
+        way any more, be it that a step broke."""
+        self.planner.carry_out()
+        self._step = self._planned
+        self._under_way = [*self._under_way, self._step] if ahead else [self._step]
 
     def begin(self, active: list[int], most_pending: int, sizes: Items[Speculation] = ()) -> None:
         """The head drafts for these places of the batch; most_pending: pairs that one of them catches up
@@ -105,26 +119,29 @@ class Planning:
             return tree
         return prune(tree, counts)
 
-    def observe(self, tree: DraftTree, accepted: Items[int]) -> None:
-        """Learn what became of the trees; accepted: draft tokens, for each place."""
-        step = self._step
-        expected = step.chances if tree.scores is None else _values(tree)
+    def observe(self, request_ids: Items[int], tree: DraftTree, accepted: Items[int]) -> None:
+        """Learn what became of the oldest step's trees. request_ids: of the sequences, in order, without
+        those that ended while it was under way; accepted: draft tokens, for each."""
+        step = self._observed = self._under_way.pop(0)
+        places = [step.ids.index(request_id) for request_id in request_ids]
+        chances = [step.chances[place] for place in places]
+        expected = chances if tree.scores is None else _values(tree)
         if step.grown is not None:
             levels = dict(zip(step.active, _levels(step.grown), strict=True))
         else:
             of_all = _levels(tree) if step.active else []
-            levels = {place: of_all[place] for place in step.active}
+            levels = {place: own for place, own in zip(places, of_all, strict=False) if place in step.active}
         self.planner.observe(
             [
-                Drafted(request_id, levels.get(place, ()), sum(expected[place]), accepted[place])
-                for place, request_id in enumerate(step.ids)
-                if expected[place] or place in levels
+                Drafted(step.ids[place], levels.get(place, ()), sum(expected[row]), accepted[row])
+                for row, place in enumerate(places)
+                if expected[row] or place in levels
             ]
         )
 
     def account(self, cost: StepCost) -> None:
-        """Learn what the step took."""
-        costs, step = self.planner.costs, self._step
+        """Learn what the step took that was observed last."""
+        costs, step = self.planner.costs, self._observed
         draft_s = seconds_between(*step.marks)
         if cost.seconds > draft_s:
             costs.observe_verify(cost.num_rows, cost.context, cost.seconds - draft_s)

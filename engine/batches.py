@@ -29,10 +29,15 @@ class Batches:
 
     def of_decodes(self, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
         """The decodes of a step. decisions: what to draft for each; pages for it are reserved."""
-        num_seqs = bucket(len(seqs), SEQ_BUCKETS) if self._fixed else None
-        if num_seqs is not None and max(len(seq.pages) for seq in seqs) <= self._table_width:
-            return self._fixed_batch(num_seqs, seqs, decisions)
+        if self.are_fixed(seqs):
+            return self._fixed_batch(seqs, decisions)
         return self._batch(seqs, [decision.speculation for decision in decisions], None, decisions)
+
+    def are_fixed(self, seqs: Items[Sequence]) -> bool:
+        """Whether a batch of these decodes lies in tensors that are there for good."""
+        if not self._fixed or bucket(len(seqs), SEQ_BUCKETS) is None:
+            return False
+        return max(len(seq.pages) for seq in seqs) <= self._table_width
 
     def of_chunks(self, seqs: Items[Sequence], sizes: Items[int], speculation: Items[Speculation]) -> Batch:
         """A step's chunks of prompts. sizes: nodes of each, the root and then known tokens; speculation:
@@ -67,12 +72,14 @@ class Batches:
             prompt=chunk,
         )
 
-    def _fixed_batch(self, num_seqs: int, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
-        """num_seqs: with padding. One copy takes everything to the device."""
+    def _fixed_batch(self, seqs: Items[Sequence], decisions: Items[Decision]) -> Batch:
+        """One copy takes everything to the device."""
+        num_seqs = bucket(len(seqs), SEQ_BUCKETS)  # with padding
+        assert num_seqs is not None
         box = self._mailboxes.get(num_seqs)
         if box is None:
             box = self._mailboxes[num_seqs] = Mailbox(self._fields(num_seqs), self._device)
-        missing = num_seqs - len(seqs)
+        host, missing = box.host, num_seqs - len(seqs)
         params = [seq.request.sampling for seq in seqs]
         columns = {
             "roots": torch.tensor([seq.tokens[-1] for seq in seqs] + [0] * missing),
@@ -80,8 +87,8 @@ class Batches:
             **sampling_columns(params + [_PADDING] * missing),
         }
         for name, column in columns.items():
-            box.host[name].copy_(column)
-        _fill(box.host["page_table"], [seq.pages for seq in seqs])
+            host[name].copy_(column)
+        _fill(host["page_table"], [seq.pages for seq in seqs])
         box.send()
         return Batch(
             seqs=tuple(seqs),

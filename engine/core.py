@@ -72,6 +72,11 @@ class Speculation:
         """Draft tokens that one step can accept."""
         return max(min(self.depth, self.nodes - 1) if self.has_tree else 0, self.lookup)
 
+    @property
+    def most_emitted(self) -> int:
+        """Tokens that one step can emit."""
+        return self.most_accepted + 1
+
     def limited(self, num_tokens: int) -> Speculation:
         """The same, with no path longer than so many draft tokens."""
         if num_tokens >= max(self.depth, self.lookup):
@@ -334,6 +339,19 @@ class Batch:
     @property
     def is_fixed(self) -> bool:
         return self.roots is not None
+
+    def select(self, rows: list[int]) -> Batch:
+        """Some sequences of a batch of decodes, in tensors of their own."""
+        index = torch.tensor(rows, dtype=torch.int64).to(self.kv_lens.device)
+        return Batch(
+            seqs=tuple(self.seqs[row] for row in rows),
+            kv_lens=self.kv_lens[index],
+            page_table=self.page_table[index],
+            page_size=self.page_size,
+            sampling=self.sampling.select(index),
+            speculation=tuple(self.speculation[row] for row in rows),
+            decisions=tuple(self.decisions[row] for row in rows),
+        )
 
     @property
     def is_prefill(self) -> bool:

@@ -1,16 +1,21 @@
 """What a step does behind its draft: score the trees, choose, accept, compact.
 
-Nothing in it waits for the device. At its end trees and verdicts come to the host together, in the step's one
-copy; whoever asks for log-probabilities gets another.
+Nothing in it waits for the device: the step is *launched*. Trees and verdicts are then on their way to the
+host together, in the step's one copy, and whoever reads it waits; log-probabilities, where they are asked
+for, are another.
 
 A step of decodes alone is captured (``engine.graphs``), in one graph for its number of sequences and of
 nodes. Two kinds of requests want something in between that only the host knows, and there a graph ends with
 the scores: edits of the logits (penalties, grammars, biases, see ``engine.edits``), and log-probabilities.
 Prompts are not captured: their shapes are too many, and a forward over a chunk outlasts its launches.
+
+A step that is captured whole leaves on the device all that the next one begins from, so that this can be
+launched before the first is read: see ``Launched.left`` and ``advance``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
@@ -34,6 +39,15 @@ class Decoded:
     features: Tensor
     logprobs: list[tuple[TokenLogprob, ...]]  # of each sequence, what it asks for
 
+    def select(self, rows: list[int]) -> Decoded:
+        """Of some sequences of the batch."""
+        return Decoded(
+            DraftTree(self.tree.tokens[rows], self.tree.parents[rows], _scores_of(self.tree.scores, rows)),
+            Verdict(self.verdict.path[rows], self.verdict.length[rows], self.verdict.bonus[rows]),
+            self.features[torch.tensor(rows, dtype=torch.int64).to(self.features.device)],
+            [self.logprobs[row] for row in rows],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Found:
@@ -44,7 +58,55 @@ class _Found:
     features: Tensor
     scores: Scores | None = None
     choice: Tensor | None = None
-    columns: Tensor | None = None  # of the tree, if it has them already
+    columns: Tensor | None = None  # of the tree, if it has them already; once launched, of the verdict too
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that the device is at work on, or has done if it is a CPU."""
+
+    batches: tuple[Batch, ...]
+    found: tuple[_Found, ...]
+    land: Callable[[], Tensor] | None  # waits for the columns of all batches; None on a CPU
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was captured from its trees to its verdict: so no host has a part in it, nor in what the
+        next step begins from."""
+        return self.batches[0].is_fixed and self.found[0].choice is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is left whom it concerns."""
+        return all(seq.finish_reason is not None for batch in self.batches for seq in batch.seqs)
+
+    def left(self) -> tuple[DraftTree, Verdict, Tensor]:
+        """What a whole step leaves on the device: trees, verdicts, features. In memory of its own, which no
+        other step writes to."""
+        (found,) = self.found
+        assert self.is_whole
+        assert found.columns is not None
+        num_nodes = found.tree.tokens.shape[1]
+        tree = DraftTree(found.columns[:, :num_nodes], found.columns[:, num_nodes : 2 * num_nodes])
+        return tree, _verdict_of(found.columns, num_nodes), found.features
+
+    def read(self) -> list[tuple[Batch, Decoded]]:
+        """Wait for what became of every batch: of those that ended in the meantime, nothing."""
+        return [
+            _of_living(batch, Decoded(tree, verdict, one.features, _logprobs(batch, one, verdict)))
+            for batch, one, (tree, verdict) in zip(self.batches, self.found, self._on_host(), strict=True)
+        ]
+
+    def _on_host(self) -> list[tuple[DraftTree, Verdict]]:
+        """Trees and verdicts of the batches' sequences, where the host may look at them."""
+        if self.land is None:
+            return [(one.tree, one.verdict) for one in self.found]
+        columns = [one.columns for one in self.found if one.columns is not None]
+        parts = torch.split(self.land(), [own.numel() for own in columns])
+        return [
+            _unpacked(part.view(own.shape)[: len(batch.seqs)], one.tree.tokens.shape[1])
+            for batch, one, own, part in zip(self.batches, self.found, columns, parts, strict=True)
+        ]
 
 
 class Decoding:
@@ -54,7 +116,7 @@ class Decoding:
         self._target, self.sampler, self._graphs = target, sampler, graphs
         self._read = Reader(device)
 
-    def __call__(self, batches: Items[Batch], trees: Items[DraftTree]) -> list[Decoded]:
+    def __call__(self, batches: Items[Batch], trees: Items[DraftTree]) -> Launched:
         """Score the trees of all batches in one forward, and accept a path of each."""
         num_nodes = bucket(trees[0].tokens.shape[1], NODE_BUCKETS)
         if len(batches) == 1 and batches[0].is_fixed and num_nodes is not None:
@@ -62,11 +124,11 @@ class Decoding:
         else:
             scores = self._target.score(batches, trees)
             found = [self._settled(*of_batch) for of_batch in zip(batches, trees, scores, strict=True)]
-        hosted = self._on_host(batches, found)
-        return [
-            Decoded(tree, verdict, one.features, _logprobs(batch, one, verdict))
-            for batch, one, (tree, verdict) in zip(batches, found, hosted, strict=True)
-        ]
+        if found[0].tree.tokens.device.type == "cpu":
+            return Launched(tuple(batches), tuple(found), None)
+        packed = [replace(one, columns=_packed(one)) for one in found]
+        columns = [one.columns.flatten() for one in packed if one.columns is not None]
+        return Launched(tuple(batches), tuple(packed), self._read(torch.cat(columns)))
 
     def _settled(self, batch: Batch, tree: DraftTree, scores: Scores) -> _Found:
         """The verdict on scored trees; accepted rows go first, rows past them are scratch."""
@@ -105,20 +167,25 @@ class Decoding:
             found = _Found(tree, verdict, features)
         return replace(found, columns=columns, features=found.features.clone())  # a head keeps features
 
-    def _on_host(self, batches: Items[Batch], found: Items[_Found]) -> list[tuple[DraftTree, Verdict]]:
-        """Trees and verdicts of the batches' sequences, where the host may look at them."""
-        if found[0].tree.tokens.device.type == "cpu":
-            return [(one.tree, one.verdict) for one in found]
-        packed = []
-        for one in found:
-            columns = tree_columns(one.tree) if one.columns is None else one.columns
-            packed.append(torch.cat((columns, *_verdict_columns(one.verdict)), dim=1))
-        landed = self._read(torch.cat([part.flatten() for part in packed]))
-        parts = torch.split(landed, [part.numel() for part in packed])
-        return [
-            _unpacked(part.view(own.shape)[: len(batch.seqs)], one.tree.tokens.shape[1])
-            for batch, one, own, part in zip(batches, found, packed, parts, strict=True)
-        ]
+
+def advance(batch: Batch, verdict: Verdict) -> None:
+    """Bring a batch's roots and lengths from where the step under way began to where it leaves them. verdict:
+    of that step, on the device.
+
+    Padding stays: its pages are the dummy page, and no real sequence has that. Where there was no choice the
+    sequence ends, but its row goes along, and must be of a token that there is.
+    """
+    assert batch.roots is not None
+    batch.roots.copy_(verdict.bonus.clamp(min=0))
+    batch.kv_lens.add_(verdict.length * (batch.page_table[:, 0] > 0))
+
+
+def _of_living(batch: Batch, found: Decoded) -> tuple[Batch, Decoded]:
+    """A batch without the sequences that ended while its step was under way."""
+    living = [row for row, seq in enumerate(batch.seqs) if seq.finish_reason is None]
+    if len(living) == len(batch.seqs):
+        return batch, found
+    return batch.select(living), found.select(living)
 
 
 def _evenly(tree: DraftTree) -> DraftTree:
@@ -160,11 +227,23 @@ def tree_of(columns: Tensor, num_nodes: int) -> DraftTree:
     )
 
 
-def _verdict_columns(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
-    return verdict.path, verdict.length[:, None], verdict.bonus[:, None]
+def _scores_of(scores: DraftScores | None, rows: list[int]) -> DraftScores | None:
+    if scores is None:
+        return None
+    return DraftScores(scores.raw[rows], scores.value[rows], scores.rank[rows])
+
+
+def _packed(found: _Found) -> Tensor:
+    """Columns of a tree, then those of the verdict on it: path, length, bonus."""
+    of_tree = tree_columns(found.tree) if found.columns is None else found.columns
+    verdict = found.verdict
+    return torch.cat((of_tree, verdict.path, verdict.length[:, None], verdict.bonus[:, None]), dim=1)
+
+
+def _verdict_of(columns: Tensor, num_nodes: int) -> Verdict:
+    return Verdict(columns[:, -num_nodes - 2 : -2], columns[:, -2], columns[:, -1])
 
 
 def _unpacked(columns: Tensor, num_nodes: int) -> tuple[DraftTree, Verdict]:
-    """columns: of a tree, then those of the verdict on it."""
-    of_tree, path = columns[:, : -num_nodes - 2], columns[:, -num_nodes - 2 : -2]
-    return tree_of(of_tree, num_nodes), Verdict(path, columns[:, -2], columns[:, -1])
+    """What ``_packed`` was given."""
+    return tree_of(columns[:, : -num_nodes - 2], num_nodes), _verdict_of(columns, num_nodes)

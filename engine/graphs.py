@@ -37,6 +37,7 @@ NODE_BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 _WARM_UPS = 2  # runs before a capture: the first compiles and allocates, the second is as all others
 _ALIGNMENT = 16  # bytes: the widest load of a kernel
+_NUM_BUFFERS = 2  # that a mailbox is written to in turn: one for the step under way, one for that behind it
 
 T = TypeVar("T")
 
@@ -142,16 +143,16 @@ class Graphs:
 class Mailbox:
     """Tensors that stay where they are on a device, filled by one copy from the host.
 
-    fields: shape and dtype of each, by name. Write to ``host``, then ``send``; ``device`` has what was sent
-    last. A copy may be under way when ``send`` returns: write again when a later result has been read.
+    fields: shape and dtype of each, by name. Write all of ``host``, then ``send``; ``device`` has what was
+    sent last, or what the device has made of it since.
+
+    A copy is still under way when ``send`` returns, and may wait for a whole step before it. So the host
+    writes to two buffers in turn, and to neither before its last copy is over.
     """
 
     def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: str) -> None:
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in fields.values()]
         padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        on_gpu = device.startswith("cuda")
-        self._host = torch.zeros(sum(padded), dtype=torch.uint8, pin_memory=on_gpu)
-        self._device = torch.zeros(sum(padded), dtype=torch.uint8, device=device)
 
         def views(buffer: Tensor) -> dict[str, Tensor]:
             parts = torch.split(buffer, padded)
@@ -160,28 +161,56 @@ class Mailbox:
                 for part, size, (name, (shape, dtype)) in zip(parts, sizes, fields.items(), strict=True)
             }
 
-        self.host, self.device = views(self._host), views(self._device)
+        self._on_gpu = device.startswith("cuda")
+        self._hosts = [
+            torch.zeros(sum(padded), dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(_NUM_BUFFERS)
+        ]
+        self._host_views = [views(host) for host in self._hosts]
+        self._copied: list[torch.cuda.Event | None] = [None] * _NUM_BUFFERS
+        self._turn = 0  # whose it is to be written
+        self._device = torch.zeros(sum(padded), dtype=torch.uint8, device=device)
+        self.device = views(self._device)
+
+    @property
+    def host(self) -> dict[str, Tensor]:
+        """Where to write what is sent next."""
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
+        return self._host_views[self._turn]
 
     def send(self) -> None:
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._hosts[self._turn], non_blocking=True)
+        if self._on_gpu:
+            self._copied[self._turn] = _recorded()
+        self._turn = (self._turn + 1) % _NUM_BUFFERS
 
 
 class Reader:
-    """Copies small tensors to the host: a wait for the device, of which a step has one."""
+    """Copies small tensors to the host."""
 
     def __init__(self, device: str) -> None:
         self._on_gpu = device.startswith("cuda")
-        self._pinned = torch.zeros(0, dtype=torch.int64)
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """A [n] int64 tensor on the host, valid until the next call."""
+    def __call__(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a tensor that nobody writes to any more. What is returned waits for the copy, and for
+        all that the device had to do before it, but for nothing that it was given since."""
         if not self._on_gpu:
-            return tensor.cpu()
-        if self._pinned.numel() < tensor.numel():
-            self._pinned = torch.empty(2 * tensor.numel(), dtype=torch.int64, pin_memory=True)
-        landed = self._pinned[: tensor.numel()]
+            return tensor.cpu
+        # Memory of its own, which torch has pinned before: another copy may be under way.
+        landed = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         landed.copy_(tensor, non_blocking=True)
-        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        done.synchronize()
-        return landed
+        done = _recorded()
+
+        def wait() -> Tensor:
+            done.synchronize()
+            return landed
+
+        return wait
+
+
+def _recorded() -> torch.cuda.Event:
+    """An event that a device reaches when it has done what it was given so far."""
+    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -109,13 +109,25 @@ class Draft(Protocol):
         drafted in vain; without one nobody has a grammar."""
         ...
 
+    def plan_ahead(self, batch: Batch, limits: Items[Speculation]) -> list[Decision] | None:
+        """As ``plan``, for the step behind one that is under way, of which nobody knows yet how it ends.
+        None if the draft has to know that first; then it is as if nobody had asked."""
+        ...
+
+    def propose_ahead(
+        self, batch: Batch, before: Batch, tree: DraftTree, verdict: Verdict, features: Tensor
+    ) -> DraftTree:
+        """As ``propose``, for a batch that was planned ahead. The others: of the step before, as ``observe``
+        will be given them, but all on the device, padding included."""
+        ...
+
     def account(self, cost: StepCost) -> None:
         """Learn what a step of decodes alone took."""
         ...
 
     def observe(self, batch: Batch, tree: DraftTree, verdict: Verdict, features: Tensor) -> None:
         """Learn what was accepted. tree, verdict: on the host; features: [B, N, F] of the scored nodes, where
-        they were computed, and the draft's to keep."""
+        they were computed, and the draft's to keep. By then the next step may have been proposed, ahead."""
         ...
 
     def start_over(self) -> None:

@@ -76,7 +76,8 @@ class Scheduler:
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         most_rows = config.max_model_len + max(MOST_OWN, draft.scratch_rows(config.speculation))
         self._batches = Batches(config.device, pages.page_size, most_rows, fixed=captured)
-        self._scratch_rows, self._plan, self._forget = draft.scratch_rows, draft.plan, draft.forget
+        self._scratch_rows, self._forget = draft.scratch_rows, draft.forget
+        self._plan, self._plan_ahead = draft.plan, draft.plan_ahead
         self._forget_edits, self._grammars = forget_edits, grammars
         self._num_places = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_added = 0
@@ -161,6 +162,39 @@ class Scheduler:
             speculation = [self._step_speculation(seq) for seq in seqs]
             batches.append(self._batches.of_chunks(seqs, sizes, speculation))
         return tuple(batches)
+
+    def next_ahead(self, batch: Batch) -> Batch | None:
+        """What follows a step of decodes that is under way, ``batch``, if that can be said before anybody
+        knows how it ends, else None: the same sequences simply go on.
+
+        Nobody could start instead, and nobody ends for sure; there are pages for as much as the step may
+        emit, and for the next trees behind that. The pages stay until a ``commit`` behind which nothing is
+        launched. Who does end with the step under way is in the next one in vain.
+
+        Roots and lengths of what is returned are those that the step under way began with, for the host knows
+        no others: see ``decoding.advance``.
+        """
+        seqs, emitted = batch.seqs, [one.most_emitted for one in batch.speculation]
+        if list(seqs) != self.running or self._somebody_may_start():
+            return None
+        if any(self._remaining(seq) <= 1 for seq in seqs):
+            return None
+        most = [self._step_speculation(seq, tokens) for seq, tokens in zip(seqs, emitted, strict=True)]
+        budget = self.config.max_num_batched_tokens
+        shares, _ = divide(budget, [self._most_nodes(one) for one in most], [], [])
+        limits = [one.within(num_nodes) for one, num_nodes in zip(most, shares, strict=True)]
+        for seq, tokens, limit in zip(seqs, emitted, limits, strict=True):
+            if not self.pages.extend(seq.pages, seq.kv_len + tokens + 1 + self._scratch_rows(limit)):
+                return None
+        decisions = self._plan_ahead(batch, limits) if self._batches.are_fixed(seqs) else None
+        return None if decisions is None else self._batches.of_decodes(seqs, decisions)
+
+    def _somebody_may_start(self) -> bool:
+        """Whether one of those that wait may find a place as things are."""
+        if not self.waiting:
+            return False
+        is_full = len(self.running) == self._num_places
+        return not is_full or self.waiting[0].order < self.running[-1].order
 
     def _admit(self) -> None:
         """Let waiting sequences run, in order, while there are places and pages for a first step. Those that
@@ -260,9 +294,10 @@ class Scheduler:
         asked = self.config.speculation if request.speculation is None else request.speculation
         return asked.within(MOST_OWN)
 
-    def _step_speculation(self, seq: Sequence) -> Speculation:
-        """What to draft now: never more tokens than the request may still emit, the bonus not counted."""
-        return self._speculation(seq.request).limited(self._remaining(seq) - 1)
+    def _step_speculation(self, seq: Sequence, num_under_way: int = 0) -> Speculation:
+        """What to draft now: never more tokens than the request may still emit, the bonus not counted.
+        num_under_way: tokens that a step under way may emit."""
+        return self._speculation(seq.request).limited(self._remaining(seq) - num_under_way - 1)
 
     def _remaining(self, seq: Sequence) -> int:
         return min(
@@ -273,10 +308,17 @@ class Scheduler:
     # --- committing
 
     def commit(
-        self, batch: Batch, tree: DraftTree, verdict: Verdict, logprobs: Items[tuple[TokenLogprob, ...]]
+        self,
+        batch: Batch,
+        tree: DraftTree,
+        verdict: Verdict,
+        logprobs: Items[tuple[TokenLogprob, ...]],
+        *,
+        goes_on: bool = False,
     ) -> list[Delta]:
-        """Write the accepted tokens, end what is finished, return surplus pages. The step's one copy to the
-        host, but for logprobs (of the chosen tokens of each sequence, see ``engine.logprobs``)."""
+        """Write the accepted tokens, end what is finished, return surplus pages. All of it from the step's
+        one copy to the host, but for logprobs (of the chosen tokens of each sequence, see
+        ``engine.logprobs``). goes_on: the batch's next step is launched already, and keeps its pages."""
         paths, bonuses, lengths = verdict.path.tolist(), verdict.bonus.tolist(), verdict.length.tolist()
         tree_tokens = tree.tokens.tolist()
         parents = tree.parents.tolist() if batch.prompt is None else [[-1]] * len(paths)
@@ -296,10 +338,10 @@ class Scheduler:
             else:
                 self.prefixes.publish(seq)
             error = self._problem(seq) if seq.finish_reason == "error" else None
-            if seq.finish_reason is None:
-                self.pages.shrink(seq.pages, seq.kv_len + 1)
-            else:
+            if seq.finish_reason is not None:
                 self._end(seq, seq.finish_reason)
+            elif not goes_on:
+                self.pages.shrink(seq.pages, seq.kv_len + 1)
             depths = depths_of(parents[row])
             deltas.append(
                 Delta(

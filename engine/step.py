@@ -8,15 +8,15 @@ road, in the same forward, as chains that are accepted in advance.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from engine.canary import Canary, CanaryCounts
-from engine.clock import Clock
+from engine.clock import Clock, Mark
 from engine.config import EngineConfig
 from engine.core import Batch, Delta, DraftTree, FinishReason, Request, SamplingParams, Speculation, StepCost
-from engine.decoding import Decoding
+from engine.decoding import Decoded, Decoding, Launched, advance
 from engine.edits import sampling_edits
 from engine.errors import EngineError
 from engine.grammar import Grammars
@@ -46,6 +46,16 @@ class Completion:
     def acceptance_length(self) -> float:
         """Mean tokens emitted per decode step."""
         return self.num_decoded / self.num_steps if self.num_steps else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that is launched, and when its phases begin and end."""
+
+    launched: Launched
+    started: Mark  # of one behind another: when that one is verified
+    drafted: Mark
+    verified: Mark
 
 
 def prompt_chain(batch: Batch) -> DraftTree:
@@ -92,6 +102,7 @@ class Engine:
         self.canary = Canary(config, target, self.sampler, pages)
         self.step_log = step_log
         self.last_times = StepTimes()
+        self._next: _Step | None = None  # launched before the host knew what becomes of the one before it
         self._clock = Clock(config.device)
         self._deltas: list[Delta] = []  # of the current step, as far as it has come
         self._next_id = 0
@@ -100,29 +111,66 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one iteration: draft trees, score them all at once, accept a path of each, commit it."""
         deltas = self._deltas = self.scheduler.take_aborted()
+        step, self._next = self._next, None
+        if step is None or step.launched.is_over:
+            step = self._launch()
+        if step is None:
+            return deltas
+        self._next = self._launch_ahead(step)
+        decoded = step.launched.read()  # the host's one wait for the device
+        for batch, found in decoded:
+            self.draft.observe(batch, found.tree, found.verdict, found.features)
+            deltas += self.scheduler.commit(
+                batch, found.tree, found.verdict, found.logprobs, goes_on=self._next is not None
+            )
+        ended = self._clock.mark() if self._next is None else step.verified
+        self._account(step, decoded, deltas, ended)
+        if self.config.canary:
+            self.canary.check(self.scheduler.running, deltas)
+        return deltas
+
+    def _launch(self) -> _Step | None:
+        """Hand the device a step; None if there is nothing to do."""
         started = self._clock.mark()
         batches = self.scheduler.next_batches()  # pages for every node are reserved here
         if not batches:
-            return deltas
+            return None
         trees = [
             prompt_chain(batch) if batch.is_prefill else self.draft.propose(batch, self.grammars.allowed)
             for batch in batches
         ]
         drafted = self._clock.mark()
-        decoded = self.decoding(batches, trees)  # score, choose, accept, compact
-        verified = self._clock.mark()
-        for batch, found in zip(batches, decoded, strict=True):
-            self.draft.observe(batch, found.tree, found.verdict, found.features)
-            deltas += self.scheduler.commit(batch, found.tree, found.verdict, found.logprobs)
-        self.last_times = StepTimes.between(started, drafted, verified, self._clock.mark())
-        if not batches[0].is_prefill:  # decodes come first
-            if len(batches) == 1:
-                self.draft.account(_cost(batches[0], deltas, self.last_times))
-            if self.step_log is not None:
-                self.step_log.write(batches[0], decoded[0].tree, decoded[0].verdict, self.last_times)
-        if self.config.canary:
-            self.canary.check(self.scheduler.running, deltas)
-        return deltas
+        launched = self.decoding(batches, trees)  # score, choose, accept, compact
+        return _Step(launched, started, drafted, self._clock.mark())
+
+    def _launch_ahead(self, before: _Step) -> _Step | None:
+        """Hand the device the step behind one that it is at work on, if that needs nothing of the host that
+        only the first one's verdict can tell."""
+        if not before.launched.is_whole:
+            return None
+        (earlier,) = before.launched.batches
+        batch = self.scheduler.next_ahead(earlier)
+        if batch is None:
+            return None
+        tree, verdict, features = before.launched.left()
+        advance(batch, verdict)
+        trees = [self.draft.propose_ahead(batch, earlier, tree, verdict, features)]
+        drafted = self._clock.mark()
+        launched = self.decoding((batch,), trees)
+        return _Step(launched, before.verified, drafted, self._clock.mark())
+
+    def _account(
+        self, step: _Step, decoded: Items[tuple[Batch, Decoded]], deltas: list[Delta], ended: Mark
+    ) -> None:
+        """Tell what a step took, and what it did."""
+        times = self.last_times = StepTimes.between(step.started, step.drafted, step.verified, ended)
+        batch, found = decoded[0]
+        if batch.is_prefill:  # decodes come first
+            return
+        if len(decoded) == 1 and batch is step.launched.batches[0]:
+            self.draft.account(_cost(batch, deltas, times))
+        if self.step_log is not None:
+            self.step_log.write(_as_it_began(batch, deltas), found.tree, found.verdict, times)
 
     # --- requests
 
@@ -137,6 +185,7 @@ class Engine:
     def fail_running(self, why: str) -> list[Delta]:
         """After a ``step`` that raised: end the requests that run, with ``why`` as their error. Those that
         wait go on. Returns the final deltas, and whatever the step had done before."""
+        self._next = None
         return self._deltas + self.scheduler.fail_running(why)
 
     @property
@@ -200,6 +249,17 @@ class Engine:
             for delta in self.step():
                 deltas[delta.request_id].append(delta)
         return [_completion(request, deltas[request.id]) for request in requests]
+
+
+def _as_it_began(batch: Batch, deltas: Items[Delta]) -> Batch:
+    """Decodes that are committed, with the lengths that they began with: the tensors that they lay in may be
+    the next step's by now."""
+    own = deltas[-len(batch.seqs) :]
+    lengths = [
+        seq.kv_len - len(delta.token_ids) + delta.num_forced
+        for seq, delta in zip(batch.seqs, own, strict=True)
+    ]
+    return replace(batch, kv_lens=torch.tensor(lengths))
 
 
 def _cost(batch: Batch, deltas: Items[Delta], times: StepTimes) -> StepCost:

@@ -6,6 +6,8 @@ road it would take there; kernels are their references. And the device insists o
 - Tensors of host and device do not meet in one operation.
 - Whoever looks at a tensor's numbers waits for the device: ``num_reads`` counts that.
 - What is captured may do neither, nor anything whose shape depends on numbers, nor fetch a tensor.
+- A copy from the host that nobody waits for (``non_blocking``) takes until something is read that was made
+  after it. The host must not write to what is copied before that, which shows then.
 
 ``capture`` runs a function once and records every operation with the very tensors that it took. A replay runs
 the record again, on the same memory: what the function looked up elsewhere while it was captured stays what
@@ -51,6 +53,7 @@ class SimulatedTensor(Tensor):
     """Claims to lie on the device; ``numbers`` has what it holds."""
 
     numbers: Tensor
+    num_sent: int  # copies from the host before it was made
     is_cuda = property(lambda self: True)
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -65,7 +68,7 @@ class SimulatedTensor(Tensor):
                 dtype=numbers.dtype,
                 device=torch.device(DEVICE, 0),
             )
-        made.numbers = numbers
+        made.numbers, made.num_sent = numbers, 0
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -94,6 +97,8 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_captures = self.num_replays = 0
         self._record: Record | None = None  # of what is being captured
         self._memory: dict[int, list[Tensor]] = {}  # of each graph
+        self._num_sent = 0
+        self._under_way: list[tuple[int, Tensor, Tensor]] = []  # copies: number, what is copied, what it was
 
     # --- operations
 
@@ -119,7 +124,24 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 results = results.clone()  # memory is not shared across
             if destination == "host":
                 return args[0] if name == "copy_" else results
-        return _wrapped(results, given)
+            if source == "host" and (kwargs.get("non_blocking") or args[2:] == (True,)):
+                self._num_sent += 1
+                self._under_way.append((self._num_sent, args[1], args[1].clone()))
+        return self._stamped(_wrapped(results, given))
+
+    def _stamped(self, results: Any) -> Any:
+        for one in _tensors(results):
+            one.num_sent = self._num_sent
+        return results
+
+    def _landed(self, num_sent: int) -> None:
+        """Something was read behind so many copies: they are over. GraphError if the host has written to what
+        was copied before it could know that."""
+        over = [one for one in self._under_way if one[0] <= num_sent]
+        self._under_way = [one for one in self._under_way if one[0] > num_sent]
+        for _, source, content in over:
+            if not torch.equal(source, content):
+                raise GraphError("the host wrote to memory that was still to be copied")
 
     def _run(self, run: Callable[[], Any], taken: Any) -> Any:
         results = run()
@@ -146,6 +168,8 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
             what = "waits for the device" if reads else "moves tensors between host and device"
             raise GraphError(f"{name} {what}, and cannot be captured")
         self.num_reads += reads
+        if reads:
+            self._landed(max(one.num_sent for one in given if isinstance(one, SimulatedTensor)))
 
     def kernel(self, reference: Callable[..., Any]) -> Callable[..., Any]:
         """A kernel of which nobody sees more than its arguments: it runs as one operation."""
@@ -159,7 +183,7 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inner = _numbers(parts)
             inner_args = [_whole(arg, part) for arg, part in zip(args, inner, strict=True)]
             with _disable_current_modes():
-                return _wrapped(self._run(lambda: reference(*inner_args), inner), given)
+                return self._stamped(_wrapped(self._run(lambda: reference(*inner_args), inner), given))
 
         return launch
 

@@ -279,6 +279,7 @@ class Simulation:
     def step(self, quality: Sequence[float]) -> tuple[tuple[str, ...], float, float]:
         """(reasons, milliseconds of the step, of a plain one)."""
         found = self.planner.plan(self.asks, LOAD)
+        self.planner.carry_out()
         levels = [levels_of(decision) for decision in found.decisions]
         drafts = []
         for ask, num_levels, good in zip(self.asks, levels, quality, strict=True):
@@ -361,6 +362,7 @@ def test_what_was_promised_and_not_kept_is_trusted_less() -> None:
     ask = Ask(1, True, "auto", Speculation(4, 3, 1))
     for _ in range(60):
         found = planner.plan([ask], LOAD)
+        planner.carry_out()
         num_levels = levels_of(found.decisions[0])
         if num_levels:
             planner.observe([Drafted(1, [[0.6], [0.3], [0.1]][:num_levels], 1.0, 0)])
@@ -369,3 +371,25 @@ def test_what_was_promised_and_not_kept_is_trusted_less() -> None:
     assert other.decisions[0].reason == "chain", "a newcomer is not judged by it"
     planner.forget(1)
     assert planner.plan([ask], LOAD).decisions[0].reason == "chain"
+
+
+def test_a_plan_that_is_not_carried_out_leaves_nothing_behind() -> None:
+    """Not even a probe, which would else never come where every second plan is dropped."""
+
+    def run(num_dropped: int) -> list[str]:
+        planner = Planner(Invented(CURVES["rows are dear"]))
+        ask = Ask(1, False, "auto", Speculation(4, 3, 1))
+        reasons = list[str]()
+        for _ in range(400):
+            for _ in range(num_dropped):
+                planner.plan([ask], LOAD)
+            found = planner.plan([ask], LOAD)
+            planner.carry_out()
+            reasons.append(found.decisions[0].reason)
+            num_levels = levels_of(found.decisions[0])
+            if num_levels:
+                planner.observe([Drafted(1, [[0.2], [0.1], [0.1]][:num_levels], 0.2, 0)])
+        return reasons
+
+    assert run(2) == run(0)
+    assert "probe" in run(1)

@@ -360,7 +360,7 @@ def snapshots(engine: Engine) -> list[Snapshot]:
     found = []
     page_size = engine.scheduler.pages.page_size
     for seq in engine.scheduler.running:
-        rows = pool_rows(engine)[:, :, :, slots_of_pages(seq.pages, page_size, 0, seq.kv_len)].clone()
+        rows = pool_rows(engine)[:, :, :, slots_of_pages(seq.pages, page_size, 0, seq.kv_len)].clone().cpu()
         head_rows = None
         if isinstance(engine.draft, FeatureDraft) and seq.request.id in engine.draft._pending:
             pending = engine.draft._pending[seq.request.id]
@@ -369,7 +369,7 @@ def snapshots(engine: Engine) -> list[Snapshot]:
             )
             assert pending.tokens == seq.tokens[1 + pending.num_rows :], "a pair holds the wrong token"
             slots = slots_of_pages(seq.pages, page_size, 1, pending.num_rows + 1)
-            head_rows = engine.draft.model.pool.rows[:, :, :, slots].clone()
+            head_rows = engine.draft.model.pool.rows[:, :, :, slots].clone().cpu()
         found.append(Snapshot(seq.request.id, tuple(seq.tokens), rows, head_rows))
     return found
 

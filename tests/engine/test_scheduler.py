@@ -42,8 +42,9 @@ def alone(prompt_len: int, params: SamplingParams, family: str = "llama") -> tup
 
 
 def check_pages(engine: Engine) -> None:
-    """Every page is free, cached or held, every holder has enough, and none is the dummy; what several hold
-    or others may find, nobody will write."""
+    """Every page is free, cached or held, every holder has enough, but no more than for the step that is
+    launched ahead if there is one, and none is the dummy; what several hold or others may find, nobody will
+    write."""
     pages = engine.scheduler.pages
     held = Counter(page for seq in engine.scheduler.running for page in seq.pages)
     assert 0 not in held
@@ -58,7 +59,8 @@ def check_pages(engine: Engine) -> None:
         assert [seq.order for seq in queue] == sorted(seq.order for seq in queue)
     for seq in engine.scheduler.running:
         assert len(seq.pages) * pages.page_size >= seq.kv_len
-        assert engine.scheduler.pages.pages_for(seq.kv_len + 1) >= len(seq.pages)
+        most_rows = seq.kv_len + 1 + (0 if engine._next is None else 2 * engine.draft.scratch_rows(TREE) + 1)
+        assert engine.scheduler.pages.pages_for(most_rows) >= len(seq.pages)
 
 
 # (what, prompt length or request or number of steps, max_tokens, temperature, speculation, priority)
