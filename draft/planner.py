@@ -235,11 +235,17 @@ class Planner:
         self._whole: list[bool] = []  # of which asks every drafted node is kept
         self._load = Load(0.0)
         self._planned: tuple[Sequence[Ask], Load, Plan, bool] | None = None
+        self._made: Plan | None = None  # the last plan, if others may go by it, ..
+        self._age = 0  # .. and how many steps have
 
     def plan(self, asks: Sequence[Ask], load: Load) -> Plan:
         """Decide for the sequences of a decode step, in their order. Unless the plan is carried out, the next
         one is made as if nobody had asked for it."""
         looks_around = self._next_look < 1
+        if not looks_around and self._still_holds(asks, load):
+            assert self._made is not None
+            self._planned = asks, load, self._made, False
+            return self._made
         found = plan(
             self.costs,
             [_seat(ask, self._memory(ask)) for ask in asks],
@@ -253,10 +259,19 @@ class Planner:
         self._planned = asks, load, found, looks_around
         return found
 
+    def _still_holds(self, asks: Sequence[Ask], load: Load) -> bool:
+        """Whether the last plan is good for another step: what one step teaches is hardly ever news, and to
+        plan costs a small model's step a hundredth."""
+        if self._made is None or self._made.is_probe or self._age >= _LOOK_EVERY:
+            return False
+        return load.other_rows == self._load.other_rows and list(asks) == list(self._asks)
+
     def carry_out(self) -> None:
         """The last plan is what the step does."""
         assert self._planned is not None, "a step without a plan"
         (self._asks, self._load, found, looked_around), self._planned = self._planned, None
+        self._age = self._age + 1 if found is self._made else 1
+        self._made = None if looked_around else found  # what hysteresis has kept may be worse than no head
         self._since_probe = 0 if found.is_probe else self._since_probe + 1
         is_plain = all(decision.speculation.is_off for decision in found.decisions)
         self._since_plain = 0 if is_plain else self._since_plain + 1
@@ -325,6 +340,7 @@ class Planner:
     def forget(self, request_id: int) -> None:
         """Drop what is kept of a request that ended."""
         self._memories.pop(request_id, None)
+        self._made = None
 
     def _memory(self, ask: Ask) -> _Memory:
         memory = self._memories.get(ask.request_id)

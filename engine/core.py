@@ -13,7 +13,8 @@ Invariants
  3. Target and head share slots and page table; only the pool differs. The head's row i is f(embedding of
     token i, feature i - 1); its row 0 does not exist.
  4. Pages for all nodes are reserved in ``next_batches``, the surplus returned in ``commit``. Between the two
-    nothing allocates.
+    nothing allocates. A step that is launched ahead has its own reserved before the ``commit`` of the step
+    before it, which leaves them where they are.
  5. ``parents[i] < i`` and siblings are distinct, so the accepted path is unique and increasing; compaction
     gathers before it scatters.
  6. The noise for position p depends on (seed, p) alone, and target and draft use the same noise.

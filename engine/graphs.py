@@ -10,6 +10,9 @@ function that is captured
 - never waits for the device, and never does one thing or another by what a tensor holds;
 - may run twice over: before it is captured it runs for real, and what it overwrites it has written itself.
 
+A replay is over long before its work is: the host goes on, and may be a step ahead of it. What it writes to
+meanwhile, and what it reads, are a ``Mailbox``'s and a ``Reader``'s business.
+
 All graphs share one pool of memory, and what one needs on its way may lie where another has its results: they
 are there until the next replay of any graph.
 

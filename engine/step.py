@@ -3,6 +3,19 @@
 Every step drafts a tree for each sequence, scores all trees with the target in one forward, lets the sampler
 choose a token after every node, accepts the path on which both agree, and commits it. Prompts take the same
 road, in the same forward, as chains that are accepted in advance.
+
+A host needs about as long for what it does between two steps as a GPU needs for one: it plans, commits and
+streams. So a device is given the next step *before* the host reads what became of this one, wherever the next
+one needs no more than the device itself knows by then: captured decodes of sequences that simply go on. Every
+``step`` still reads one step and returns its deltas; it has launched the one behind it first.
+
+    device                | step 1 | step 2                         | step 3                         | ..
+    host      launch 1, launch 2 | read 1, commit, stream, launch 3 | read 2, commit, stream, launch 4 | ..
+
+Who ends in step 1 is in step 2 in vain, and what it does there is dropped: its rows lie behind what is
+committed, on pages that nobody writes to before step 2 is over, since the device works in the order in which
+it is given work. Otherwise, where somebody comes, leaves or ends, or a prompt lookup pays, which needs the
+text, the host reads first and then goes on as it would at the beginning. Tokens are the same either way.
 """
 
 from __future__ import annotations

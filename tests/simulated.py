@@ -131,7 +131,8 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _stamped(self, results: Any) -> Any:
         for one in _tensors(results):
-            one.num_sent = self._num_sent
+            if isinstance(one, SimulatedTensor):
+                one.num_sent = self._num_sent
         return results
 
     def _landed(self, num_sent: int) -> None:

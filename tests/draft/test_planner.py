@@ -6,14 +6,16 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import draft.planner
 from draft.costs import StepCosts
 from draft.cut import is_worth_level, keep
-from draft.planner import Ask, Drafted, Planner, plan
+from draft.planner import Ask, Drafted, Plan, Planner, plan
 from draft.search import Load, Seat, Shape
 from engine.core import SPECULATION_OFF, Decision, Speculation
 from tests.oracles import planner as oracle
@@ -393,3 +395,32 @@ def test_a_plan_that_is_not_carried_out_leaves_nothing_behind() -> None:
 
     assert run(2) == run(0)
     assert "probe" in run(1)
+
+
+def test_a_plan_holds_for_a_few_steps_where_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(*args: Any, **options: Any) -> Plan:
+        made.append(plan(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(draft.planner, "plan", counted)
+    planner = Planner(Invented(CURVES["flat"]))
+
+    def steps(count: int, lookups: Callable[[int], list[float]], rows: int = 0) -> int:
+        made.clear()
+        for number in range(count):
+            ask = Ask(1, True, "auto", Speculation(4, 3, 1, lookup=2), lookups(number))
+            found = planner.plan([ask], Load(0.0, rows))
+            assert found.decisions[0].speculation.lookup == min(len(lookups(number)), 2)
+            planner.carry_out()
+        return len(made)
+
+    steps(20, lambda _: [])
+    assert 80 / 8 <= steps(80, lambda _: []) <= 80 / 3
+    assert steps(40, lambda number: [] if number % 2 else [0.9]) == 40, "a lookup is news"
+    steps(6, lambda _: [])
+    assert steps(1, lambda _: [], rows=5) == 1, "and so is a prompt beside it"
+    steps(6, lambda _: [])
+    planner.forget(1)
+    assert steps(1, lambda _: []) == 1

@@ -81,7 +81,8 @@ def test_a_planner_hears_of_every_step_once(gpu: Simulated, monkeypatch: pytest.
     got: dict[int, list[Delta]] = {0: [], 1: []}
     num_ahead = 0
     while engine.has_work:
-        costs.clear(), drafts.clear()
+        costs.clear()
+        drafts.clear()
         was_ahead = engine._next is not None
         deltas = engine.step()
         decodes = [delta for delta in deltas if delta.is_decode]

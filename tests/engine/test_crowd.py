@@ -126,6 +126,8 @@ class Crowd:
         scheduler = self.engine.scheduler
         unfinished = [*scheduler.running, *scheduler.waiting]
         first = min(unfinished, key=lambda seq: seq.order).request.id if unfinished else None
+        if self.engine._next is not None:
+            first = None  # a step is under way already, and may be without it
         with unwritten(self.engine):
             deltas = self.engine.step()
         check_pages(self.engine)
