@@ -70,7 +70,7 @@ def _mla(
 
 
 def _cut(source: Source, contexts: tuple[int, ...], *sizes: Any, **options: Any) -> Arguments:
-    """As where only some sequences draft: with a table for the rows that exist, past which padding reaches."""
+    """As where only some sequences draft: the table has the rows that exist, padding reaches past it."""
     q, pool, rows, *rest = _mla(source, contexts, *sizes, **options)
     table = rows.page_table[:, : max(contexts) // rows.page_size + 1]
     return (q, pool, replace(rows, page_table=table.contiguous()), *rest)
