@@ -20,8 +20,8 @@ from kernels.ops import OPERATIONS, Case, Operation, Source
 def poisoned() -> Iterator[None]:
     """Memory that torch allocates meanwhile is filled with NaN, or the largest integer.
 
-    It is when algorithms are to be deterministic. Those of torch that are not, as sums along the rows of a GPU,
-    are used all the same.
+    It is when algorithms are to be deterministic. Those of torch that are not, as sums along the rows on a
+    GPU, are used all the same.
     """
     before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
