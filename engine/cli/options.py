@@ -352,7 +352,7 @@ def open_engine(args: argparse.Namespace) -> Served:
             num_read = done
             bar.update(done, total)
 
-        with _enough_memory(config):
+        with enough_memory(config):
             served = build(model, draft.head, config, update)
     log.info(
         "Model loading took %.2f GiB and %.1f s: %s, %s, from %s",
@@ -362,13 +362,13 @@ def open_engine(args: argparse.Namespace) -> Served:
         config.dtype_name,
         served.root,
     )
-    with _enough_memory(served.engine.config):
-        _warm_up(served.engine)
+    with enough_memory(served.engine.config):
+        prepare(served.engine)
     return served
 
 
 @contextmanager
-def _enough_memory(config: EngineConfig) -> Iterator[None]:
+def enough_memory(config: EngineConfig) -> Iterator[None]:
     """Turns a failed allocation into a ConfigError that says what to lower."""
     try:
         yield
@@ -376,7 +376,7 @@ def _enough_memory(config: EngineConfig) -> Iterator[None]:
         raise out_of_memory(error, config, *torch.cuda.mem_get_info(config.device)) from error
 
 
-def _warm_up(engine: Engine) -> None:
+def prepare(engine: Engine) -> None:
     """Run the first steps; where they are captured, with a bar."""
     graphs = engine.graphs
     if not graphs.are_on:
