@@ -158,9 +158,9 @@ class CapturedProposals:
         first, real = rows.kv_lens[:, None] + 1 - counts, place < counts
         write = torch.where(real, rows.slots(first + place), place % rows.page_size)
         chain = TreeRows(rows.page_table, rows.page_size, first[:, 0].contiguous(), None, num_pairs, start=1)
-        out = model.forward(
+        out = model.extend(
             tokens.flatten(),
-            model.inject(features.flatten(0, 1)),
+            features.flatten(0, 1),
             torch.where(real, first - 1 + place, 0).flatten(),
             RowPlan(write.flatten(), (tree_part(chain, num_pairs),)),
         )

@@ -80,8 +80,8 @@ class EagleModel:
         )
         self.pool = KVPool(config.num_layers, config.num_kv_heads, config.head_dim, num_slots, dtype, device)
 
-    def inject(self, features: Tensor) -> Tensor:
-        return features
+    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        return self.forward(tokens, features, positions, plan)  # the target's features are like its own
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
         x = self.fc(torch.cat((self.embedding[tokens], feature), dim=-1))

@@ -88,21 +88,29 @@ class Eagle3Model:
             (self.input_norm, self.hidden_norm, self.norm),
             embedding,
             (self.rope.cos, self.rope.sin),
+            self.fc.packed,
             self.lm_head.packed,
             self.token_ids,
             self.eps,
         )
         self.pool = KVPool(1, config.num_kv_heads, config.head_dim, num_slots, dtype, device)
 
-    def inject(self, features: Tensor) -> Tensor:
-        return self.fc(features)
+    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        return self._forward(tokens, features, positions, plan, is_target=True)
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        return self._forward(tokens, feature, positions, plan, is_target=False)
+
+    def _forward(
+        self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan, *, is_target: bool
+    ) -> Tensor:
         pool = self.pool.layer(0)
         if self._fused is not None:
             rows = plan.for_layers(self._fused.layer, None, pool)
             if rows is not None:
-                return self._fused.forward(tokens, feature, positions, rows, pool)
+                return self._fused.forward(tokens, feature, positions, rows, pool, is_target=is_target)
+        if is_target:
+            feature = self.fc(feature)
         given = torch.cat(
             (
                 rms_norm(self.embedding[tokens], self.input_norm, self.eps),

@@ -37,12 +37,13 @@ class HeadModel(Protocol):
         """The head's rows; its slots are the target's."""
         ...
 
-    def inject(self, features: Tensor) -> Tensor:
-        """Target features [.., F] -> the head's input feature [.., H]."""
+    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        """tokens, positions: [T]; features: [T, F] of the target. Writes KV rows, returns [T, H]: the next
+        feature."""
         ...
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
-        """tokens, positions: [T]; feature: [T, H]. Writes KV rows, returns [T, H]: the next feature."""
+        """As ``extend``, behind features of the head's own: [T, H]."""
         ...
 
     def logits(self, feature: Tensor) -> Tensor:

@@ -324,9 +324,9 @@ class FeatureDraft:
             tokens += pair_tokens
             features.append(pair_features)
         counts = [count for _, count in wanted]
-        out = self.model.forward(
+        out = self.model.extend(
             torch.tensor(tokens).to(self.device),
-            self.model.inject(features[0] if len(features) == 1 else torch.cat(features)),
+            features[0] if len(features) == 1 else torch.cat(features),
             torch.tensor(positions).to(self.device),
             self._chains(batch, [row for row, _ in wanted], firsts, counts),
         )

@@ -83,8 +83,8 @@ class MistralEagleModel:
         self.rope = PairRope(config, device)
         self.pool = LatentPool(config.num_layers, config.latent_dim, num_slots, dtype, device)
 
-    def inject(self, features: Tensor) -> Tensor:
-        return features
+    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        return self.forward(tokens, features, positions, plan)  # the target's features are like its own
 
     def forward(self, tokens: Tensor, feature: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
         x = self.eagle_linear(torch.cat((self.embedding[tokens], feature), dim=-1))

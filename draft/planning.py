@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-import torch
-
 from draft.planner import Ask, Drafted, Planner
 from draft.search import Asked, Load
 from draft.tree import prune
@@ -105,7 +103,7 @@ class Planning:
         counts = self.planner.keep(values, len(self._step.active), self._step.level_rows)
         if counts == [len(own) for own in values]:
             return tree
-        return prune(tree, torch.tensor(counts))
+        return prune(tree, counts)
 
     def observe(self, tree: DraftTree, accepted: Items[int]) -> None:
         """Learn what became of the trees; accepted: draft tokens, for each place."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -190,6 +191,13 @@ def graft(tree: DraftTree, chains: Tensor, chances: Tensor | None = None) -> Dra
     value, so that values still never grow along a path. Example: root with children a and b, chain a c: c
     becomes a child of a.
     """
+    if tree.tokens.device.type == "cpu":
+        return _graft_on_host(tree, chains, chances)
+    return graft_on_device(tree, chains, chances)
+
+
+def graft_on_device(tree: DraftTree, chains: Tensor, chances: Tensor | None = None) -> DraftTree:
+    """As ``graft``, without asking the device for anything: N + L nodes."""
     num_seqs, num_nodes = tree.tokens.shape
     length = chains.shape[1]
     tokens = torch.cat((tree.tokens, chains.clamp(min=0)), dim=1)
@@ -218,30 +226,80 @@ def graft(tree: DraftTree, chains: Tensor, chances: Tensor | None = None) -> Dra
     return _padding_last(DraftTree(tokens, parents, scores))
 
 
-def prune(tree: DraftTree, counts: Tensor) -> DraftTree:
-    """The same trees with the best nodes alone: counts [B] int64 of each, the root not counted.
+def _graft_on_host(tree: DraftTree, chains: Tensor, chances: Tensor | None) -> DraftTree:
+    """As ``graft`` on a CPU, where walks through short lists are faster than dozens of tensor calls."""
+    trees = _nodes(tree)
+    given = torch.zeros(chains.shape) if chances is None else chances
+    for own, chain, own_chances in zip(trees, chains.tolist(), given.tolist(), strict=True):
+        at = 0
+        for token, chance in zip(chain, own_chances, strict=True):
+            if token < 0:
+                break
+            children = (place for place, node in enumerate(own) if node.parent == at and node.token == token)
+            shared = next(children, None)
+            if shared is None:
+                own.append(_Node(token, at, 0.0, chance, 0))
+                at = len(own) - 1
+            else:
+                own[shared] = own[shared]._replace(value=max(own[shared].value, chance))
+                at = shared
+    return _tree_of(trees, has_scores=tree.scores is not None)
 
-    Values never grow along a path and ties go to the older node, so what is kept has its ancestors kept.
+
+def prune(tree: DraftTree, counts: Items[int]) -> DraftTree:
+    """The same trees with the best nodes alone: counts: of each, the root not counted.
+
+    On a host: a device is not asked what its nodes are worth. Values never grow along a path and ties go to
+    the older node, so what is kept has its ancestors kept.
     """
     assert tree.scores is not None
-    values = torch.where(tree.real(), tree.scores.value, NEVER)
-    place = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the root's, worth 1
-    return _padding_last(replace(tree, parents=torch.where(place <= counts[:, None], tree.parents, -1)))
+    kept = []
+    for own, count in zip(_nodes(tree), counts, strict=True):
+        best = sorted(
+            range(len(own)), key=lambda place: -own[place].value
+        )  # the root first, which is worth 1
+        places = sorted(best[: count + 1])
+        node_of = {place: node for node, place in enumerate(places)}
+        kept.append([own[place]._replace(parent=node_of.get(own[place].parent, -1)) for place in places])
+    return _tree_of(kept, has_scores=True)
+
+
+class _Node(NamedTuple):
+    """A node of a tree on a host; without scores, the last three say nothing."""
+
+    token: int
+    parent: int
+    raw: float
+    value: float
+    rank: int
+
+
+def _nodes(tree: DraftTree) -> list[list[_Node]]:
+    """The nodes of every tree, padding left out."""
+    columns = [tree.tokens.tolist(), tree.parents.tolist()]
+    if tree.scores is not None:
+        columns += [part.tolist() for part in (tree.scores.raw, tree.scores.value, tree.scores.rank)]
+    else:
+        columns += [torch.zeros(tree.tokens.shape).tolist()] * 3
+    return [
+        [_Node(*node) for place, node in enumerate(zip(*own, strict=True)) if node[1] >= 0 or place == 0]
+        for own in zip(*columns, strict=True)
+    ]
+
+
+def _tree_of(trees: list[list[_Node]], *, has_scores: bool) -> DraftTree:
+    """Trees of lists of nodes, padded to the largest."""
+    most = max(map(len, trees))
+    padding = _Node(0, -1, 0.0, 0.0, 0)
+    of_all = [zip(*own, *[padding] * (most - len(own)), strict=True) for own in trees]
+    tokens, parents, raw, value, rank = (torch.tensor(column) for column in zip(*of_all, strict=True))
+    return DraftTree(tokens, parents, DraftScores(raw, value, rank) if has_scores else None)
 
 
 def _padding_last(tree: DraftTree) -> DraftTree:
     """The same trees with every sequence's nodes in front: node i takes row ``kv_len + i``, and a sequence
-    has reserved rows for its own nodes alone, however large others of the batch are.
-
-    A device is never waited for and keeps the shape it has; on a host, columns without any node go.
-    """
-    real = tree.real()
-    on_host = tree.tokens.device.type == "cpu"
-    if on_host and bool(real.all()):
-        return tree
-    order = real.long().argsort(dim=1, descending=True, stable=True)
-    if on_host:
-        order = order[:, : int(real.sum(dim=1).max())]
+    has reserved rows for its own nodes alone, however large others of the batch are."""
+    order = tree.real().long().argsort(dim=1, descending=True, stable=True)
     place = torch.zeros_like(tree.parents)
     place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     parents = tree.parents.gather(1, order)

@@ -371,12 +371,27 @@ def slots_of(rows: Tensor, page_table: Tensor, page_size: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the T real nodes of trees of different sizes lie when they are rows behind one another."""
+
+    nodes: Tensor  # [T] int64: which of the B * N nodes the rows are
+    places: Tensor  # [B, N] int64: the row of every node; of padding, that of the node before
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """What one forward of the target says of a batch."""
 
     logits: Tensor  # [B, R, V] float32; R = N, but only the last row of a prompt chunk
     positions: Tensor  # [B, R] int64: positions of the scored nodes
     features: Tensor  # [B, N, F]: what the head wants; F = 0 without a head
+    packing: Packing | None = None  # of the logits, which are [T, V] then: they are too wide to be padded
+
+    def unpacked(self) -> Scores:
+        """The same, with logits of all nodes; padding repeats its sequence's last one."""
+        if self.packing is None:
+            return self
+        return replace(self, logits=self.logits[self.packing.places], packing=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ def emitted_logprobs(
     """For every sequence of a batch, what to report of the tokens that a step emits; nothing for those that
     do not ask. scores: raw; choice: [B, R]. Call before the step is committed."""
     found: list[tuple[TokenLogprob, ...]] = []
+    if any(seq.request.sampling.logprobs is not None for seq in batch.seqs):
+        scores = scores.unpacked()
     for row, seq in enumerate(batch.seqs):
         num_top = seq.request.sampling.logprobs
         if num_top is None or not batch.chooses(row):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.core import Batch, DraftTree, slots_of
+from engine.core import Batch, DraftTree, Packing, slots_of
 from kernels import MOST_OWN, FusedLayer, LayerRows, TreeRows, ancestor_words, layer_rows
 
 Slots = Tensor | slice  # a list of slots, or a run of them
@@ -289,8 +289,7 @@ class BatchRows:
 
     shape: tuple[int, int]  # B, N
     plan: RowPlan
-    nodes: Tensor | None = None  # [T] int64: which of the B * N nodes the rows are; None for all
-    places: Tensor | None = None  # [B, N] int64: the row of every node; of padding, that of the node before
+    packing: Packing | None = None  # None where there is no padding
 
     @property
     def num_rows(self) -> int:
@@ -299,15 +298,15 @@ class BatchRows:
     def pack(self, x: Tensor) -> Tensor:
         """[B, N, ..] -> [T, ..]."""
         flat = x.flatten(0, 1)
-        return flat if self.nodes is None else flat[self.nodes]
+        return flat if self.packing is None else flat[self.packing.nodes]
 
     def unpack(self, rows: Tensor) -> Tensor:
         """[T, ..] -> [B, N, ..]; padding repeats its sequence's last node."""
-        return rows.view(*self.shape, *rows.shape[1:]) if self.places is None else rows[self.places]
+        return rows.view(*self.shape, *rows.shape[1:]) if self.packing is None else rows[self.packing.places]
 
     def last(self, rows: Tensor) -> Tensor:
         """[T, ..] -> [B, ..]: the last node of every sequence."""
-        return self.unpack(rows)[:, -1] if self.places is None else rows[self.places[:, -1]]
+        return self.unpack(rows)[:, -1] if self.packing is None else rows[self.packing.places[:, -1]]
 
 
 def batch_rows(batch: Batch, tree: DraftTree) -> BatchRows:
@@ -340,7 +339,7 @@ def _without_padding(tree: DraftTree, plan: RowPlan, counts: Sequence[int]) -> B
     nodes = real.flatten().nonzero()[:, 0]
     places = (real.flatten().cumsum(0) - 1).view(num_seqs, width)
     device = tree.tokens.device
-    return BatchRows((num_seqs, width), plan, nodes.to(device), places.to(device))
+    return BatchRows((num_seqs, width), plan, Packing(nodes.to(device), places.to(device)))
 
 
 def _prompt_rows(batch: Batch, tree: DraftTree) -> BatchRows:

@@ -168,8 +168,10 @@ class Sampler:
 
     def edited(self, scores: Scores, batch: Batch, tree: DraftTree) -> Scores:
         """The scores as the requests edit them: what is to be chosen from. The raw ones stay as they are."""
-        logits = self._edits.edited(scores.logits, batch, tree)
-        return scores if logits is scores.logits else replace(scores, logits=logits)
+        if not self.edits(batch):
+            return scores
+        scores = scores.unpacked()
+        return replace(scores, logits=self._edits.edited(scores.logits, batch, tree))
 
     def choose(self, scores: Scores, batch: Batch) -> Tensor:
         """The choice from edited scores, [B, R] int64. The token after a node at position p stands at p + 1,
@@ -180,9 +182,14 @@ class Sampler:
         tree ends there, and with it the request (``Scheduler.commit``): it alone.
         """
         sampling, logits, positions = batch.sampling, scores.logits, scores.positions + 1
+        packing = scores.packing
+        if packing is not None:  # as many sequences as there are rows
+            sampling = sampling.select(packing.nodes // positions.shape[1])
+            logits, positions = logits[:, None], positions.flatten()[packing.nodes, None]
         floors = _floors(logits, sampling) if sampling.any_filter else None
         top_p = sampling.top_p if sampling.any_top_p else None  # where nobody has one, nothing is sorted
-        return choose(logits, positions, sampling.temperature, top_p, floors, sampling.seed)
+        choice = choose(logits, positions, sampling.temperature, top_p, floors, sampling.seed)
+        return choice if packing is None else choice[packing.places, 0]
 
     def forget(self, seq: Sequence) -> None:
         """Drop everything kept for a sequence that ended or was preempted."""

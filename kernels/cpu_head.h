@@ -10,19 +10,21 @@ typedef struct {
     const float *input_norm, *hidden_norm, *norm;  /* [hidden]: of embeddings, of features, before the logits */
     const float *cos, *sin;                        /* [positions, head_dim], the first half of sin negated */
     const int64_t *token_ids;                      /* [vocab]: what the logits stand for */
-    matrix logits;                                 /* [vocab, hidden], vocab a multiple of PANEL */
-    int64_t vocab;
+    matrix fc, logits;                             /* [hidden, num_features], [vocab, hidden]; vocab as hidden, */
+    int64_t num_features, vocab;                   /* which is a multiple of PANEL */
     float eps;
 } haast_head;
 
-/* feature: [rows, hidden], the layer's input; attention reads [norm of the token's embedding, norm of the feature].
- * tokens, positions: [rows]; out: [rows, hidden]; space: rows * (2 hidden + 2 head_dim) floats, besides the rows' own,
- * whose cos and sin nobody has to fill in. */
+/* feature: [rows, hidden], the layer's input, or what fc makes that of: [rows, num_features] of the target's; which
+ * says is_target. Attention reads [norm of the token's embedding, norm of the layer's input]. tokens, positions:
+ * [rows]; out: [rows, hidden]; space: rows * (3 hidden + 2 head_dim) floats, besides the rows' own, whose cos and sin
+ * nobody has to fill in. */
 void haast_head_forward(const haast_head *head, const haast_layer *layer, const haast_rows *rows,
-                        const int64_t *tokens, const int64_t *positions, const float *feature, float *out,
-                        float *k_pool, float *v_pool, float *space) {
+                        const int64_t *tokens, const int64_t *positions, const float *feature, int64_t is_target,
+                        float *out, float *k_pool, float *v_pool, float *space) {
     const int64_t n = rows->num_rows, hidden = layer->hidden, d = layer->head_dim;
-    float *given = space, *cos = given + n * 2 * hidden, *sin = cos + n * d;
+    float *given = space, *made = given + n * 2 * hidden, *cos = made + n * hidden, *sin = cos + n * d;
+    const float *input = is_target ? made : feature;
     haast_rows own = *rows;
     own.cos = cos;
     own.sin = sin;
@@ -30,15 +32,18 @@ void haast_head_forward(const haast_head *head, const haast_layer *layer, const 
 #pragma omp parallel num_threads((int)rows->threads)
     {
         worker self = {&crew, 0, 0};
-        for (int64_t at, end; claim(&self, n, FEW_ROWS, &at, &end);)
+        int64_t at, end;
+        while (is_target && claim(&self, hidden / PANEL, FEW_PANELS, &at, &end))
+            product(feature, &head->fc, made, hidden, head->num_features, n, at, end);
+        while (claim(&self, n, FEW_ROWS, &at, &end))
             for (; at < end; at++) {
                 float *to = given + at * 2 * hidden;
                 haast_normalise_float32(head->embedding + tokens[at] * hidden, head->input_norm, to, hidden, head->eps);
-                haast_normalise_float32(feature + at * hidden, head->hidden_norm, to + hidden, hidden, head->eps);
+                haast_normalise_float32(input + at * hidden, head->hidden_norm, to + hidden, hidden, head->eps);
                 memcpy(cos + at * d, head->cos + positions[at] * d, sizeof(float) * (size_t)d);
                 memcpy(sin + at * d, head->sin + positions[at] * d, sizeof(float) * (size_t)d);
             }
-        share_layer(&self, layer, &own, feature, given, out, k_pool, v_pool);
+        share_layer(&self, layer, &own, input, given, out, k_pool, v_pool);
     }
 }
 

@@ -22,13 +22,13 @@ class _Head(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("embedding", "input_norm", "hidden_norm", "norm", "cos", "sin")),
         ("token_ids", _POINTER),
-        ("logits", cpu.Matrix),
-        ("vocab", _LONG),
+        *((name, cpu.Matrix) for name in ("fc", "logits")),
+        *((name, _LONG) for name in ("num_features", "vocab")),
         ("eps", ctypes.c_float),
     )
 
 
-_FORWARD = (_POINTER,) * 10
+_FORWARD = (_POINTER,) * 6 + (_LONG,) + (_POINTER,) * 4
 _OFFERS = (_POINTER,) * 5 + (_LONG,) * 4
 
 
@@ -36,8 +36,8 @@ class FusedHead:
     """A head around one decoder layer that is given [norm of the embedding, norm of the feature].
 
     norms: of embeddings, of features, and of the layer's output before the logits, [H] each; embedding:
-    [V, H]; rotation: cos and sin of every position, [P, D], the first half of sin negated; token_ids: [Vd]
-    int64, what the logits stand for. See ``fused_head``.
+    [V, H]; rotation: cos and sin of every position, [P, D], the first half of sin negated; fc: from features
+    of the target, F wide, to H; token_ids: [Vd] int64, what the logits stand for. See ``fused_head``.
     """
 
     def __init__(
@@ -46,38 +46,50 @@ class FusedHead:
         norms: tuple[Tensor, Tensor, Tensor],
         embedding: Tensor,
         rotation: tuple[Tensor, Tensor],
+        fc: cpu.PanelMatrix,
         logits: cpu.PanelMatrix,
         token_ids: Tensor,
         eps: float,
     ) -> None:
+        assert fc.num_outputs == layer.sizes.hidden
         assert len(token_ids) == logits.num_outputs
         forward, offers = cpu.threaded("head_forward", _FORWARD), cpu.threaded("head_offers", _OFFERS)
         assert forward is not None
         assert offers is not None
-        self.layer, self.vocab_size = layer, logits.num_outputs
+        self.layer, self.num_features, self.vocab_size = layer, fc.num_inputs, logits.num_outputs
         (self._short, self._long), (self._offers, _) = forward, offers
-        self._held = norms, embedding, rotation, logits, token_ids  # what the addresses below lead to
+        self._held = norms, embedding, rotation, fc, logits, token_ids  # what the addresses below lead to
         self._struct = _Head(
             *(part.data_ptr() for part in (embedding, *norms, *rotation, token_ids)),
+            fc.struct,
             logits.struct,
+            self.num_features,
             self.vocab_size,
             eps,
         )
         self._address = ctypes.addressof(self._struct)
 
     def forward(
-        self, tokens: Tensor, feature: Tensor, positions: Tensor, rows: LayerRows, pool: tuple[Tensor, Tensor]
+        self,
+        tokens: Tensor,
+        feature: Tensor,
+        positions: Tensor,
+        rows: LayerRows,
+        pool: tuple[Tensor, Tensor],
+        *,
+        is_target: bool = False,
     ) -> Tensor:
         """As the layer's call, with what it is given and the rotation looked up. tokens, positions: [T]
-        int64, within the tables; feature: [T, H]; rows: without a rotation."""
+        int64, within the tables; feature: [T, H], or [T, F] of the target's if ``is_target``; rows: without a
+        rotation."""
         sizes, num_rows = self.layer.sizes, rows.num_rows
         assert not rows.has_rotation
         assert tokens.shape == positions.shape == (num_rows,)
-        assert feature.shape == (num_rows, sizes.hidden)
+        assert feature.shape == (num_rows, self.num_features if is_target else sizes.hidden)
         assert all(part.shape[1] == rows.num_slots for part in pool)
         feature, tokens, positions = feature.contiguous(), tokens.contiguous(), positions.contiguous()
-        out = torch.empty_like(feature)
-        space = feature.new_empty(2 * num_rows * (sizes.hidden + sizes.head_dim))
+        out = feature.new_empty(num_rows, sizes.hidden)
+        space = feature.new_empty(num_rows * (3 * sizes.hidden + 2 * sizes.head_dim))
         (self._long if rows.is_long else self._short)(
             self._address,
             self.layer.address,
@@ -85,6 +97,7 @@ class FusedHead:
             tokens.data_ptr(),
             positions.data_ptr(),
             feature.data_ptr(),
+            is_target,
             out.data_ptr(),
             pool[0].data_ptr(),
             pool[1].data_ptr(),
@@ -120,15 +133,17 @@ def fused_head(
     norms: tuple[Tensor, Tensor, Tensor],
     embedding: Tensor,
     rotation: tuple[Tensor, Tensor],
+    fc: object,
     logits: object,
     token_ids: Tensor,
     eps: float,
 ) -> FusedHead | None:
-    """A head made of its parts, or None where it cannot be two calls. logits: as packed by
+    """A head made of its parts, or None where it cannot be two calls. fc, logits: as packed by
     ``dispatch.pack_half`` or ``dispatch.pack_bytes``."""
     tensors = (*norms, embedding, *rotation)
     if (
         layer is None
+        or not isinstance(fc, cpu.PanelMatrix)
         or not isinstance(logits, cpu.PanelMatrix)
         or logits.num_outputs % cpu.PANEL
         or layer.num_given != 2 * layer.sizes.hidden
@@ -136,4 +151,4 @@ def fused_head(
         or not all(x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() for x in tensors)
     ):
         return None
-    return FusedHead(layer, norms, embedding, rotation, logits, token_ids, eps)
+    return FusedHead(layer, norms, embedding, rotation, fc, logits, token_ids, eps)

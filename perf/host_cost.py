@@ -74,7 +74,7 @@ def engine_calls(engine: Engine) -> list[Timed]:
         (engine.draft, "observe", "observe"),
     ]
     if isinstance(engine.draft, FeatureDraft):
-        calls += [(engine.draft.model, name, "head") for name in ("inject", "forward", "logits", "offers")]
+        calls += [(engine.draft.model, name, "head") for name in ("extend", "forward", "logits", "offers")]
     return calls
 
 

@@ -132,4 +132,6 @@ def _scores(batch: Batch, rows: BatchRows, positions: Tensor, logits: Tensor, fe
     if batch.prompt is not None:
         last = (batch.kv_lens + batch.prompt.num_nodes - 1)[:, None]
         return Scores(logits[:, None], last, rows.unpack(features))
-    return Scores(rows.unpack(logits), positions, rows.unpack(features))
+    if rows.packing is None:
+        logits = rows.unpack(logits)
+    return Scores(logits, positions, rows.unpack(features), rows.packing)

@@ -31,7 +31,7 @@ def test_the_eagle_3_network() -> None:
     weights = {name: tensor for name, tensor in copies(model.eagle3).items() if name != "t2d"}
     head = Eagle3Model(model.eagle3_config, weights, embedding, FEATURE_LAYERS, 20)
     count = len(TOKENS)
-    out = head.forward(torch.tensor(TOKENS), head.inject(features), torch.arange(count), causal_plan(count))
+    out = head.extend(torch.tensor(TOKENS), features, torch.arange(count), causal_plan(count))
     truth = eagle3.true_rows(model.eagle3_config, model.eagle3, embedding, [0, *TOKENS], features)
     torch.testing.assert_close(out, truth.hidden, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(head.logits(out), truth.logits, atol=1e-4, rtol=1e-4)
@@ -59,8 +59,7 @@ def test_the_eagle_1_network(options: dict[str, Any]) -> None:
     )
     count = len(TOKENS)
     assert head.feature_layers == (POST_NORM,)
-    assert torch.equal(head.inject(features), features)
-    out = head.forward(torch.tensor(TOKENS), features, torch.arange(count), causal_plan(count))
+    out = head.extend(torch.tensor(TOKENS), features, torch.arange(count), causal_plan(count))
     truth, keys, _ = eagle_rows(model.eagle_config, model.eagle, model, TOKENS, features)
     torch.testing.assert_close(out, truth.hidden, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(head.logits(out), truth.logits, atol=1e-4, rtol=1e-4)

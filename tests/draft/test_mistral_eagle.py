@@ -78,8 +78,7 @@ def test_the_network(norm: bool, num_layers: int, count: int) -> None:
     assert model.feature_layers == (POST_NORM,)
     assert model.token_ids.tolist() == list(range(97))
     features, tokens = torch.randn(count, config.hidden_size), prompts_of([count])[0]
-    assert torch.equal(model.inject(features), features)
-    out = model.forward(torch.tensor(tokens), features, torch.arange(count), causal_plan(count))
+    out = model.extend(torch.tensor(tokens), features, torch.arange(count), causal_plan(count))
     truth = oracle.head_forward(head_config, head, weights, tokens, features)
     torch.testing.assert_close(out, truth.post_norm, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.logits(out), truth.logits, atol=1e-4, rtol=1e-4)

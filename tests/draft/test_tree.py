@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import draft.tree
-from draft.tree import Limits, Offers, graft, grow, prune
+from draft.tree import Limits, Offers, graft, graft_on_device, grow, prune
 from engine.core import DraftScores, DraftTree, Speculation
 from tests.oracles.attention import ancestors_of
 
@@ -249,16 +249,13 @@ def random_tree(draw: random.Random, num_seqs: int, num_nodes: int) -> DraftTree
         taken: set[tuple[int, int]] = set()
         for node in range(1, num_nodes):
             parent, token = draw.randrange(node), draw.randrange(4)
-            real = own_parents[parent] >= 0 or parent == 0
-            if real and (parent, token) not in taken and draw.random() < 0.9:
+            if parent < len(own_parents) and (parent, token) not in taken and draw.random() < 0.9:
                 taken.add((parent, token))
                 own_parents.append(parent)
                 own_tokens.append(token)
-            else:
-                own_parents.append(-1)
-                own_tokens.append(0)
-        tokens.append(own_tokens)
-        parents.append(own_parents)
+        missing = num_nodes - len(own_tokens)
+        tokens.append(own_tokens + [0] * missing)
+        parents.append(own_parents + [-1] * missing)
     tree = DraftTree(torch.tensor(tokens), torch.tensor(parents))
     raw = torch.where(tree.real(), 0.5, 0.0)
     return DraftTree(tree.tokens, tree.parents, DraftScores(raw, raw, torch.ones_like(tree.tokens)))
@@ -275,6 +272,20 @@ def paths(tree: DraftTree, row: int) -> list[Path]:
     return list(found.values())
 
 
+def assert_equal_trees(wide: DraftTree, narrow: DraftTree) -> None:
+    """wide: with more padding, perhaps, which says nothing but that it is padding."""
+    assert wide.scores is not None
+    assert narrow.scores is not None
+    padded = narrow.resized(wide.tokens.shape[1])
+    assert padded.scores is not None
+    real = padded.real()
+    assert torch.equal(wide.parents, padded.parents)
+    pairs = [(wide.tokens, padded.tokens), (wide.scores.raw, padded.scores.raw)]
+    pairs += [(wide.scores.value, padded.scores.value), (wide.scores.rank, padded.scores.rank)]
+    for ours, theirs in pairs:
+        assert torch.equal(ours[real], theirs[real])
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_a_grafted_tree_has_all_nodes_of_tree_and_chain_once(seed: int) -> None:
     draw = random.Random(seed)
@@ -285,6 +296,7 @@ def test_a_grafted_tree_has_all_nodes_of_tree_and_chain_once(seed: int) -> None:
     padded = torch.tensor([chain + [-1] * (longest - len(chain)) for chain in chains])
     grafted = graft(tree, padded)
     assert grafted.scores is not None
+    assert_equal_trees(graft_on_device(tree, padded), grafted)
     for row, chain in enumerate(chains):
         root = int(tree.tokens[row, 0])
         whole = {(root, *chain[:length]) for length in range(len(chain) + 1)}
@@ -313,8 +325,9 @@ def test_a_grafted_tree_is_pruned_to_its_best_nodes(seed: int) -> None:
     chains = torch.where(inside, torch.tensor([[draw.randrange(4) for _ in place] for _ in lengths]), -1)
     chances = torch.where(inside, draw.choice((0.25, 0.5, 0.75, 1.0)) ** (place + 1), 0.0)
     grafted = graft(tree, chains, chances)
+    assert_equal_trees(graft_on_device(tree, chains, chances), grafted)
     counts = [draw.randrange(0, 8) for _ in range(num_seqs)]
-    pruned = prune(grafted, torch.tensor(counts))
+    pruned = prune(grafted, counts)
     assert pruned.scores is not None
     for row in range(num_seqs):
         expected = dict(zip(paths(tree, row), values[row][tree.real()[row]].tolist(), strict=True))

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.core import Batch, SamplingParams, Scores, Sequence
+from engine.core import Batch, Packing, SamplingParams, Scores, Sequence
 from engine.core import Request as EngineRequest
 from engine.sampler import Sampler, perturb, process, sampling_tensors
 from kernels import gumbel_noise
@@ -75,6 +75,29 @@ def test_rows_of_a_batch(params: list[SamplingParams], seed: int, spread: float)
             best, second = np.sort(with_noise)[::-1][:2]
             if best - second > 1e-4:
                 assert int(chosen[row, node]) == int(with_noise.argmax())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(params_strategy(), st.integers(1, 4)), min_size=1, max_size=4), st.integers(0, 10_000)
+)
+def test_rows_behind_one_another_are_chosen_as_among_padding(
+    seqs: list[tuple[SamplingParams, int]], seed: int
+) -> None:
+    """Trees of different sizes: logits of real nodes alone say what those of all would."""
+    params, counts = [param for param, _ in seqs], torch.tensor([count for _, count in seqs])
+    shape = len(params), int(counts.max())
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.arange(shape[1]) < counts[:, None]
+    packing = Packing(real.flatten().nonzero()[:, 0], (real.flatten().cumsum(0) - 1).view(shape))
+    rows = torch.randn(int(counts.sum()), VOCAB, generator=generator) * 3
+    positions = torch.randint(0, 5000, shape, generator=generator)
+    packed = Scores(rows, positions, rows.new_zeros(*shape, 0), packing)
+    padded = packed.unpacked()
+    assert padded.logits.shape == (*shape, VOCAB)
+    found = Sampler().choose(packed, batch_of(params))
+    assert found.shape == shape
+    assert torch.equal(found[real], Sampler().choose(padded, batch_of(params))[real])
 
 
 def test_ties_at_the_edge_of_a_filter() -> None:
