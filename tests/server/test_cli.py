@@ -18,7 +18,7 @@ import msgspec
 import pytest
 import torch
 
-from engine.cli import chat, client, demo, env, generate, main, options, serve
+from engine.cli import chat, client, demo, driver, generate, main, options, serve
 from engine.cli.local import LocalEngine
 from engine.cli.progress import LoadingBar
 from engine.core import Request, SamplingParams, Speculation
@@ -164,10 +164,10 @@ def test_env_shows_versions_and_no_values(
 
 def test_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "version"
-    monkeypatch.setattr(env, "_DRIVER_FILE", file)
-    assert env.driver_version() is None
+    monkeypatch.setattr(driver, "_FILE", file)
+    assert driver.driver_version() is None
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n")
-    assert env.driver_version() == "580.95.05"
+    assert driver.driver_version() == "580.95.05"
 
 
 def test_loading_bar_without_a_terminal() -> None:
