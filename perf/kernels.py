@@ -135,13 +135,13 @@ def attempted(
     operation: Operation, case: Case, device: str, limits: Ceilings, others: bool
 ) -> dict[str, Any]:
     """``measured``, or why it came to nothing: what fails must not take the others' figures along."""
-    from triton import TritonError
+    from kernels.triton.failures import FAILURES
 
     try:
         row = measured(operation, case, device, limits, others)
         if device == "cuda":
             torch.cuda.empty_cache()
-    except (RuntimeError, TritonError) as error:
+    except FAILURES as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return {"operation": operation.name, "case": case.name, "correct": False, "error": said[:500]}
     return row
