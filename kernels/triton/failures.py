@@ -1,4 +1,4 @@
-"""What becomes of a launch that goes wrong: torch says what the device says, triton what its compiler says."""
+"""What a launch that goes wrong raises: torch says what the device says, triton what its compiler says."""
 
 from __future__ import annotations
 
