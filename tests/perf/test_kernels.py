@@ -16,7 +16,7 @@ from kernels.ops import OPERATIONS, Case, Operation, Source
 from kernels.ops.products import weight
 from kernels.stored import product
 from perf import kernels as program
-from perf.kernel_peers import dense
+from perf.kernel_peers import TORCH, dense
 from perf.kernel_timing import waits
 
 
@@ -50,6 +50,21 @@ def test_a_dense_copy_is_the_same_matrix(kind: str) -> None:
     torch.testing.assert_close(
         dense(stored).float(), product(torch.eye(64), stored).t(), rtol=1e-2, atol=1e-3
     )
+
+
+ATTENTION = [
+    (operation, case) for operation in OPERATIONS if "attention" in operation.name for case in operation.tiny
+]
+
+
+@pytest.mark.parametrize(
+    ("operation", "case"), ATTENTION, ids=[f"{operation.name} {case.name}" for operation, case in ATTENTION]
+)
+def test_torchs_attention_attends_alike(operation: Operation, case: Case) -> None:
+    given = case.make(Source("cpu"))
+    call = TORCH[operation.name](*given)
+    assert call is not None
+    torch.testing.assert_close(call(), operation.reference(*given), rtol=1e-4, atol=1e-4)
 
 
 def test_a_kernel_that_fails_takes_no_figures_along(
