@@ -144,6 +144,22 @@ def measured(operation: Operation, case: Case, device: str, limits: Ceilings, ot
     return row
 
 
+def attempted(
+    operation: Operation, case: Case, device: str, limits: Ceilings, others: bool
+) -> dict[str, Any]:
+    """``measured``, or why it came to nothing: what fails must not take the others' figures along."""
+    from kernels.triton.failures import FAILURES
+
+    try:
+        row = measured(operation, case, device, limits, others)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    except FAILURES as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"operation": operation.name, "case": case.name, "correct": False, "error": said[:500]}
+    return row
+
+
 def _reference(operation: Operation) -> Peer:
     return lambda *given: lambda: operation.reference(*given)
 
@@ -209,7 +225,8 @@ def _measured_result(args: argparse.Namespace, operations: list[Operation]) -> d
         raise ConfigError("no CUDA device; --floor and --dry-run need none")
     else:
         device = "cuda"
-    limits, began, rows, skipped = measured_ceilings(device), time.perf_counter(), [], 0
+    limits, launch = measured_ceilings(device), launch_seconds(device)
+    began, rows, skipped = time.perf_counter(), [], 0
     for operation in operations:
         for case in operation.tiny if args.dry_run else operation.real:
             if args.cases not in case.name:
@@ -217,14 +234,12 @@ def _measured_result(args: argparse.Namespace, operations: list[Operation]) -> d
             if args.seconds and time.perf_counter() - began > args.seconds:
                 skipped += 1
                 continue
-            rows.append(measured(operation, case, device, limits, args.flashinfer))
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            rows.append(attempted(operation, case, device, limits, args.flashinfer))
     return {
         "benchmark": "kernels",
         "dry_run": args.dry_run,
         "ceilings": _ceilings(limits),
-        "launch_us": round(1e6 * launch_seconds(device), 3),
+        "launch_us": round(1e6 * launch, 3),
         "rows": rows,
         "skipped_for_time": skipped,
     } | provenance(device, "mixed")

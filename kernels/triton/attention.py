@@ -68,6 +68,7 @@ def _attend(
     num_nodes: tl.tensor,
     num_own: tl.tensor,
     start: tl.tensor,
+    most_rows: tl.tensor,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
     page_size: tl.constexpr,
@@ -102,6 +103,7 @@ def _attend(
         end = kv_len + last + 1
     else:
         end = kv_len + num_own
+    end = tl.minimum(end, most_rows)  # padding may reach past the pages of a sequence, and of the table
     length = tl.cdiv(tl.cdiv(end - start, tl.num_programs(1)), block_keys) * block_keys
     length = tl.maximum(length, least_keys)
     first = start + split * length
@@ -311,6 +313,7 @@ def _run(
         num_nodes,
         rows.num_own,
         rows.start,
+        rows.most_rows,
         num_kv_heads=num_kv_heads,
         group=group,
         page_size=rows.page_size,

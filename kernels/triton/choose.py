@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.errors import require
-from kernels.triton.host import check_contiguous, check_dtype, power_of_two
+from kernels.triton.host import check_contiguous, check_dtype, check_shape, power_of_two
 from kernels.triton.pdl import launch, release, wait
 
 _BLOCK = 4096  # columns of a block
@@ -220,8 +220,8 @@ def choose(
     check_dtype(operation, "temperature", temperature.dtype, (torch.float32,))
     if floors is not None:
         check_dtype(operation, "floors", floors.dtype, (torch.float32,))
-    shapes = f"positions {list(positions.shape)}, expected {[num_seqs, num_rows]}"
-    require(positions.shape == (num_seqs, num_rows), operation, shapes)
+    check_shape(operation, (num_seqs,), temperature=temperature, top_p=top_p, seeds=seeds)
+    check_shape(operation, (num_seqs, num_rows), positions=positions, floors=floors)
     check_contiguous(operation, logits=logits, temperature=temperature, seeds=seeds)
     if top_p is not None:
         floors = ref.nucleus_floors(logits, temperature, top_p, floors)

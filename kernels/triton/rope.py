@@ -1,7 +1,8 @@
 """Rotary embedding of queries and keys, and the new KV rows written to the pool: one launch a layer.
 
 A program turns one head of one token, or writes what a token leaves in the pool. Angles come as cosines and
-sines of the token's position; slots are read on the device.
+sines of the token's position; slots are read on the device. What is written are finite numbers whatever was
+computed: see ``kernels.paged``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from torch import Tensor
 from kernels.errors import require
 from kernels.triton.host import FLOATS, FP8, check_contiguous, check_dtype, power_of_two
 from kernels.triton.pdl import launch, release, wait
-
-_LARGEST_FP8 = 448.0
 
 
 @triton.jit
@@ -70,8 +69,9 @@ def _turn_halves(
 
 @triton.jit
 def _within(value: tl.tensor, largest: tl.constexpr) -> tl.tensor:
-    """Saturated where the pool's type has an end worth the name; largest: 0 where it has not."""
-    return tl.minimum(tl.maximum(value, -largest), largest) if largest > 0 else value
+    """Saturated at the largest number of the pool's type, and 0 for what is none."""
+    value = tl.where(value == value, value, 0.0)
+    return tl.minimum(tl.maximum(value, -largest), largest)
 
 
 @triton.jit
@@ -244,7 +244,7 @@ def rope_latent_write(
 
 
 def _largest(pool: Tensor) -> float:
-    return _LARGEST_FP8 if pool.dtype == FP8 else 0.0
+    return torch.finfo(pool.dtype).max
 
 
 def _check_slots(operation: str, slots: Tensor, num_tokens: int) -> None:

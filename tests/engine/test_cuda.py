@@ -9,7 +9,7 @@ from torch import Tensor
 
 from draft.none import NoDraft
 from engine.config import EngineConfig
-from engine.core import SamplingParams
+from engine.core import SPECULATION_OFF, Request, SamplingParams
 from engine.graphs import CudaDevice, Graphs
 from engine.models.mistral4 import Mistral4
 from engine.nn.weight import Fp8Weight, Weight
@@ -108,6 +108,22 @@ def test_one_sequence_after_another(echo: Model) -> None:
     for prompt, param in zip(PROMPTS * 2, params * 2, strict=True):
         host = make_engine(echo, speculation=CHAIN).generate([prompt], param)
         assert engine.generate([prompt], param)[0].token_ids == host[0].token_ids
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_sequences_that_draft_unlike_amounts(echo: Model, captured: bool) -> None:
+    """The padding of those that draft less reaches past their pages, wherever in a page they are."""
+    params = params_of(0.7)
+    host = [c.token_ids for c in make_engine(echo, speculation=PLAIN).generate(PROMPTS, params)]
+    engine = engine_on_gpu(echo, "eagle3", captured=captured)
+    for number, (prompt, param) in enumerate(zip(PROMPTS, params, strict=True)):
+        speculation = SPECULATION_OFF if number % 2 else None
+        engine.add(Request(number, tuple(prompt), param, speculation))
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.request_id] += delta.token_ids
+    assert [tuple(tokens) for tokens in found] == host
 
 
 @pytest.mark.parametrize("draft", ["none", "eagle3"])

@@ -57,6 +57,9 @@ def strided(x: Tensor) -> Tensor:
         ("compact_path", 2, lambda slots: slots[:, 1:], "path .* and slots .*, expected the same"),
         ("choose", 0, lambda logits: logits.bfloat16(), "logits is bfloat16, expected float32"),
         ("choose", 0, strided, "logits has strides"),
+        ("choose", 1, lambda positions: positions[:, 1:], r"positions has shape \[1, 3\], expected \[1, 4\]"),
+        ("choose", 2, lambda temperature: temperature[:0], r"temperature has shape \[0\], expected \[1\]"),
+        ("choose", 5, lambda seeds: seeds[:, None], r"seeds has shape \[1, 1\], expected \[1\]"),
         ("best", 1, lambda num: 65, "65 columns of 32768, expected 1 to 64"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from draft.head import FeatureDraft
@@ -332,6 +333,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert ("draft_floor_ms" in one) == (one["nodes"] > 1)
     assert {one["assumed_acceptance"] for one in result["assumed"]} == {"high", "middle"}
     assert result["weights"] == "random"
+
+
+def test_too_little_memory_is_told_as_at_any_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build_engine(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ..")
+
+    monkeypatch.setattr("engine.cli.bench_steps.build_engine", build_engine)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 80 << 30))
+    assert bench("--model", NAME, "--contexts", 40, "--prompt-lens", 9, "--kv-cache-memory", "8MiB") == 1
+    assert "out of memory at start: 3.00 GiB were asked for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
