@@ -33,7 +33,7 @@ from engine.roles import Draft
 from engine.step import Engine
 from engine.text.conversation import AnyTokenizer
 from engine.text.grammar import GrammarCompiler
-from kernels import kernels_for
+from kernels import LEAST_CAPABILITY, can_be_dependent, kernels_for
 from verify.stats import StepLog
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -125,6 +125,7 @@ def build_engine(
             f"max_model_len is {config.max_model_len}, but {checkpoint.name} was made for at most "
             f"{model.max_position_embeddings} positions"
         )
+    _check_device(model, config)
     if config.device == "cpu":
         kernels_for(config.dtype)  # compiled now, once per machine, and not in somebody's first step
     if isinstance(draft, HeadCheckpoint):
@@ -161,7 +162,23 @@ def build_engine(
 def _graphs(config: EngineConfig) -> Graphs:
     """A CPU has nothing to capture: its launches are calls."""
     is_captured = config.device.startswith("cuda") and not config.enforce_eager
-    return Graphs(CudaDevice(config.device) if is_captured else None)
+    return Graphs(CudaDevice(config.device) if is_captured else None, config.pdl)
+
+
+def _check_device(model: LlamaConfig | Mistral4Config, config: EngineConfig) -> None:
+    """ConfigError for what no kernel of the device does, before a weight is read."""
+    if config.pdl and not can_be_dependent(config.device):
+        found = ".".join(map(str, torch.cuda.get_device_capability(config.device)))
+        raise ConfigError(
+            f"pdl is on with a GPU of compute capability {found}, expected "
+            f"{'.'.join(map(str, LEAST_CAPABILITY))} (Hopper) or more: others have no dependent launches"
+        )
+    on_gpu, has_experts = config.device.startswith("cuda"), isinstance(model, Mistral4Config)
+    if on_gpu and has_experts and config.dtype == torch.float16:
+        raise ConfigError(
+            f"dtype is float16 on {config.device}, expected bfloat16 or float32: the kernels of Mistral "
+            "Small 4's router and experts take no other activations"
+        )
 
 
 def _planner(config: EngineConfig) -> Planner | None:

@@ -84,6 +84,7 @@ class EngineConfig:
     draft_vocab_size: int = 32768  # tokens that Mistral's head drafts among; 0: the whole vocabulary
     draft_max_model_len: int = 16384  # longer sequences are decoded plainly by Mistral's head
     enforce_eager: bool = False  # on a GPU: no graphs (engine.graphs)
+    pdl: bool = False  # on a GPU: kernels in graphs begin before the one before has ended (kernels.launches)
     canary: float = 0.0  # share of the decode steps that are decoded once more, plainly: see engine.canary
     spec_log: str | None = None
     dummy_weights: bool = False  # random numbers in the shape of model and head; weight files are not read
@@ -113,6 +114,12 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_cache_dtype is {str(self.kv_cache_dtype).removeprefix('torch.')} on {self.device}, "
                 "expected a CUDA device: only its kernels read rows in FP8"
+            )
+        if self.pdl and (self.enforce_eager or not self.device.startswith("cuda")):
+            found = "enforce_eager" if self.enforce_eager else self.device
+            raise ConfigError(
+                f"pdl is on with {found}, expected a CUDA device with graphs: a kernel that is launched by "
+                "itself comes after the one before anyhow"
             )
         if not 0 <= self.canary <= 1:
             raise ConfigError(f"canary is {self.canary}, expected a share of all steps, 0 to 1")

@@ -17,6 +17,9 @@ All graphs share one pool of memory, and what one needs on its way may lie where
 are there until the next replay of any graph.
 
 Sizes come in buckets, of sequences and of nodes; what is missing is padding, which lies on the dummy page.
+
+With ``pdl`` the kernels of a graph are launched dependently (``kernels.launches``): only there do they follow
+one another so closely that it matters.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from kernels import dependent_launches
 
 SEQ_BUCKETS: Final = (1, 2, 4, 8, 16, 32)
 NODE_BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -91,8 +96,8 @@ class _Captured:
 class Graphs:
     """Functions captured when they are first called, by key. Without a device they are simply called."""
 
-    def __init__(self, device: Device | None = None) -> None:
-        self._device = device
+    def __init__(self, device: Device | None = None, pdl: bool = False) -> None:
+        self._device, self.pdl = device, pdl
         self._captured: dict[Hashable, _Captured] = {}
         self.seconds, self.num_bytes = 0.0, 0  # that captures have taken
 
@@ -104,6 +109,11 @@ class Graphs:
     @property
     def are_on(self) -> bool:
         return self._device is not None
+
+    def start_over(self, pdl: bool) -> None:
+        """Capture everything anew, with dependent launches or without."""
+        self._captured.clear()
+        self.pdl = pdl
 
     def __call__(self, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> T:
         """The results of a function of tensors.
@@ -126,7 +136,8 @@ class Graphs:
     def _capture(self, device: Device, function: Callable[..., T], inputs: Sequence[Tensor]) -> _Captured:
         started, free = time.perf_counter(), device.num_free_bytes()
         fixed = tuple(given.clone(memory_format=torch.contiguous_format) for given in inputs)
-        replay, results = device.capture(lambda: function(*fixed))
+        with dependent_launches(self.pdl):
+            replay, results = device.capture(lambda: function(*fixed))
         self.seconds += time.perf_counter() - started
         self.num_bytes += max(free - device.num_free_bytes(), 0)
         return _Captured(fixed, replay, results)

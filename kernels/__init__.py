@@ -10,7 +10,6 @@ from kernels.cpu import kernels_for
 from kernels.cpu_head import FusedHead, fused_head
 from kernels.cpu_layer import FusedLayer, FusedStack, LayerRows, LayerSizes, fused_layer
 from kernels.dispatch import (
-    add_rms_norm,
     ancestor_words,
     best,
     choose,
@@ -29,6 +28,7 @@ from kernels.dispatch import (
     tree_attention,
 )
 from kernels.errors import UnsupportedError
+from kernels.launches import LEAST_CAPABILITY, can_be_dependent, dependent_launches
 from kernels.paged import MOST_OWN, TreeRows
 from kernels.products import absorb_queries, down, expand_values, gate_up, linear, route
 from kernels.quant import dequantise_fp8, dequantise_nvfp4, quantise_fp8, quantise_nvfp4
@@ -45,6 +45,7 @@ from kernels.ref import (
 from kernels.stored import Stored
 
 __all__ = [
+    "LEAST_CAPABILITY",
     "MOST_OWN",
     "FusedHead",
     "FusedLayer",
@@ -55,12 +56,13 @@ __all__ = [
     "TreeRows",
     "UnsupportedError",
     "absorb_queries",
-    "add_rms_norm",
     "ancestor_words",
     "best",
+    "can_be_dependent",
     "choose",
     "compact_path",
     "compact_rows",
+    "dependent_launches",
     "dequantise_fp8",
     "dequantise_nvfp4",
     "down",

@@ -49,7 +49,6 @@ _COMPILE_SECONDS = 60
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "rms_norm": (_POINTER,) * 3 + (_LONG,) * 2 + (_FLOAT,),
-    "add_rms_norm": (_POINTER,) * 5 + (_LONG,) * 2 + (_FLOAT,),
     "silu_mul": (_POINTER,) * 2 + (_LONG,) * 2,
     "rope_write": (_POINTER,) * 6 + (_LONG,) * 6,
     "tree_attention": (*(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, *(_LONG,) * 8, _FLOAT),
@@ -63,7 +62,6 @@ class Kernels:
 
     dtype: torch.dtype
     rms_norm: Callable[..., None]
-    add_rms_norm: Callable[..., None]
     silu_mul: Callable[..., None]
     rope_write: Callable[..., None]
     tree_attention: Callable[..., None]
@@ -212,24 +210,6 @@ def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out, width = torch.empty_like(x), x.shape[-1]
     kernels.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
     return out
-
-
-def add_rms_norm(
-    kernels: Kernels, x: Tensor, delta: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """As ``ref.add_rms_norm``; x and delta contiguous."""
-    total, out, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-    kernels.add_rms_norm(
-        x.data_ptr(),
-        delta.data_ptr(),
-        weight.data_ptr(),
-        total.data_ptr(),
-        out.data_ptr(),
-        x.numel() // width,
-        width,
-        eps,
-    )
-    return total, out
 
 
 def silu_mul(kernels: Kernels, gate_up: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kernels import cpu, cpu_choose, device, paged, ref
 from kernels.cpu_layer import FusedLayer, LayerRows, Part
-from kernels.paged import TreeRows
 
 # Past this many multiply-adds of one sequence's attention, torch's products on all cores beat ours. A tree
 # gets there at a shorter context than its tokens alone; between the two their results agree but for rounding.
@@ -50,19 +49,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return cpu.rms_norm(kernels, x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, rms_norm of it)."""
-    if device.on_gpu(x):
-        total, normed = device.registered("add_rms_norm")(x, delta, weight, eps)
-        return total, normed
-    kernels = _kernels_for(x)
-    if kernels is None or not (_is_plain(delta, x.dtype) and _is_plain(weight, x.dtype)):
-        return ref.add_rms_norm(x, delta, weight, eps)
-    return cpu.add_rms_norm(kernels, x, delta, weight, eps)
-
-
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[.., 2I] holding gate then up -> silu(gate) * up, [.., I]."""
+    if device.on_gpu(gate_up):
+        activated: Tensor = device.registered("silu_mul")(gate_up)
+        return activated
     kernels = _kernels_for(gate_up) if gate_up.shape[-1] % 16 == 0 else None
     return ref.silu_mul(gate_up) if kernels is None else cpu.silu_mul(kernels, gate_up)
 
@@ -161,28 +152,10 @@ def choose(
 # --- over paged rows, as a GPU takes them
 
 
-def mha_tree_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    rows: TreeRows,
-    scale: float,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-) -> Tensor:
-    """Grouped-query attention of tree nodes over paged K and V, [B, N, H, D]."""
-    run = device.registered("mha_tree_attention") if device.on_gpu(q) else paged.mha_tree_attention
-    out: Tensor = run(q, k_pool, v_pool, rows, scale, k_scale, v_scale)
-    return out
-
-
-def mla_tree_attention(
-    q: Tensor, pool: Tensor, rows: TreeRows, scale: float, value_dim: int, pool_scale: float = 1.0
-) -> Tensor:
-    """Attention of tree nodes over paged latent rows, absorbed, [B, N, H, R]."""
-    run = device.registered("mla_tree_attention") if device.on_gpu(q) else paged.mla_tree_attention
-    out: Tensor = run(q, pool, rows, scale, value_dim, pool_scale)
-    return out
+mha_tree_attention = device.with_kernel(paged.mha_tree_attention)
+mla_tree_attention = device.with_kernel(paged.mla_tree_attention)
+compact_path = device.with_kernel(paged.compact_path)
+ancestor_words = device.with_kernel(paged.ancestor_words)
 
 
 def rope_latent_write(
@@ -203,18 +176,6 @@ def rope_latent_write(
         run, slots = device.registered("rope_latent_write"), _listed(slots, q.device)
     queries: Tensor = run(q, latents, weight, eps, cos, sin, query_scale, pool, slots, pool_scale)
     return queries
-
-
-def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:
-    """Move the accepted rows of every sequence to the front of its own rows, in all layers."""
-    (device.registered("compact_path") if device.on_gpu(pools) else paged.compact_path)(pools, path, slots)
-
-
-def ancestor_words(parents: Tensor) -> Tensor:
-    """Which nodes every node of a tree sees, [B, N]."""
-    run = device.registered("ancestor_words") if device.on_gpu(parents) else paged.ancestor_words
-    words: Tensor = run(parents)
-    return words
 
 
 def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

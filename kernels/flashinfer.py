@@ -162,18 +162,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out.view(x.shape)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, rms_norm of it), in the memory of both: neither holds what it held. Raises
-    UnsupportedError."""
-    require(x.dtype in _HALVES, "flashinfer add_rms_norm", f"x is {x.dtype}, expected bfloat16 or float16")
-    for name, tensor in (("x", x), ("delta", delta)):
-        found = f"{name} is not contiguous and would be changed in a copy"
-        require(tensor.is_contiguous(), "flashinfer add_rms_norm", found)
-    width = x.shape[-1]
-    _library().norm.fused_add_rmsnorm(delta.view(-1, width), x.view(-1, width), weight, eps)
-    return x, delta
-
-
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     """A token for each row of logits [B, V], drawn from its nucleus -> [B] int32. A baseline; see above."""
     probs = torch.softmax(logits.float() / temperature[:, None], dim=-1)

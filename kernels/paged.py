@@ -11,6 +11,9 @@ that is scored, own rows are its nodes, and a word is a node and its ancestors (
 that grows a tree level by level has its scratch rows there. A chain of any length needs no words: node i sees
 own rows 0 to i.
 
+Rows of a pool are finite numbers, whatever was computed: what attention reads beside the rows that a node
+sees has no weight, but nought times infinity is no number, and those rows may be another request's.
+
 Example: kv_len 5, page size 4, pages [7, 2], a root with two children. Words are 0b001, 0b011 and 0b101; the
 nodes see rows 0 to 4, in slots 28 to 31 and 8, and of slots 9, 10 and 11 what their bits say.
 """
@@ -173,12 +176,12 @@ def rope_latent_write(
 
 
 def _store(pool: Tensor, slots: Tensor | slice, rows: Tensor) -> None:
-    """Float32 rows [Hkv, T, D] in a pool [Hkv, S, D] of any dtype, saturated where that is FP8."""
+    """Float32 rows [Hkv, T, D] in a pool [Hkv, S, D] of any dtype: saturated, 0 for what is no number."""
+    most = torch.finfo(pool.dtype).max
+    rows = rows.nan_to_num(0.0).clamp(-most, most).to(pool.dtype)
     if pool.dtype == torch.float8_e4m3fn:  # torch has no copies by index for this type
-        most = torch.finfo(pool.dtype).max
-        rows = rows.clamp(-most, most).to(pool.dtype).view(torch.uint8)
-        pool = pool.view(torch.uint8)
-    write_rows(pool, slots, rows.to(pool.dtype).transpose(0, 1))
+        rows, pool = rows.view(torch.uint8), pool.view(torch.uint8)
+    write_rows(pool, slots, rows.transpose(0, 1))
 
 
 def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:

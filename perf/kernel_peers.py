@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import flashinfer, ref
 from kernels.moe import Routing, route
-from kernels.paged import TreeRows
+from kernels.paged import TreeRows, seen_rows
 from kernels.quant import undivided
 from kernels.stored import Stored
 from perf.kernel_timing import Call
@@ -82,6 +82,41 @@ def _down(
     return call
 
 
+def _mha(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    rows: TreeRows,
+    scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Call:
+    """Torch's attention over rows that were gathered before; queries packed as ours are, nodes times the
+    heads of one KV head."""
+    slots, bias = seen_rows(rows, q.shape[1])
+    keys, values = (
+        (pool.to(q.dtype) * by)[:, slots].transpose(0, 1).contiguous()
+        for pool, by in ((k_pool, k_scale), (v_pool, v_scale))
+    )
+    num_seqs, num_nodes, num_heads, dim = q.shape
+    num_kv_heads = len(k_pool)
+    split = num_seqs, num_nodes, num_kv_heads, num_heads // num_kv_heads
+    mask = bias.to(q.dtype).repeat_interleave(split[3], dim=1)[:, None]
+
+    def call() -> Tensor:
+        packed = q.view(*split, dim).transpose(1, 2).reshape(num_seqs, num_kv_heads, -1, dim)
+        out = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scale)
+        return out.view(num_seqs, num_kv_heads, num_nodes, split[3], -1).transpose(1, 2).flatten(2, 3)
+
+    return call
+
+
+def _mla(
+    q: Tensor, pool: Tensor, rows: TreeRows, scale: float, value_dim: int, pool_scale: float = 1.0
+) -> Call:
+    return _mha(q, pool[None], pool[None, :, :value_dim], rows, scale, pool_scale, pool_scale)
+
+
 def _route(*arguments: Any) -> Call:
     return lambda: route(*arguments)
 
@@ -99,10 +134,9 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Call:
     return lambda: flashinfer.rms_norm(x, weight, eps)
 
 
-def _add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Call:
-    return lambda: flashinfer.add_rms_norm(x, delta, weight, eps)
-
-
 # What it refuses it says when it is prepared, with the reason.
-FLASHINFER: dict[str, Peer] = {"mla_tree_attention": _latents, "rms_norm": _norm, "add_rms_norm": _add_norm}
-TORCH: dict[str, Peer] = {"linear": _linear, "gate_up": _gate_up, "down": _down, "route": _route}
+FLASHINFER: dict[str, Peer] = {"mla_tree_attention": _latents, "rms_norm": _norm}
+TORCH: dict[str, Peer] = {
+    "mla_tree_attention": _mla, "mha_tree_attention": _mha,
+    "linear": _linear, "gate_up": _gate_up, "down": _down, "route": _route,
+}  # fmt: skip

@@ -3,6 +3,9 @@
 On a GPU calls are captured in a graph, as an engine launches them, so that what is timed is the device and
 not Python; a call that cannot be captured (it asks the device something) is timed as it is, and marked. Calls
 take turns on several sets of arguments, together larger than the L2 cache, or the cache would be measured.
+
+Whether a call can be captured is found out before: a capture that breaks leaves torch's allocator as if it
+went on, and memory could not be given back any more.
 """
 
 from __future__ import annotations
@@ -54,15 +57,26 @@ def timed(calls: Sequence[Call], device: str, repeats: int = _REPLAYS) -> Timing
     for call in calls[: len(set(calls))]:  # compile, and let allocations settle
         call()
     torch.cuda.synchronize()
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-    except RuntimeError:  # it waits for the device
-        torch.cuda.synchronize()
+    if waits(calls[0]):
         return Timing(_median(lambda: [call() for call in calls], len(calls), repeats, _on_device), False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
     return Timing(_median(graph.replay, len(calls), repeats, _on_device), True)
+
+
+def waits(call: Call) -> bool:
+    """Whether a call asks the GPU for something, which no graph can hold. Runs it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def _median(run: Call, num_calls: int, repeats: int, clock: Callable[[Call], float]) -> float:
@@ -85,14 +99,15 @@ def _on_device(run: Call) -> float:
 
 
 def measured_ceilings(device: str) -> Ceilings:
-    """By copying a gibibyte and multiplying square matrices; much smaller ones on a CPU."""
+    """By copying a gibibyte and multiplying square matrices of random numbers (constant ones take a GPU less
+    power and so less time); much smaller ones on a CPU."""
     on_gpu = device == "cuda"
     num_bytes, side = (_COPIED, _MATRIX) if on_gpu else (1 << 22, 128)
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = timed([lambda: target.copy_(source)], device).seconds
     flops = 2 * side**3
-    left, right = (torch.ones(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     product = timed([lambda: left @ right], device).seconds
     fp8 = product
     if on_gpu and torch.cuda.get_device_capability() >= (8, 9):

@@ -6,6 +6,9 @@ bandwidth and matrix ceiling that the time comes to. Beside it the time of torch
 result, and of flashinfer's with ``--flashinfer``. A kernel that is wrong is not timed, and the exit code
 is 1.
 
+Where the device has dependent launches, a kernel that takes no longer than some gaps between launches is
+checked and timed with them too (``pdl_us``): in a graph, each call behind another of its kind.
+
 ``--floor`` needs no GPU: it gives the least time by the datasheet of one (``--gpu``). ``--dry-run`` runs tiny
 shapes in Triton's interpreter by the clock of the host, to try the program where there is no GPU; its times
 mean nothing. The last line of stdout is one JSON object.
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from engine.cli.roofline import GPUS
 from engine.errors import ConfigError, EngineError
+from kernels import can_be_dependent, dependent_launches
 from kernels.ops import OPERATIONS, Case, Operation, Source
 from perf import document
 from perf.kernel_peers import FLASHINFER, TORCH, Peer
@@ -34,6 +38,7 @@ from perf.kernel_timing import Ceilings, cache_bytes, launch_seconds, measured_c
 from perf.provenance import provenance
 
 _MOST_SETS = 8  # of arguments that take turns
+_SHORT: Final = 50e-6  # seconds: a kernel that long hides the gap before it
 # Dense matrix products, from the datasheets of GPUs with an FP8 unit: bfloat16 and FP8 flops per second.
 _DATASHEET_FLOPS: Final = {"H100": (0.99e15, 1.98e15), "H200": (0.99e15, 1.98e15), "B200": (2.25e15, 4.5e15)}
 
@@ -96,6 +101,8 @@ def wrong(operation: Operation, case: Case, device: str) -> str:
     results = []
     for function in (operation.reference, kernel):
         arguments = case.make(Source(device))
+        if device == "cuda":
+            torch.cuda.synchronize()  # weights of dependent launches are there before
         returned = function(*arguments)
         all_of = [returned] if isinstance(returned, Tensor) else list(returned or ())
         results.append(all_of + [arguments[index] for index in operation.changes])
@@ -120,13 +127,36 @@ def measured(operation: Operation, case: Case, device: str, limits: Ceilings, ot
     sets = [arguments, *(case.make(Source(device, seed)) for seed in range(1, num_sets))]
     kernel = operation.load()
     repeats = 11 if device == "cuda" else 1
-    ours = timed([lambda given=given: kernel(*given) for given in sets], device, repeats)  # type: ignore[misc]
+    calls = [lambda given=given: kernel(*given) for given in sets]
+    ours = timed(calls, device, repeats)
     row |= {"us": round(1e6 * ours.seconds, 3), "captured": ours.captured, "argument_sets": num_sets}
+    if can_be_dependent(device) and ours.seconds < _SHORT:
+        with dependent_launches():
+            disagreement = wrong(operation, case, device)
+            if disagreement:
+                return row | {"correct": False, "error": f"dependently: {disagreement[:500]}"}
+            row["pdl_us"] = round(1e6 * timed(calls, device, repeats).seconds, 3)
     row["bandwidth_share"] = round(row["bytes"] / ours.seconds / limits.bandwidth, 4)
     row["floor_share"] = round(row["floor_us"] / row["us"], 4)
     row |= _peer("torch", TORCH.get(operation.name, _reference(operation)), sets, device, repeats)
     if others and operation.name in FLASHINFER:
         row |= _peer("flashinfer", FLASHINFER[operation.name], sets, device, repeats)
+    return row
+
+
+def attempted(
+    operation: Operation, case: Case, device: str, limits: Ceilings, others: bool
+) -> dict[str, Any]:
+    """``measured``, or why it came to nothing: what fails must not take the others' figures along."""
+    from kernels.triton.failures import FAILURES
+
+    try:
+        row = measured(operation, case, device, limits, others)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    except FAILURES as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"operation": operation.name, "case": case.name, "correct": False, "error": said[:500]}
     return row
 
 
@@ -195,7 +225,8 @@ def _measured_result(args: argparse.Namespace, operations: list[Operation]) -> d
         raise ConfigError("no CUDA device; --floor and --dry-run need none")
     else:
         device = "cuda"
-    limits, began, rows, skipped = measured_ceilings(device), time.perf_counter(), [], 0
+    limits, launch = measured_ceilings(device), launch_seconds(device)
+    began, rows, skipped = time.perf_counter(), [], 0
     for operation in operations:
         for case in operation.tiny if args.dry_run else operation.real:
             if args.cases not in case.name:
@@ -203,14 +234,12 @@ def _measured_result(args: argparse.Namespace, operations: list[Operation]) -> d
             if args.seconds and time.perf_counter() - began > args.seconds:
                 skipped += 1
                 continue
-            rows.append(measured(operation, case, device, limits, args.flashinfer))
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            rows.append(attempted(operation, case, device, limits, args.flashinfer))
     return {
         "benchmark": "kernels",
         "dry_run": args.dry_run,
         "ceilings": _ceilings(limits),
-        "launch_us": round(1e6 * launch_seconds(device), 3),
+        "launch_us": round(1e6 * launch, 3),
         "rows": rows,
         "skipped_for_time": skipped,
     } | provenance(device, "mixed")
@@ -230,6 +259,7 @@ _COLUMNS = (
     "case",
     "floor_us",
     "us",
+    "pdl_us",
     "bandwidth_share",
     "floor_share",
     "torch_us",

@@ -11,11 +11,10 @@ transformers is optional. Without it, or with one that has no such model, the re
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -33,47 +32,54 @@ _MOST_LAYERS: Final = 5
 _WIDTH: Final = 2  # bytes of a number in bfloat16
 _SHARE: Final = 0.7  # of the free memory for weights
 _CALLS: Final = 12
+_COMPILED: Final = (1, 4)  # tokens: every size and every number of layers is compiled anew
 _FAILURES: Final = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
 
 
 def per_layer(
     checkpoint: Checkpoint | MistralCheckpoint, config: EngineConfig, steps: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Milliseconds of a layer, theirs and ours, by tokens. steps: our figures, as in the result of the bench.
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a layer, ours and theirs, by tokens; theirs eager, then compiled, which may take longer
+    than there is time: yields what there is so far. steps: our figures, as in the result of the bench.
 
     ``missing`` says why, where there is nothing to compare with. Call when the engine's memory is free again.
     """
     model = checkpoint.config
     if not isinstance(model, Mistral4Config):
-        return {"missing": f"{checkpoint.name} is no Mistral Small 4"}
+        yield {"missing": f"{checkpoint.name} is no Mistral Small 4"}
+        return
     try:
         transformers, family = importlib.import_module("transformers"), importlib.import_module(_MODULE)
         build = getattr(family, _CLASS)
     except (ImportError, AttributeError) as error:
-        return {"missing": f"transformers with {_CLASS}: {error}"}
-    ours = _ours(steps, model.num_layers)
-    num_layers = layers_that_fit(model, _free_bytes(config.device))
+        yield {"missing": f"transformers with {_CLASS}: {error}"}
+        return
+    ours, num_layers = _ours(steps, model.num_layers), layers_that_fit(model, _free_bytes(config.device))
     if num_layers < 2:
-        return {"missing": f"memory for two layers in bfloat16, found room for {num_layers}"}
+        yield {"missing": f"memory for two layers in bfloat16, found room for {num_layers}"}
+        return
     found: dict[str, Any] = {
         "peer": f"transformers {transformers.__version__}", "class": _CLASS, "dtype": "bfloat16",
-        "num_layers": num_layers,
+        "num_layers": num_layers, "ours": {tokens: round(ms, 4) for tokens, ms in ours.items()},
     }  # fmt: skip
     try:
         theirs = _random_model(family.Mistral4Config, build, model, num_layers, config.device)
         found["eager"] = _layer_times(theirs, theirs, list(ours), config.device)
     except _FAILURES as error:
-        return found | {"missing": _said(error)}
-    if config.device == "cpu":
-        found["compiled"] = "on a GPU only"
-    else:
-        try:
-            found["compiled"] = _layer_times(theirs, torch.compile(theirs), list(ours), config.device)
-        except _FAILURES as error:
-            found["compiled"] = _said(error)
-    del theirs
-    gc.collect()
-    return found | {"ours": {tokens: round(ms, 4) for tokens, ms in ours.items()}}
+        yield found | {"missing": _said(error)}
+        return
+    yield found | {"compiled": "not yet"}
+    yield found | {"compiled": _compiled(theirs, [size for size in ours if size in _COMPILED], config.device)}
+
+
+def _compiled(theirs: Any, sizes: Sequence[int], device: str) -> dict[int, float] | str:
+    """Their times once compiled, or why there are none."""
+    if device == "cpu":
+        return "on a GPU only"
+    try:
+        return _layer_times(theirs, torch.compile(theirs), sizes, device)
+    except _FAILURES as error:
+        return _said(error)
 
 
 def layers_that_fit(config: Mistral4Config, num_bytes: int) -> int:

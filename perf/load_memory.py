@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.load_memory", description=about)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a checkpoint, as haast serve takes it")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of plain weights")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="cpu or cuda")
     document.add_json_argument(parser)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

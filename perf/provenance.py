@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from engine.cli.driver import driver_version
+
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 ROOT = Path(__file__).parent.parent
 
@@ -74,6 +76,7 @@ def provenance(device: str, dtype: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "driver": driver_version() if device.startswith("cuda") else None,
     } | machine()
 
 

@@ -25,6 +25,7 @@ from engine.checkpoint import Checkpoint, MistralCheckpoint
 from engine.checkpoint.native import MistralHead
 from engine.cli.roofline import Reads, routing_overlap, step_bytes
 from engine.config import EngineConfig
+from kernels import can_be_dependent
 from perf.kernel_timing import Ceilings
 from perf.reads import draft_reads, held_bytes, prompt_flops, target_reads
 from perf.steps import LONGEST_CHAIN, NoRoomError, Setting, Steps, Timing
@@ -104,6 +105,7 @@ class Costs:
     ) -> None:
         self.steps, self.floors, self._wanted, self._clock = steps, floors, wanted, clock
         self.rows: list[dict[str, Any]] = []
+        self.launches: list[dict[str, Any]] = []
         self.prompts: list[dict[str, Any]] = []
         self.left_out: list[dict[str, str]] = []
         self.embedding_share: float | None = None  # that makes routing overlap as wanted
@@ -137,6 +139,7 @@ class Costs:
             yield "uniform again", lambda: self.steps.make_alike(0.0)
         else:
             self.left_out.append({"what": ALIKE, "why": "there are no experts to choose, or no trees"})
+        yield from self._launched([Setting(1, near, nodes) for nodes in few])
         yield from self._decodes(UNIFORM, [Setting(1, context, n) for context in far for n in few])
         yield from self._decodes(
             UNIFORM, [Setting(batch, near, n) for batch in wanted.batches[1:] for n in few]
@@ -149,6 +152,24 @@ class Costs:
         for setting in settings:
             name = f"{routing}: {setting.batch} x {setting.context}, {setting.nodes} nodes"
             yield name, lambda setting=setting: self._decode(routing, setting)  # type: ignore[misc]
+
+    def _launched(self, settings: Sequence[Setting]) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Steps with dependent launches and without, one after the other, where graphs hold launches."""
+        graphs = self.steps.engine.graphs
+        if not graphs.are_on:
+            return
+        if not can_be_dependent(self.steps.target.device):
+            self.left_out.append({"what": "dependent launches", "why": "the GPU has none"})
+            return
+        for setting in settings:
+            for pdl in (not graphs.pdl, graphs.pdl):
+                name = f"{'with' if pdl else 'without'} dependent launches: {setting.nodes} nodes"
+                yield name, lambda setting=setting, pdl=pdl: self._launch(setting, pdl)  # type: ignore[misc]
+
+    def _launch(self, setting: Setting, pdl: bool) -> None:
+        with self.steps.launched(pdl):
+            timing = self.steps.time(setting)
+        self.launches.append(rounded({"pdl": pdl, **asdict(setting), **asdict(timing)}))
 
     def _decode(self, routing: str, setting: Setting) -> None:
         timing = self.steps.time(setting)

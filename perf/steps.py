@@ -138,6 +138,17 @@ class Steps:
                     return _timing(taken[_WARM_UP:], setting.batch)
         raise EngineError(f"{setting}: {len(taken)} steps had such trees, expected {wanted}")
 
+    @contextmanager
+    def launched(self, pdl: bool) -> Iterator[None]:
+        """Steps are captured anew, with dependent launches or without, and anew afterwards as they were."""
+        graphs = self.engine.graphs
+        before = graphs.pdl
+        graphs.start_over(pdl)
+        try:
+            yield
+        finally:
+            graphs.start_over(before)
+
     def experts(self, setting: Setting) -> float | None:
         """Distinct experts that a layer's tokens choose in one forward, the mean over layers; None without
         experts. Counted apart from the clock, in a forward of its own over random tokens."""

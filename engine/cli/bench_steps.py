@@ -29,7 +29,7 @@ from engine.checkpoint import Checkpoint, MistralCheckpoint
 from engine.checkpoint.dummy import DummyMistral, open_dummy
 from engine.checkpoint.native import MistralHead
 from engine.checkpoint.published import PUBLISHED, published_head, published_target, with_layers
-from engine.cli.loading import check_quantization, quantization_kind
+from engine.cli.loading import check_quantization, enough_memory, prepare, quantization_kind
 from engine.cli.options import engine_config, model_name
 from engine.cli.progress import LoadingBar
 from engine.cli.speculative import asked
@@ -37,7 +37,6 @@ from engine.config import EngineConfig
 from engine.core import Speculation
 from engine.errors import ConfigError
 from engine.step import Engine
-from engine.warmup import warm_up
 
 if TYPE_CHECKING:
     from perf.kernel_timing import Ceilings
@@ -101,9 +100,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint, head = open_pair(args)
     config = config_for(engine_config(args), wanted, checkpoint)
     limits = _limits(config.device)  # now, while there is memory to copy
-    with LoadingBar() as bar:
-        engine = build_engine(checkpoint, (), head, config, bar.update)
-    warm_up(engine)
+    with enough_memory(config):
+        with LoadingBar() as bar:
+            engine = build_engine(checkpoint, (), head, config, bar.update)
+        prepare(engine)
     loaded = time.perf_counter() - began
     facts = {"benchmark": "steps", **_facts(args, checkpoint, head, config), "load_s": round(loaded, 2)}
     result: dict[str, Any] = {}
@@ -116,7 +116,9 @@ def run(args: argparse.Namespace) -> int:
     if args.peer is not None:
         from perf.layer_peer import per_layer
 
-        result["peer"] = per_layer(checkpoint, config, result["steps"])
+        for peer in per_layer(checkpoint, config, result["steps"]):
+            result["peer"] = peer
+            document.save(result, args.json)
     show(result)
     document.write(result, args.json)
     return 0
@@ -236,6 +238,7 @@ def _facts(
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "kv_cache_dtype": str(config.kv_dtype).removeprefix("torch."),
         "enforce_eager": config.enforce_eager,
+        "pdl": config.pdl,
     } | provenance.provenance(config.device, config.dtype_name)
 
 
@@ -272,6 +275,7 @@ def _figures(costs: Costs) -> dict[str, Any]:
         "copy_bytes_per_second": round(limits.bandwidth),
         "flops": round(limits.flops),
         "steps": costs.rows,
+        "launches": costs.launches,
         "prompts": costs.prompts,
         "assumed": assumed(costs.rows),
         "alike_embedding_share": costs.embedding_share,
@@ -287,6 +291,10 @@ _STEP_COLUMNS: Final = (
     ("experts", "experts_per_layer"), ("step ms", "step_ms"), ("verify ms", "verify_ms"),
     ("floor", "floor_ms"), ("share", "floor_share"), ("draft ms", "draft_ms"), ("floor", "draft_floor_ms"),
     ("share", "draft_floor_share"), ("rest ms", "other_ms"),
+)  # fmt: skip
+_LAUNCH_COLUMNS: Final = (
+    ("dependent", "pdl"), ("batch", "batch"), ("context", "context"), ("nodes", "nodes"),
+    ("step ms", "step_ms"), ("verify ms", "verify_ms"), ("draft ms", "draft_ms"), ("rest ms", "other_ms"),
 )  # fmt: skip
 _PROMPT_COLUMNS: Final = (
     ("prompt", "tokens"), ("TTFT ms", "ttft_ms"), ("floor", "floor_ms"), ("share", "floor_share"),
@@ -305,6 +313,7 @@ def show(result: Mapping[str, Any]) -> None:
     layers = f"{result['num_layers']} layers"
     for title, columns, rows in (
         (f"{result['model']}, {layers}, random weights, {result['device']}", _STEP_COLUMNS, result["steps"]),
+        ("dependent launches", _LAUNCH_COLUMNS, result["launches"]),
         ("time to first token", _PROMPT_COLUMNS, result["prompts"]),
         ("acceptance assumed, not measured", _ASSUMED_COLUMNS, result["assumed"]),
     ):

@@ -41,6 +41,7 @@ _PASSED_ON = (
     "kv_cache_dtype",
     "gpu_memory_utilization",
     "enforce_eager",
+    "pdl",
     "enable_prefix_caching",
     "quantization",
     "speculative_config",

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from engine.cli.driver import driver_version
 from engine.cli.environment import PREFIX
 from engine.cli.options import bfloat16_is_fast
 from engine.server.version import version
 from kernels import kernels_for
 
 _PACKAGES = ("aiohttp", "msgspec", "llguidance", "tokenizers", "mistral-common", "safetensors", "triton")
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +51,6 @@ def facts() -> Iterator[tuple[str, str]]:
             f"{properties.name}, {size}, compute capability {properties.major}.{properties.minor}",
         )
     yield "variables set", ", ".join(sorted(name for name in os.environ if name.startswith(PREFIX))) or "none"
-
-
-def driver_version() -> str | None:
-    """Of NVIDIA's driver, where Linux says it."""
-    words = _DRIVER_FILE.read_text().split() if _DRIVER_FILE.is_file() else []
-    return next((word for word in words if word.count(".") and word.replace(".", "").isdigit()), None)
 
 
 def _package_version(name: str) -> str:

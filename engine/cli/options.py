@@ -51,9 +51,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -
         help="dummy fills model and head of this shape with random numbers, without reading weights, to "
         "measure speed; any other reads the files, whose format is found out",
     )
-    group.add_argument(
-        "--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one"
-    )
+    group.add_argument("--device", default="auto", help="cpu or cuda; auto takes a GPU if there is one")
 
     group.add_argument(
         "--kv-cache-dtype",
@@ -130,6 +128,14 @@ def _add_step_arguments(group: argparse._ArgumentGroup) -> None:
         default=default.enforce_eager,
         help="on a GPU: launch the kernels of a step one by one, without CUDA graphs; slower, but nothing is "
         "captured at start",
+    )
+    group.add_argument(
+        "--pdl",
+        action=Switch,
+        off=("--no-pdl",),
+        default=default.pdl,
+        help="programmatic dependent launch, on a GPU of compute capability 9.0 or more: kernels of CUDA "
+        "graphs begin before the one before has ended, and fetch weights meanwhile; not yet measured",
     )
     group.add_argument(
         "--enable-prefix-caching",
@@ -271,6 +277,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         if draft.max_model_len is None
         else draft.max_model_len,
         enforce_eager=args.enforce_eager,
+        pdl=args.pdl,
         canary=args.canary,
         spec_log=args.spec_log,
         dummy_weights=args.load_format == "dummy",
@@ -329,15 +336,21 @@ def bfloat16_is_fast(device: str) -> bool:
 
 
 def device_name(name: str) -> str:
-    """The device that --device names, "auto" resolved. Raises ConfigError for one that is not there."""
+    """The device that --device names, "auto" resolved. Raises ConfigError for one that is not there.
+
+    Of several GPUs there is only the first: kernels are launched on a thread's current device, and a server
+    has more than one thread.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device is {name!r}, expected cpu, cuda or cuda:N") from error
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {name!r}, expected cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is {name!r}, expected cpu or cuda")
+    if device.type == "cuda" and device.index:
+        raise ConfigError(f"--device is {name!r}, expected cuda, with CUDA_VISIBLE_DEVICES={device.index}")
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device is {name!r}, but this machine has no usable CUDA device")
     return name

@@ -12,7 +12,7 @@ import uvloop
 
 from engine.build import Served
 from engine.cli.compat import add_foreign_arguments, notes_of
-from engine.cli.env import driver_version
+from engine.cli.driver import driver_version
 from engine.cli.environment import unknown_variables
 from engine.cli.loading import open_engine
 from engine.cli.options import add_engine_arguments, engine_config, notes

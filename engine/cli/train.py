@@ -69,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run-dir", type=Path, metavar="DIR", help="checkpoints and curve; replaces WORK-DIR/run"
     )
     parser.add_argument("--phase", choices=("all", "data", "train"), default="all", help="what to do")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one"
-    )
+    parser.add_argument("--device", default="auto", help="cpu or cuda; auto takes a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and training")
 
     group = parser.add_argument_group("data")

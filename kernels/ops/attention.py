@@ -69,6 +69,13 @@ def _mla(
     return q, pool, rows, 1 / math.sqrt(width), sizes[0], 1.0 if pool_dtype is None else 0.75
 
 
+def _cut(source: Source, contexts: tuple[int, ...], *sizes: Any, **options: Any) -> Arguments:
+    """As where only some sequences draft: the table has the rows that exist, padding reaches past it."""
+    q, pool, rows, *rest = _mla(source, contexts, *sizes, **options)
+    table = rows.page_table[:, : max(contexts) // rows.page_size + 1]
+    return (q, pool, replace(rows, page_table=table.contiguous()), *rest)
+
+
 def _mha(
     source: Source,
     contexts: tuple[int, ...],
@@ -139,6 +146,7 @@ _MLA_TINY = (
     _tiny(_mla, "chain", (40, 3), 70, 1, (16, 16), chain=True),
     _tiny(_mla, "odd sizes", (290,), 2, 3, (12, 6)),
     _tiny(_mla, "head", (290, 1), 4, 2, (16, 16), num_own=12),
+    _tiny(_cut, "padding past the table", (7, 2), 5, 4, (16, 16)),
     _tiny(_mla, "fp8", (300,), 5, 4, (32, 16), pool_dtype=torch.float8_e4m3fn),
 )
 _MLA_REAL = (

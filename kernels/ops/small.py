@@ -30,24 +30,20 @@ def _case(name: str, tolerance: Tolerance, make: Callable[..., Arguments], *argu
     return Case(name, lambda source: make(source, *arguments), tolerance)
 
 
-def _norm(source: Source, num_rows: int, width: int, dtype: torch.dtype, adds: bool) -> Arguments:
-    x = source.normal(num_rows, width, dtype=dtype)
-    weight = source.normal(width, dtype=dtype)
-    return (x, source.normal(num_rows, width, dtype=dtype), weight, _EPS) if adds else (x, weight, _EPS)
+def _norm(source: Source, num_rows: int, width: int, dtype: torch.dtype) -> Arguments:
+    return source.normal(num_rows, width, dtype=dtype), source.normal(width, dtype=dtype), _EPS
 
 
-def _norm_cases(adds: bool) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    def case(num_rows: int, width: int, dtype: torch.dtype) -> Case:
-        tolerance = FLOAT32 if dtype == torch.float32 else BFLOAT16
-        return _case(f"{num_rows}x{width}", tolerance, _norm, num_rows, width, dtype, adds)
-
-    tiny = case(3, 40, torch.float32), case(1, 64, torch.float32)
-    return tiny, tuple(case(rows, _HIDDEN, torch.bfloat16) for rows in (1, 4, 8, 64))
+def _norm_cost(x: Tensor, weight: Tensor, eps: float) -> Cost:
+    return Cost(2 * size_of(x) + size_of(weight))
 
 
-def _norm_cost(*arguments: Any) -> Cost:
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    return Cost(size_of(*tensors) + size_of(*tensors[:-1]))  # everything but the weight is written as well
+def _silu(source: Source, num_rows: int, inner: int, dtype: torch.dtype) -> Arguments:
+    return (source.normal(num_rows, 2 * inner, dtype=dtype, scale=2.0),)
+
+
+def _silu_cost(gate_up: Tensor) -> Cost:
+    return Cost(size_of(gate_up) * 3 // 2)
 
 
 def _slots(source: Source, num: int, num_slots: int) -> Tensor:
@@ -180,6 +176,21 @@ _FP8, _BF16, _F32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 _CODES = Tolerance(0.0, 0.15)  # of FP8: the next code where both round from nearly the same number
 _TURNED = Tolerance(1e-5, 1e-4)
 
+_NORM_TINY = tuple(
+    _case(f"{rows}x{width}", FLOAT32, _norm, rows, width, _F32) for rows, width in ((3, 40), (1, 64))
+)
+_NORM_REAL = tuple(
+    _case(f"{rows}x{_HIDDEN}", BFLOAT16, _norm, rows, _HIDDEN, _BF16) for rows in (1, 4, 8, 64)
+)
+_SILU_TINY = (
+    _case("3 of 40", FLOAT32, _silu, 3, 40, _F32),
+    _case("2 of 1100", FLOAT32, _silu, 2, 1100, _F32),
+)
+# inner widths of SmolLM2's and of Llama's larger MLPs
+_SILU_REAL = tuple(
+    _case(f"{rows} of {inner}", BFLOAT16, _silu, rows, inner, _BF16)
+    for rows, inner in ((1, 1536), (8, 14336), (512, 14336))
+)
 _ROPE_TINY = (
     _case("3 tokens", _TURNED, _rope, 3, (4, 2), 16, _F32, _F32),
     _case("wide of 24", _TURNED, _rope, 2, (3, 1), 24, _F32, _F32),
@@ -239,8 +250,8 @@ _BEST_REAL = (
 )
 
 OPERATIONS = (
-    Operation("rms_norm", ref.rms_norm, "norm:rms_norm", *_norm_cases(adds=False), _norm_cost),
-    Operation("add_rms_norm", ref.add_rms_norm, "norm:add_rms_norm", *_norm_cases(adds=True), _norm_cost),
+    Operation("rms_norm", ref.rms_norm, "norm:rms_norm", _NORM_TINY, _NORM_REAL, _norm_cost),
+    Operation("silu_mul", ref.silu_mul, "swiglu:silu_mul", _SILU_TINY, _SILU_REAL, _silu_cost),
     Operation(
         *("rope_write", paged.rope_write, "rope:rope_write", _ROPE_TINY, _ROPE_REAL, _rope_cost),
         changes=(4, 5),

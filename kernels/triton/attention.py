@@ -33,6 +33,7 @@ from kernels.triton.host import (
     num_processors,
     power_of_two,
 )
+from kernels.triton.pdl import launch, release, wait
 
 _LEAST_KEYS = 256  # of a split
 _LOG2_E = 1.4426950408889634
@@ -67,6 +68,7 @@ def _attend(
     num_nodes: tl.tensor,
     num_own: tl.tensor,
     start: tl.tensor,
+    most_rows: tl.tensor,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
     page_size: tl.constexpr,
@@ -80,8 +82,11 @@ def _attend(
     is_chain: tl.constexpr,
     is_split: tl.constexpr,
     compute: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One tile of rows over one split. Scores are in base 2: ``scale`` holds the factor."""
+    release(dependent)
+    wait(dependent)
     key_dim: tl.constexpr = value_dim + rotated_dim
     seq = (tl.program_id(2) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(2) % num_kv_heads
@@ -98,6 +103,7 @@ def _attend(
         end = kv_len + last + 1
     else:
         end = kv_len + num_own
+    end = tl.minimum(end, most_rows)  # padding may reach past the pages of a sequence, and of the table
     length = tl.cdiv(tl.cdiv(end - start, tl.num_programs(1)), block_keys) * block_keys
     length = tl.maximum(length, least_keys)
     first = start + split * length
@@ -170,10 +176,13 @@ def _merge(
     value_dim: tl.constexpr,
     value_block: tl.constexpr,
     block: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One row: parts [splits, rows, D] weighed by lse [splits, rows]. A split that saw nothing has -inf
     there, and its part was never written. Those that would begin behind the sequence's last key, however
     short splits are, are not looked at: a page table may be wide for all."""
+    release(dependent)
+    wait(dependent)
     row = tl.program_id(0).to(tl.int64)
     num_keys = tl.load(kv_lens + row // rows_of_seq).to(tl.int32) + num_own
     num_splits = tl.minimum(num_splits, tl.cdiv(num_keys, least_keys))
@@ -304,6 +313,7 @@ def _run(
         num_nodes,
         rows.num_own,
         rows.start,
+        rows.most_rows,
         num_kv_heads=num_kv_heads,
         group=group,
         page_size=rows.page_size,
@@ -319,6 +329,7 @@ def _run(
         compute=_compute_type(q.dtype, keys.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch(),
     )
     if num_splits > 1:
         _merge[(num_rows,)](
@@ -335,6 +346,7 @@ def _run(
             value_block=_block(value_dim),
             block=min(power_of_two(num_splits), 8),
             num_warps=2,
+            **launch(),
         )
     return out
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.errors import require
-from kernels.triton.host import check_contiguous, check_dtype, power_of_two
+from kernels.triton.host import check_contiguous, check_dtype, check_shape, power_of_two
+from kernels.triton.pdl import launch, release, wait
 
 _BLOCK = 4096  # columns of a block
 _MOST = 64  # best columns of a row, and no more than a block has
@@ -100,9 +101,12 @@ def _best_noisy(
     width: tl.tensor,
     has_floors: tl.constexpr,
     block: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """The best column of one block of one row, after temperature, floor and noise. num_rows: of a
     sequence."""
+    release(dependent)
+    wait(dependent)
     row = tl.program_id(0).to(tl.int64)
     seq = row // num_rows
     column = tl.program_id(1) * block + tl.arange(0, block)
@@ -117,7 +121,15 @@ def _best_noisy(
 
 
 @triton.jit
-def _best_of_blocks(best: tl.tensor, choice: tl.tensor, num_blocks: tl.tensor, block: tl.constexpr) -> None:
+def _best_of_blocks(
+    best: tl.tensor,
+    choice: tl.tensor,
+    num_blocks: tl.tensor,
+    block: tl.constexpr,
+    dependent: tl.constexpr = False,
+) -> None:
+    release(dependent)
+    wait(dependent)
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, block)
     packed = tl.load(best + row * num_blocks + place, mask=place < num_blocks, other=_LOWEST)
@@ -133,8 +145,11 @@ def _best_few(
     width: tl.tensor,
     num: tl.constexpr,
     block: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """The best columns of one block of one row, its highest score, and its sum of exponentials below that."""
+    release(dependent)
+    wait(dependent)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     score = tl.load(logits + row * width + column, mask=column < width, other=float("-inf")).to(tl.float32)
@@ -162,7 +177,10 @@ def _few_of_blocks(
     num: tl.constexpr,
     blocks: tl.constexpr,
     block: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
+    release(dependent)
+    wait(dependent)
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, blocks)
     peaks = tl.load(highest + row * num_blocks + place, mask=place < num_blocks, other=float("-inf"))
@@ -202,8 +220,8 @@ def choose(
     check_dtype(operation, "temperature", temperature.dtype, (torch.float32,))
     if floors is not None:
         check_dtype(operation, "floors", floors.dtype, (torch.float32,))
-    shapes = f"positions {list(positions.shape)}, expected {[num_seqs, num_rows]}"
-    require(positions.shape == (num_seqs, num_rows), operation, shapes)
+    check_shape(operation, (num_seqs,), temperature=temperature, top_p=top_p, seeds=seeds)
+    check_shape(operation, (num_seqs, num_rows), positions=positions, floors=floors)
     check_contiguous(operation, logits=logits, temperature=temperature, seeds=seeds)
     if top_p is not None:
         floors = ref.nucleus_floors(logits, temperature, top_p, floors)
@@ -220,9 +238,10 @@ def choose(
             has_floors=floors is not None,
             block=_BLOCK,
             num_warps=8,
+            **launch(),
         )
         _best_of_blocks[(num_seqs * num_rows,)](
-            best, choice, num_blocks, block=power_of_two(num_blocks), num_warps=1
+            best, choice, num_blocks, block=power_of_two(num_blocks), num_warps=1, **launch()
         )
     return torch.where(logits.amax(dim=-1).isfinite(), choice, -1)
 
@@ -245,7 +264,7 @@ def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     columns = empty(*shape, count, dtype=torch.int64)
     if num_rows:
         _best_few[(num_rows, num_blocks)](
-            logits, found, highest, mass, width, num=count, block=_BLOCK, num_warps=8
+            logits, found, highest, mass, width, num=count, block=_BLOCK, num_warps=8, **launch()
         )
         _few_of_blocks[(num_rows,)](
             *(found, highest, mass, values, columns, logsumexp, num_blocks),
@@ -253,5 +272,6 @@ def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
             blocks=power_of_two(num_blocks),
             block=power_of_two(num_blocks * count),
             num_warps=4,
+            **launch(),
         )
     return values, columns, logsumexp

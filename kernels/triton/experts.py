@@ -20,7 +20,8 @@ from kernels.errors import require
 from kernels.moe import TILE_TOKENS, Routing
 from kernels.stored import Stored
 from kernels.triton.host import check_contiguous, check_dtype, power_of_two
-from kernels.triton.product import arrived_last, multiply
+from kernels.triton.pdl import launch, release, wait
+from kernels.triton.product import arrived_last, fetch_matrix, multiply
 from kernels.triton.scratch import counters
 from kernels.triton.stored import Operands, check_norm, check_rows, check_stored
 from kernels.triton.tiles import Tile, tile_for
@@ -52,7 +53,10 @@ def _gate_up(
     scaled: tl.constexpr,
     swap: tl.constexpr,
     operand: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
+    wait(dependent)
+    release(dependent)  # now the router has ended, and ``_down`` may ask it for experts
     tile = tl.program_id(1)
     expert = tl.load(tiles + tile * 3).to(tl.int64)
     if expert < 0:
@@ -100,6 +104,7 @@ def _down(
     out: tl.tensor,
     width: tl.tensor,
     hidden: tl.tensor,
+    num_experts: tl.tensor,
     num_groups: tl.tensor,
     all_tokens: tl.tensor,
     num_choices: tl.constexpr,
@@ -112,15 +117,24 @@ def _down(
     scaled: tl.constexpr,
     swap: tl.constexpr,
     operand: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     tile = tl.program_id(1)
+    row = tl.program_id(0) * num_rows + tl.arange(0, num_rows)
+    release(dependent)
+    if dependent:
+        # Whose matrix will be read is known since the router ended. But that is not waited for here, so this
+        # is a guess: nothing but what is fetched follows from it, and it bypasses the cache of the processor.
+        guess = tl.load(tiles + tile * 3, cache_modifier=".cg").to(tl.int64)
+        if (guess >= 0) & (guess < num_experts):
+            fetch_matrix(weight, block_scales, guess * hidden + row, width, 0, width, num_rows, nvfp4)
+    wait(dependent)
     expert = tl.load(tiles + tile * 3).to(tl.int64)
     if expert < 0:
         return
     place = tl.load(tiles + tile * 3 + 1) + tl.arange(0, num_tokens)
     live = place < tl.load(tiles + tile * 3 + 2)
     entry = tl.load(entries + place, mask=live, other=0).to(tl.int64)
-    row = tl.program_id(0) * num_rows + tl.arange(0, num_rows)
     inverse = 1.0
     if rounded:
         inverse = 1.0 / tl.load(input_scale + expert)
@@ -204,7 +218,7 @@ def down(
 ) -> Tensor:
     """residual + the weighted sum of down y over each token's choices. See ``kernels.moe.down``."""
     operands = check_stored("down", weight, 3, y.dtype)
-    _, hidden, width = weight.shape
+    num_experts, hidden, width = weight.shape
     num_tokens, num_choices = routing.ids.shape
     check_rows("down", "y", y, width, y.dtype)
     _check_routing("down", routing, num_tokens, tile_tokens)
@@ -236,6 +250,7 @@ def down(
         out,
         width,
         hidden,
+        num_experts,
         _groups(weight),
         num_tokens,
         num_choices=num_choices,
@@ -261,6 +276,7 @@ def _constants(tile: Tile, operands: Operands, weight: Stored, tile_tokens: int)
         "swap": tile.swap,
         "operand": operands.operand,
         **tile.launch,
+        **launch(),
     }
 
 

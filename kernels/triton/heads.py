@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.errors import require
 from kernels.triton.host import FLOATS, INTERPRETED, check_contiguous, check_dtype, power_of_two
+from kernels.triton.pdl import launch, release, wait
 
 _WIDEST = 512  # numbers of a head that are summed over: all of them are held at once
 _COLUMNS = 32
@@ -35,20 +36,23 @@ def _by_head(
     column_block: tl.constexpr,
     carried_block: tl.constexpr,
     operand: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """x: [tokens, heads, depth + carried]; weight: by head, depth and columns apart as the strides say; out:
     [tokens, heads, columns + carried]."""
     head = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, depth_block)
+    column = tl.program_id(1) * column_block + tl.arange(0, column_block)
+    release(dependent)
+    at = head * depth * columns + inner[:, None] * depth_stride + column[None, :] * column_stride
+    inside = (inner < depth)[:, None] & (column < columns)[None, :]
+    matrix = tl.load(weight + at, mask=inside, other=0.0)
+    wait(dependent)
     token = tl.program_id(2) * num_tokens + tl.arange(0, num_tokens)
     live = (token < all_tokens)[:, None]
     row = (token.to(tl.int64) * num_heads + head)[:, None]
     x_row, out_row = x + row * (depth + carried), out + row * (columns + carried)
-    inner = tl.arange(0, depth_block)
-    column = tl.program_id(1) * column_block + tl.arange(0, column_block)
     given = tl.load(x_row + inner[None, :], mask=live & (inner < depth)[None, :], other=0.0)
-    at = head * depth * columns + inner[:, None] * depth_stride + column[None, :] * column_stride
-    inside = (inner < depth)[:, None] & (column < columns)[None, :]
-    matrix = tl.load(weight + at, mask=inside, other=0.0)
     precision: tl.constexpr = "ieee" if operand == tl.float32 else "tf32"
     product = tl.dot(given.to(operand), matrix.to(operand), input_precision=precision)
     tl.store(
@@ -102,5 +106,6 @@ def _run(
             carried_block=power_of_two(carried) if carried else 0,
             operand=tl.float32 if exact else tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
             num_warps=4,
+            **launch(),
         )
     return out

@@ -40,6 +40,14 @@ def check_contiguous(operation: str, **tensors: Tensor | None) -> None:
             require(tensor.is_contiguous(), operation, f"{name} has {strides}, expected a contiguous tensor")
 
 
+def check_shape(operation: str, expected: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """Raises UnsupportedError for a tensor of another shape."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            found = f"{name} has shape {list(tensor.shape)}, expected {list(expected)}"
+            require(tensor.shape == expected, operation, found)
+
+
 def check_dtype(operation: str, name: str, found: torch.dtype, expected: tuple[torch.dtype, ...]) -> None:
     """Raises UnsupportedError for a dtype that is not among those expected."""
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in expected)

@@ -17,7 +17,8 @@ from torch import Tensor
 from kernels.errors import require
 from kernels.stored import Stored
 from kernels.triton.host import num_processors, power_of_two
-from kernels.triton.product import arrived_last, multiply
+from kernels.triton.pdl import launch, release, wait
+from kernels.triton.product import arrived_last, fetch_matrix, multiply
 from kernels.triton.scratch import counters
 from kernels.triton.stored import check_norm, check_row_shape, check_rows, check_stored
 from kernels.triton.tiles import Tile, tile_for
@@ -52,12 +53,19 @@ def _linear(
     scaled: tl.constexpr,
     swap: tl.constexpr,
     operand: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     token = (tl.program_id(1) * num_tokens + tl.arange(0, num_tokens)).to(tl.int64)
     live = token < all_tokens
     row = tl.program_id(0) * num_rows + tl.arange(0, num_rows)
     split = tl.program_id(2)
     share = width // num_splits
+    release(dependent)
+    if dependent:
+        fetch_matrix(
+            weight, block_scales, row.to(tl.int64), width, split * share, (split + 1) * share, num_rows, nvfp4
+        )  # fmt: skip
+    wait(dependent)
     inverse = 1.0
     if rounded:
         inverse = 1.0 / tl.load(input_scale)
@@ -153,6 +161,7 @@ def linear(
         swap=tile.swap,
         operand=operands.operand,
         **tile.launch,
+        **launch(),
     )
     return out
 

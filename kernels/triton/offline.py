@@ -24,14 +24,28 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _THREADS = 1024  # that a block may have
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have, on sm_90 and sm_100
 
-# Products of a whole warp group in machine code: wgmma of sm_90 (HGMMA, QGMMA for FP8), tcgen05 of sm_100.
+# In machine code. Products of a whole warp group: wgmma of sm_90 (HGMMA, QGMMA for FP8), tcgen05 of sm_100.
 _WARP_GROUP = re.compile(r"\b(?:HGMMA|QGMMA|UTC[A-Z]*MMA)\b")
+_SPILL = re.compile(r"\b(?:STL|LDL)\b")
+_WAIT = re.compile(r"\bACQBULK\b")  # griddepcontrol.wait
+_WRITE = re.compile(r"\b(?:STG?|ATOMG?|REDG?)\b")  # to memory that other kernels see
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel as it would have been launched. shared: bytes; dependent: before the one before it has ended
+    (``kernels.triton.pdl``)."""
+
+    kernel: str
+    code: bytes
+    shared: int
+    dependent: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Binary:
     """One compiled kernel and what a compiler's report says of it. Bytes are per thread but for ``shared``,
-    which is per block."""
+    which is per block. waits: for the kernel before; writes_early: before that, or without."""
 
     kernel: str
     registers: int
@@ -39,17 +53,20 @@ class Binary:
     spilled: int  # loads and stores of registers that did not fit, as instructions
     shared: int
     uses_warp_groups: bool
+    waits: bool = False
+    writes_early: bool = True
 
 
 @dataclass(slots=True)
 class _Utilities:
-    loaded: list[tuple[str, bytes, int]] = field(default_factory=list)
+    loaded: list[Launch] = field(default_factory=list)
+    dependent: bool = False  # what is loaded next
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 132}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        self.loaded.append((name, binary, shared))
+        self.loaded.append(Launch(name, binary, shared, self.dependent))
         return None, None, 0, 0, _THREADS  # without a module, a kernel is loaded again at its next launch
 
 
@@ -70,13 +87,14 @@ class _Driver:
         return GPUTarget("cuda", self._arch, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        self.utils.dependent = metadata.launch_pdl  # asked for just before the kernel is loaded
         return lambda *arguments: None
 
 
 @contextlib.contextmanager
-def compiling_for(arch: int) -> Iterator[list[tuple[str, bytes, int]]]:
+def compiling_for(arch: int) -> Iterator[list[Launch]]:
     """Kernels called meanwhile are compiled for sm_``arch`` (90, 100) and not run. Yields the list of their
-    launches: name, binary, bytes of shared memory."""
+    launches."""
     stand_in = _Driver(arch)
     driver.set_active(stand_in)
     try:
@@ -85,21 +103,24 @@ def compiling_for(arch: int) -> Iterator[list[tuple[str, bytes, int]]]:
         driver._active = None
 
 
-def inspect(name: str, binary: bytes, shared: int) -> Binary:
-    """What a binary uses, by the tools that come with Triton."""
+def inspect(launch: Launch) -> Binary:
+    """What a kernel's binary uses, by the tools that come with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(launch.code)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        code = _tool("nvdisasm", "-c", "-ndf", file.name)  # without dataflow analysis, which takes long
     numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+(?:\[\d\])?):(\d+)", usage)}
+    wait, write = _WAIT.search(code), _WRITE.search(code)
     return Binary(
-        name,
+        launch.kernel,
         numbers["REG"],
         numbers["STACK"],
-        len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        shared,
+        len(_SPILL.findall(code)),
+        launch.shared,
         _WARP_GROUP.search(code) is not None,
+        wait is not None,
+        write is not None and (wait is None or write.start() < wait.start()),
     )
 
 

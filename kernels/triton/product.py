@@ -24,6 +24,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton.pdl import fetch_rows
+
 
 @triton.jit
 def _activations(
@@ -187,6 +189,26 @@ def multiply(
     if swap:
         total = tl.trans(total)
     return total, squares
+
+
+@triton.jit
+def fetch_matrix(
+    weight: tl.tensor,
+    block_scales: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    num_rows: tl.constexpr,
+    nvfp4: tl.constexpr,
+) -> None:
+    """Fetch ahead the beginning of what ``multiply`` will read of a matrix; arguments as there."""
+    if nvfp4:
+        fetch_rows(weight + rows * (width // 8) + first // 8, (last - first) // 2, num_rows)
+        fetch_rows(block_scales + rows * (width // 16) + first // 16, (last - first) // 16, num_rows)
+    else:
+        size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+        fetch_rows(weight + rows * width + first, (last - first) * size, num_rows)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Rotary embedding of queries and keys, and the new KV rows written to the pool: one launch a layer.
 
 A program turns one head of one token, or writes what a token leaves in the pool. Angles come as cosines and
-sines of the token's position; slots are read on the device.
+sines of the token's position; slots are read on the device. What is written are finite numbers whatever was
+computed: see ``kernels.paged``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from torch import Tensor
 
 from kernels.errors import require
 from kernels.triton.host import FLOATS, FP8, check_contiguous, check_dtype, power_of_two
-
-_LARGEST_FP8 = 448.0
+from kernels.triton.pdl import launch, release, wait
 
 
 @triton.jit
@@ -34,8 +34,11 @@ def _turn_halves(
     head_dim: tl.constexpr,
     block: tl.constexpr,
     largest: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One head of one token: a query is turned, a key is turned and stored, a value is stored."""
+    release(dependent)
+    wait(dependent)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     column = tl.arange(0, block)
@@ -66,8 +69,9 @@ def _turn_halves(
 
 @triton.jit
 def _within(value: tl.tensor, largest: tl.constexpr) -> tl.tensor:
-    """Saturated where the pool's type has an end worth the name; largest: 0 where it has not."""
-    return tl.minimum(tl.maximum(value, -largest), largest) if largest > 0 else value
+    """Saturated at the largest number of the pool's type, and 0 for what is none."""
+    value = tl.where(value == value, value, 0.0)
+    return tl.minimum(tl.maximum(value, -largest), largest)
 
 
 @triton.jit
@@ -93,8 +97,11 @@ def _turn_pairs(
     pair_block: tl.constexpr,
     scales: tl.constexpr,
     largest: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """One query head of one token, or behind the heads, its latent row."""
+    release(dependent)
+    wait(dependent)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     pair = tl.arange(0, pair_block)
@@ -175,6 +182,7 @@ def rope_write(
             block=power_of_two(head_dim),
             largest=_largest(k_pool),
             num_warps=1,
+            **launch(),
         )
     return queries
 
@@ -230,12 +238,13 @@ def rope_latent_write(
             scales=query_scale is not None,
             largest=_largest(pool),
             num_warps=1,
+            **launch(),
         )
     return out
 
 
 def _largest(pool: Tensor) -> float:
-    return _LARGEST_FP8 if pool.dtype == FP8 else 0.0
+    return torch.finfo(pool.dtype).max
 
 
 def _check_slots(operation: str, slots: Tensor, num_tokens: int) -> None:

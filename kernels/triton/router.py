@@ -21,7 +21,8 @@ from torch import Tensor
 from kernels.errors import require
 from kernels.moe import TILE_TOKENS, Routing, most_tiles
 from kernels.triton.host import check_contiguous, check_dtype, power_of_two
-from kernels.triton.product import arrived_last, multiply
+from kernels.triton.pdl import launch, release, wait
+from kernels.triton.product import arrived_last, fetch_matrix, multiply
 from kernels.triton.scratch import counters
 from kernels.triton.stored import check_norm, check_rows
 from kernels.triton.tiles import tile_for
@@ -63,12 +64,19 @@ def _route(
     num_splits: tl.constexpr,
     step: tl.constexpr,
     normed: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     token = tl.program_id(2) * _AT_ONCE + tl.arange(0, _AT_ONCE)
     live = token < all_tokens
     row = tl.program_id(0) * num_rows + tl.arange(0, num_rows)
     split = tl.program_id(1)
     share = width // num_splits
+    release(dependent)
+    if dependent:
+        fetch_matrix(
+            gate, gate, row.to(tl.int64), width, split * share, (split + 1) * share, num_rows, False
+        )  # fmt: skip
+    wait(dependent)
     product, squares = multiply(
         x, norm, gate, gate, token.to(tl.int64) * width, live, row.to(tl.int64), width, split * share,
         (split + 1) * share, 1.0, _AT_ONCE, num_rows, step, normed, False, False, False, tl.float32,
@@ -241,5 +249,6 @@ def route(
         step=tile.step,
         normed=norm is not None,
         **tile.launch,
+        **launch(),
     )
     return routing

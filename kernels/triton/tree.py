@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.errors import require
 from kernels.paged import MOST_OWN
 from kernels.triton.host import check_contiguous, check_dtype, power_of_two
+from kernels.triton.pdl import launch, release, wait
 
 _COLUMNS = 128  # of a row, moved by one program
 
@@ -27,8 +28,11 @@ def _move(
     width: tl.constexpr,
     block_nodes: tl.constexpr,
     block: tl.constexpr,
+    dependent: tl.constexpr = False,
 ) -> None:
     """Some columns of one sequence's accepted rows, in one layer, kind and head."""
+    release(dependent)
+    wait(dependent)
     seq = tl.program_id(1).to(tl.int64)
     order = tl.arange(0, block_nodes)
     column = tl.program_id(2) * block + tl.arange(0, block)
@@ -44,8 +48,16 @@ def _move(
 
 
 @triton.jit
-def _ancestors(parents: tl.tensor, words: tl.tensor, num_nodes: tl.tensor, block: tl.constexpr) -> None:
+def _ancestors(
+    parents: tl.tensor,
+    words: tl.tensor,
+    num_nodes: tl.tensor,
+    block: tl.constexpr,
+    dependent: tl.constexpr = False,
+) -> None:
     """One tree: every node walks up to its root, by itself."""
+    release(dependent)
+    wait(dependent)
     first = tl.program_id(0).to(tl.int64) * num_nodes
     node = tl.arange(0, block)
     is_node = node < num_nodes
@@ -80,6 +92,7 @@ def compact_path(pools: Tensor, path: Tensor, slots: Tensor) -> None:
         block_nodes=power_of_two(num_nodes),
         block=block,
         num_warps=4,
+        **launch(),
     )
 
 
@@ -93,5 +106,7 @@ def ancestor_words(parents: Tensor) -> Tensor:
     check_contiguous(operation, parents=parents)
     words = torch.empty_like(parents)
     if words.numel():
-        _ancestors[(num_seqs,)](parents, words, num_nodes, block=power_of_two(num_nodes), num_warps=1)
+        _ancestors[(num_seqs,)](
+            parents, words, num_nodes, block=power_of_two(num_nodes), num_warps=1, **launch()
+        )
     return words

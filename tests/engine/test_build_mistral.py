@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from draft.head import FeatureDraft
 from draft.mistral_eagle import copied_output
-from engine.build import Served, build
+from engine.build import Served, build, build_engine
+from engine.checkpoint.published import published_target
 from engine.checkpoint.synthetic import write_head, write_target
 from engine.checkpoint.synthetic_config import head_config
 from engine.checkpoint.synthetic_tables import Layout
@@ -135,6 +137,23 @@ def test_the_head_is_used_up_to_its_own_context(tmp_path: Path) -> None:
     assert isinstance(pair.engine.draft, FeatureDraft)
     assert pair.engine.draft.max_len == 10
     assert tokens(pair, 0.0) == tokens(build(target, "none", settings()), 0.0)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_what_a_gpu_lacks_is_refused_before_weights_are_read(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dependent launches on an older one; on any, activations that the router's kernel does not take."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    target = published_target("mistral-small-4-tiny")
+    monkeypatch.delattr(type(target), "load")
+    refusal = (
+        "pdl is on with a GPU of compute capability 8.9, expected 9.0"
+        if capability < (9, 0)
+        else "dtype is float16 on cuda:0, expected bfloat16 or float32: the kernels of Mistral"
+    )
+    with pytest.raises(ConfigError, match=re.escape(refusal)):
+        build_engine(target, (), "none", settings(device="cuda:0", dtype=torch.float16, pdl=True))
 
 
 def test_what_does_not_fit_together_is_refused_before_weights_are_read(tmp_path: Path) -> None:

@@ -240,6 +240,14 @@ def test_one_batched_token_is_too_few() -> None:
         EngineConfig(max_num_batched_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "found"), [({}, "cpu"), ({"device": "cuda", "enforce_eager": True}, "enforce_eager")]
+)
+def test_dependent_launches_need_graphs(options: dict[str, Any], found: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^pdl is on with {found}, expected a CUDA device with graphs"):
+        EngineConfig(pdl=True, **options)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
     """A model of 128 positions with a KV cache of 2 (k, v) * 2 layers * 4 heads * 8 * 4 bytes a token."""

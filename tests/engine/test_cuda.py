@@ -9,12 +9,13 @@ from torch import Tensor
 
 from draft.none import NoDraft
 from engine.config import EngineConfig
-from engine.core import SamplingParams
+from engine.core import SPECULATION_OFF, Request, SamplingParams
 from engine.graphs import CudaDevice, Graphs
 from engine.models.mistral4 import Mistral4
 from engine.nn.weight import Fp8Weight, Weight
 from engine.pages import PagePool
 from engine.step import Engine
+from kernels import can_be_dependent
 from tests.engine import device_rig
 from tests.engine.rig import CHAIN, PLAIN, TREE, Model, echo_model, make_engine, prompts_of
 
@@ -31,9 +32,9 @@ def echo() -> Model:
     return echo_model(3)
 
 
-def engine_on_gpu(model: Model, draft: str, *, captured: bool) -> Engine:
+def engine_on_gpu(model: Model, draft: str, *, captured: bool, pdl: bool = False) -> Engine:
     torch.backends.cuda.matmul.allow_tf32 = False
-    graphs = Graphs(CudaDevice("cuda") if captured else None)
+    graphs = Graphs(CudaDevice("cuda") if captured else None, pdl)
     speculation = PLAIN if draft == "none" else TREE
     return make_engine(model, draft, speculation=speculation, device="cuda", graphs=graphs)
 
@@ -52,6 +53,18 @@ def test_tokens_are_those_of_the_host(echo: Model, draft: str, temperature: floa
     for _ in range(2):  # at first everything is captured, then replayed
         assert [c.token_ids for c in engine.generate(PROMPTS, params)] == host
     assert bool(engine.graphs.keys) == captured
+
+
+@pytest.mark.parametrize("draft", ["none", "eagle3", "eagle"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_dependent_launches_change_no_token(echo: Model, draft: str, temperature: float) -> None:
+    if not can_be_dependent("cuda"):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    params = params_of(temperature)
+    host = [c.token_ids for c in make_engine(echo, speculation=PLAIN).generate(PROMPTS, params)]
+    engine = engine_on_gpu(echo, draft, captured=True, pdl=True)
+    for _ in range(3):
+        assert [c.token_ids for c in engine.generate(PROMPTS, params)] == host
 
 
 def mistral_on(device: str, kv_dtype: torch.dtype | None = None, graphs: Graphs | None = None) -> Engine:
@@ -80,7 +93,8 @@ def test_a_mixture_of_experts_on_latents(temperature: float) -> None:
     prompts = prompts_of([3, 80, 1], 5, device_rig.SIZES["vocab_size"])
     params = [SamplingParams(temperature=temperature, seed=i, max_tokens=16) for i in range(len(prompts))]
     host = [done.token_ids for done in mistral_on("cpu").generate(prompts, params)]
-    for graphs in (Graphs(), Graphs(CudaDevice("cuda"))):
+    overlapping = Graphs(CudaDevice("cuda"), can_be_dependent("cuda"))
+    for graphs in (Graphs(), Graphs(CudaDevice("cuda")), overlapping):
         found = mistral_on("cuda", graphs=graphs).generate(prompts, params)
         assert [done.token_ids for done in found] == host
     narrow = mistral_on("cuda", torch.float8_e4m3fn).generate(prompts, params)
@@ -94,6 +108,22 @@ def test_one_sequence_after_another(echo: Model) -> None:
     for prompt, param in zip(PROMPTS * 2, params * 2, strict=True):
         host = make_engine(echo, speculation=CHAIN).generate([prompt], param)
         assert engine.generate([prompt], param)[0].token_ids == host[0].token_ids
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_sequences_that_draft_unlike_amounts(echo: Model, captured: bool) -> None:
+    """The padding of those that draft less reaches past their pages, wherever in a page they are."""
+    params = params_of(0.7)
+    host = [c.token_ids for c in make_engine(echo, speculation=PLAIN).generate(PROMPTS, params)]
+    engine = engine_on_gpu(echo, "eagle3", captured=captured)
+    for number, (prompt, param) in enumerate(zip(PROMPTS, params, strict=True)):
+        speculation = SPECULATION_OFF if number % 2 else None
+        engine.add(Request(number, tuple(prompt), param, speculation))
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.request_id] += delta.token_ids
+    assert [tuple(tokens) for tokens in found] == host
 
 
 @pytest.mark.parametrize("draft", ["none", "eagle3"])

@@ -76,7 +76,8 @@ def test_a_llama(kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     else:
         assert 0 < float((found - expected).abs().mean()) < 0.1 * float(expected.std())
-    layer = ["linear", "rope_write", *["mha_tree_attention"] * 2, "linear", "linear", "linear"]
+    attention = ["linear", "rope_write", *["mha_tree_attention"] * 2, "linear"]
+    layer = [*attention, "linear", "silu_mul", "linear"]
     assert called == [*layer * config.num_layers, "rms_norm", "linear"] * 2
 
 

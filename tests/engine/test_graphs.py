@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.graphs import NODE_BUCKETS, Graphs, Mailbox, bucket
+from kernels.launches import are_dependent
 from tests.simulated import DEVICE, GraphError, Simulated, simulated_gpu
 
 
@@ -58,6 +59,25 @@ def test_changes_in_place_are_made_again(gpu: Simulated) -> None:
     before = total.tolist()
     graphs("key", total.add_, on_device(10.0, 20.0))
     assert [now - then for now, then in zip(total.tolist(), before, strict=True)] == [10.0, 20.0]
+
+
+def test_kernels_of_a_graph_are_launched_as_asked_for(gpu: Simulated) -> None:
+    """Dependently or not, while they are captured and at no other time; starting over captures anew."""
+    graphs, seen = Graphs(gpu, pdl=True), list[bool]()
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(are_dependent())
+        return x + 1
+
+    for pdl in (True, False):
+        graphs.start_over(pdl)
+        assert graphs.keys == []
+        assert graphs("key", function, on_device(1.0)).tolist() == [2.0]
+        assert set(seen) == {pdl}
+        seen.clear()
+        graphs("key", function, on_device(2.0))
+        assert seen == []
+    assert not are_dependent()
 
 
 def test_a_number_of_pythons_stays_what_it_was(gpu: Simulated) -> None:

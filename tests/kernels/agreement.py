@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,13 +18,18 @@ from kernels.ops import OPERATIONS, Case, Operation, Source
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that torch allocates meanwhile is filled with NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    """Memory that torch allocates meanwhile is filled with NaN, or the largest integer.
+
+    It is when algorithms are to be deterministic. Those of torch that are not, as sums along the rows on a
+    GPU, are used all the same.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def disagreement(operation: Operation, case: Case, device: str, seed: int = 0) -> str:

@@ -3,6 +3,7 @@ process of its own, where Triton interprets, and on a GPU."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +12,7 @@ from kernels.moe import most_tiles
 from kernels.ops import Source
 from kernels.ops.products import routing, weight
 from kernels.quant import undivided
-from kernels.triton import experts, linear, router
+from kernels.triton import experts, linear, rope, router
 from kernels.triton.host import INTERPRETED
 from kernels.triton.product import _two_nibbles
 from kernels.triton.scratch import counters
@@ -75,6 +76,20 @@ def test_counters_are_left_at_zero_and_a_second_time_gives_the_same() -> None:
     assert not bool(counters(x.device, 1 << 10).any())
     torch.testing.assert_close(linear.linear(x, matrix), first, rtol=0, atol=0)
     torch.testing.assert_close(mixture(x), mixed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_rows_of_a_pool_are_finite(dtype: torch.dtype) -> None:
+    """A row that a node does not see has no weight, but it is multiplied; and whose it was nobody asks."""
+    source = Source(DEVICE, 7)
+    bad = torch.tensor([float("nan"), float("inf"), float("-inf")], device=DEVICE)
+    slots, pools = source.tensor([4, 2, 0]), [source.uniform(1, 5, 16).to(dtype) for _ in range(3)]
+    heads, angles = bad[:, None, None].expand(3, 3, 16).contiguous(), source.uniform(3, 1, 16)
+    rope.rope_write(heads, 1, angles, angles, pools[0], pools[1], slots)
+    latents, half = bad[:, None].expand(3, 16).contiguous(), source.uniform(3, 1, 4)
+    q, norm = heads[:, :1].contiguous(), torch.ones(8, device=DEVICE)
+    rope.rope_latent_write(q, latents, norm, 1e-6, half, half, None, pools[2][0], slots)
+    assert all(bool(pool.float().isfinite().all()) for pool in pools)
 
 
 def test_no_tokens_are_no_work() -> None:

@@ -68,7 +68,8 @@ class Layer:
                 )
             )
             first += part.num_seqs * part.num_nodes
-        total, normed = ops.add_rms_norm(x, ops.half_linear(torch.cat(attended), out), self.norms[1], EPS)
+        total = x + ops.half_linear(torch.cat(attended), out)
+        normed = ops.rms_norm(total, self.norms[1], EPS)
         return total + ops.half_linear(ops.silu_mul(ops.half_linear(normed, gate_up)), down)
 
 

@@ -35,12 +35,6 @@ class Recorder:
         self.calls["run"] = (q, *others), {}
         return torch.zeros(*q.shape[:-1], others[-1].shape[-1] if len(others) == 2 else q.shape[-1])
 
-    def fused_add_rmsnorm(
-        self, x: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> None:
-        total += x
-        x.copy_(torch.rms_norm(total.float(), (total.shape[-1],), weight.float(), eps))
-
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Recorder:
@@ -48,7 +42,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     module = SimpleNamespace(
         BatchPrefillWithRaggedKVCacheWrapper=recorder.wrapper,
         mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=recorder.wrapper),
-        norm=SimpleNamespace(fused_add_rmsnorm=recorder.fused_add_rmsnorm),
     )
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     return recorder
@@ -126,13 +119,3 @@ def test_prompts_are_ragged_and_causal(fake: Recorder) -> None:
     ):
         with pytest.raises(UnsupportedError, match=reason):
             attention.plan(*given)
-
-
-def test_the_fused_norm_returns_the_sum_first(fake: Recorder) -> None:
-    x, delta = torch.randn(3, 8).to(BF16), torch.randn(3, 8).to(BF16)
-    expected = (x + delta).clone()
-    total, normed = flashinfer.add_rms_norm(x, delta, torch.ones(8, dtype=BF16), 1e-6)
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(normed.float().square().mean(-1), torch.ones(3), atol=0.02, rtol=0)
-    with pytest.raises(UnsupportedError, match="not contiguous"):
-        flashinfer.add_rms_norm(x.t(), delta.t(), torch.ones(3, dtype=BF16), 1e-6)

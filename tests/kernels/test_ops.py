@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kernels.ops import OPERATIONS, Case, Operation
-from tests.kernels.agreement import disagreement
+from tests.kernels.agreement import disagreement, poisoned
 
 TINY = [(operation, case) for operation in OPERATIONS for case in operation.tiny]
 REAL = [(operation, case) for operation in OPERATIONS for case in operation.real]
@@ -55,6 +55,16 @@ def test_in_the_interpreter(operation: Operation, case: Case, interpreted: dict[
 @pytest.mark.parametrize(("operation", "case"), REAL, ids=[name_of(*pair) for pair in REAL])
 def test_on_a_gpu(operation: Operation, case: Case, seed: int) -> None:
     assert disagreement(operation, case, "cuda", seed) == ""
+
+
+def test_memory_is_poisoned_whatever_runs_on_it() -> None:
+    """Among a kernel's own operations are torch's, and some of those are never deterministic."""
+    with poisoned():
+        fresh = torch.empty(3)
+        found = torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+    assert bool(fresh.isnan().all())
+    assert found.tolist() == [0.0, 1.0, 0.0]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_names_are_unique() -> None:

@@ -31,8 +31,9 @@ def test_complaints(spilled: int, shared: int, uses_warp_groups: bool, said: lis
 def test_an_operation_is_compiled_for_a_gpu_that_is_not_there() -> None:
     (norm,) = (operation for operation in OPERATIONS if operation.name == "rms_norm")
     found = list(compiled(90, [norm]))
-    assert [one.binary.kernel for one in found] == ["_norm_rows"]  # one build serves every number of rows
-    (one,) = found
-    assert 0 < one.binary.registers < 256
-    assert one.complaints == ()
-    assert not one.binary.uses_warp_groups
+    assert [one.binary.kernel for one in found] == ["_norm_rows"] * 2  # one build serves every number of rows
+    assert [(one.dependent, one.binary.waits) for one in found] == [(False, False), (True, True)]
+    for one in found:
+        assert 0 < one.binary.registers < 256
+        assert one.complaints == ()
+        assert not one.binary.uses_warp_groups

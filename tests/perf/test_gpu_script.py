@@ -88,10 +88,11 @@ def test_all_parts_one_after_another_and_the_worst_counts(gpu_script: Runs) -> N
         "kernels",
         "model-nvfp4",
         "model-nvfp4-eager",
+        "engine-tests",
         "pair-equality",
         "pair-speed",
     ]
-    assert len(calls) == 6
+    assert len(calls) == 7
     assert json.loads((gpu_script.root / "out" / "gpu.json").read_text())["dry_run"] is False
     assert "=== kernels: " in (gpu_script.root / "out" / "gpu.log").read_text()
 
@@ -107,15 +108,19 @@ def test_all_parts_one_after_another_and_the_worst_counts(gpu_script: Runs) -> N
 def test_the_pairs_model(gpu_script: Runs, words: list[str], variables: dict[str, str], file: str) -> None:
     done, calls = gpu_script(*words, **variables)  # type: ignore[arg-type]
     assert done.returncode == 0
-    assert all(f"--model {file} --spec-model draft/heads/" in call for call in calls)
-    assert ["device_equality" in call for call in calls] == [True, False]
-    assert "--dtype bfloat16" in calls[1]
-    assert "--peer transformers" in calls[1]
+    tests, equality, speed = calls
+    assert tests.startswith("-m pytest ")
+    assert "-m gpu" in tests
+    assert tests.endswith("tests/engine/test_cuda.py")
+    assert all(f"--model {file} --spec-model draft/heads/" in call for call in (equality, speed))
+    assert "perf.device_equality" in equality
+    assert "--dtype bfloat16" in speed
+    assert "--peer transformers" in speed
 
 
 def test_without_the_pairs_model_its_programs_say_so(gpu_script: Runs) -> None:
     done, calls = gpu_script("pair", fails="perf.device_equality")
-    assert steps_of(done) == {"pair-equality": 3, "pair-speed": 0}
+    assert steps_of(done) == {"engine-tests": 0, "pair-equality": 3, "pair-speed": 0}
     assert not any("--model" in call for call in calls)
 
 
@@ -123,13 +128,14 @@ def test_a_dry_run_is_tiny(gpu_script: Runs) -> None:
     done, calls = gpu_script("--dry-run", package="/c.gguf")
     assert done.returncode == 0
     assert list(steps_of(done)) == [
-        "kernel-tests", "kernels", "model-fp8", "model-nvfp4", "model-fp8-eager", "pair-equality",
-        "pair-speed",
+        "kernel-tests", "kernels", "model-fp8", "model-nvfp4", "model-fp8-eager", "engine-tests",
+        "pair-equality", "pair-speed",
     ]  # fmt: skip
     assert "-m not gpu" in calls[0]
     assert "--dry-run" in calls[1]
     assert all("mistral-small-4-tiny --device cpu" in call for call in calls[2:5])
-    assert all("--device cpu" in call for call in calls[5:])
+    assert "-m not gpu" in calls[5]
+    assert all("--device cpu" in call for call in calls[6:])
 
 
 @pytest.mark.parametrize("words", [["kernel"], ["model", "--fast"], ["pair", "--model"]])

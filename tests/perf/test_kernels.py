@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kernels.ops import OPERATIONS, Case, Source
+from kernels.ops import OPERATIONS, Case, Operation, Source
 from kernels.ops.products import weight
 from kernels.stored import product
 from perf import kernels as program
-from perf.kernel_peers import dense
+from perf.kernel_peers import TORCH, dense
+from perf.kernel_timing import waits
 
 
 def test_an_expert_counts_once_and_only_if_it_is_used() -> None:
@@ -48,6 +50,55 @@ def test_a_dense_copy_is_the_same_matrix(kind: str) -> None:
     torch.testing.assert_close(
         dense(stored).float(), product(torch.eye(64), stored).t(), rtol=1e-2, atol=1e-3
     )
+
+
+ATTENTION = [
+    (operation, case) for operation in OPERATIONS if "attention" in operation.name for case in operation.tiny
+]
+
+
+@pytest.mark.parametrize(
+    ("operation", "case"), ATTENTION, ids=[f"{operation.name} {case.name}" for operation, case in ATTENTION]
+)
+def test_torchs_attention_attends_alike(operation: Operation, case: Case) -> None:
+    given = case.make(Source("cpu"))
+    call = TORCH[operation.name](*given)
+    assert call is not None
+    torch.testing.assert_close(call(), operation.reference(*given), rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_that_fails_takes_no_figures_along(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "")  # the program sets it, for good
+
+    def measured(operation: Operation, case: Case, *rest: object) -> dict[str, Any]:
+        if operation.name == "rms_norm":
+            raise RuntimeError("an illegal memory access\nwas encountered")
+        return {"operation": operation.name, "case": case.name, "correct": True}
+
+    monkeypatch.setattr(program, "measured", measured)
+    assert program.main(["--dry-run", "rms_norm", "best"]) == 1
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {row["operation"]: row["correct"] for row in rows} == {"rms_norm": False, "best": True}
+    assert rows[0]["error"] == "RuntimeError: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("called a synchronizing CUDA operation")])
+def test_what_waits_for_a_gpu_is_known_before_it_is_captured(
+    error: RuntimeError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[int | str] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def call() -> None:
+        assert modes[-1] == "error"
+        if error is not None:
+            raise error
+
+    assert waits(call) == (error is not None)
+    assert modes == [0, "error", 0]
 
 
 def test_the_program_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

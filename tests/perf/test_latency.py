@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from engine.cli.bench_latency import spread
 from engine.core import Delta, Request, SamplingParams
@@ -133,9 +134,13 @@ def test_a_bad_prompt_set_names_its_line(tmp_path: Path, text: str, message: str
         latency.read_prompts(tmp_path / "p.jsonl")
 
 
-def test_provenance_names_code_and_machine(tmp_path: Path) -> None:
-
+def test_provenance_names_code_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "driver_version", lambda: "580.95.05")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    on_gpu = provenance.provenance("cuda", "bfloat16")
+    assert (on_gpu["device"], on_gpu["driver"]) == ("NVIDIA H200", "580.95.05")
     found: dict[str, Any] = provenance.provenance("cpu", "bfloat16")
+    assert found["driver"] is None
     assert found["dtype"] == "bfloat16"
     assert found["device"]
     json.dumps(found)

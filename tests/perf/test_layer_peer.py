@@ -23,17 +23,17 @@ def test_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     rows = [row(1, 8.0), row(4, 9.0)]
     others = [row(2, 1.0, batch=2), row(2, 1.0, context=70), row(2, 1.0, routing="alike")]
-    found = per_layer(published_target(NAME), EngineConfig(), rows + others)
+    before, found = per_layer(published_target(NAME), EngineConfig(), rows + others)
     assert found["ours"] == {1: 4.0, 4: 4.5}
     assert found["eager"].keys() == {1, 4}
+    assert before == found | {"compiled": "not yet"}
     assert found["compiled"] == "on a GPU only"
     monkeypatch.setattr("perf.layer_peer._CLASS", "Mistral99Model")
-    assert (
-        "has no attribute Mistral99Model"
-        in per_layer(published_target(NAME), EngineConfig(), rows)["missing"]
-    )
+    (found,) = per_layer(published_target(NAME), EngineConfig(), rows)
+    assert "has no attribute Mistral99Model" in found["missing"]
     monkeypatch.setattr("perf.layer_peer._MODULE", "transformers.models.mistral99")
-    assert "No module named" in per_layer(published_target(NAME), EngineConfig(), rows)["missing"]
+    (found,) = per_layer(published_target(NAME), EngineConfig(), rows)
+    assert "No module named" in found["missing"]
 
 
 def test_layers_of_the_peer_that_fit() -> None:

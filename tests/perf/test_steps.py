@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from draft.head import FeatureDraft
@@ -22,6 +23,7 @@ from engine.cli.roofline import routing_overlap, step_bytes
 from engine.config import EngineConfig
 from engine.core import Batch, DraftTree, Scores
 from engine.errors import EngineError
+from engine.graphs import Graphs
 from engine.step import Engine
 from perf.kernel_timing import Ceilings
 from perf.step_costs import ALIKE, UNIFORM, Costs, Floors, Wanted, assumed, emitted, memory
@@ -261,6 +263,36 @@ def test_time_is_kept_and_what_is_missing_is_named(steps: Steps) -> None:
     steps.make_alike(0.0)
 
 
+def test_steps_are_timed_with_dependent_launches_and_without(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where graphs hold launches, which here they only claim to."""
+    wanted = Wanted(nodes=(1, 4), batches=(1,), contexts=(40,), prompts=(9,), num_steps=2, seconds=99)
+    graphs, asked = steps.engine.graphs, list[bool]()
+    start_over = graphs.start_over
+
+    def told(pdl: bool) -> None:
+        asked.append(pdl)
+        start_over(pdl)
+
+    monkeypatch.setattr(Graphs, "are_on", True)
+    monkeypatch.setattr(graphs, "start_over", told)
+    for able in (False, True):
+        monkeypatch.setattr("perf.step_costs.can_be_dependent", lambda device, able=able: able)
+        costs = Costs(steps, floors(), wanted, Ticking())
+        list(costs.measure(0.0))
+        assert [one["what"] for one in costs.left_out] == ([] if able else ["dependent launches"])
+    assert [(one["nodes"], one["pdl"]) for one in costs.launches] == [
+        (1, True),
+        (1, False),
+        (4, True),
+        (4, False),
+    ]
+    assert asked == [True, False, False, False] * 2, "each time as asked for, and then as it was"
+    assert len(costs.rows) == 4, "and they are not among the other figures"
+    steps.make_alike(0.0)
+
+
 def test_without_room_the_rest_goes_on(steps: Steps) -> None:
     wanted = Wanted(nodes=(1,), batches=(1, 300), contexts=(40,), prompts=(9,), num_steps=2, seconds=99)
     costs = Costs(steps, floors(), wanted, Ticking())
@@ -301,6 +333,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert ("draft_floor_ms" in one) == (one["nodes"] > 1)
     assert {one["assumed_acceptance"] for one in result["assumed"]} == {"high", "middle"}
     assert result["weights"] == "random"
+
+
+def test_too_little_memory_is_told_as_at_any_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build_engine(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ..")
+
+    monkeypatch.setattr("engine.cli.bench_steps.build_engine", build_engine)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 80 << 30))
+    assert bench("--model", NAME, "--contexts", 40, "--prompt-lens", 9, "--kv-cache-memory", "8MiB") == 1
+    assert "out of memory at start: 3.00 GiB were asked for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cli import env, main, options, serve
+from engine.cli import driver, main, options, serve
 from engine.cli.progress import LoadingBar
 from engine.core import Speculation
 from engine.errors import ConfigError
@@ -146,10 +146,10 @@ def test_env_shows_versions_and_no_values(
 
 def test_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "version"
-    monkeypatch.setattr(env, "_DRIVER_FILE", file)
-    assert env.driver_version() is None
+    monkeypatch.setattr(driver, "_FILE", file)
+    assert driver.driver_version() is None
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n")
-    assert env.driver_version() == "580.95.05"
+    assert driver.driver_version() == "580.95.05"
 
 
 def test_loading_bar_without_a_terminal() -> None:

@@ -318,3 +318,18 @@ def test_quantization_of_what_has_none(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(ConfigError, match="is stored as neither FP8 nor NVFP4"):
             loading.open_engine(parse(*words, "--quantization", "fp8"))
     assert not built
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:1", "--device is 'cuda:1', expected cuda, with CUDA_VISIBLE_DEVICES=1"),
+        ("mps", "--device is 'mps', expected cpu or cuda"),
+    ],
+)
+def test_other_devices_are_refused(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels would be launched on the first GPU, whatever the tensors lie on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=message):
+        options.device_name(device)
+    assert options.device_name("cuda:0") == "cuda:0"

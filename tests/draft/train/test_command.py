@@ -157,7 +157,7 @@ def test_a_device_that_is_none_is_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(tmp_path / "missing"), "--device", "cpu:abc"]) == 1
-    assert "--device is 'cpu:abc', expected cpu, cuda or cuda:N" in capsys.readouterr().err
+    assert "--device is 'cpu:abc', expected cpu or cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fast", [False, True])
