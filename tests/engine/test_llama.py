@@ -72,7 +72,7 @@ class Sheet:
             chunk,
         )
         tree = prompt_chain(batch)
-        return self.target.score((batch,), (tree,))[0]
+        return self.target.score((batch,), (tree,))[0].unpacked()
 
 
 def pages_for(count: int, first: int = 1) -> list[int]:

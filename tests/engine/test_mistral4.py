@@ -123,7 +123,7 @@ class Sheet:
         return self._score(self._batch([(past, pages) for _, _, past, pages in trees], None), tree)
 
     def _score(self, batch: Batch, tree: DraftTree) -> Scores:
-        return self.target.score((batch,), (tree,))[0]
+        return self.target.score((batch,), (tree,))[0].unpacked()
 
     def all_logits(self, tokens: list[int]) -> Tensor:
         """[T, V]: of every position of a text that goes in as one prompt."""
