@@ -52,9 +52,8 @@ _MODE_SLOWNESS = 8.0  # a mode's belief follows its requests' trees so much slow
 # nobody should draft. Newcomers are not kept waiting.
 _LOOK_EVERY, _LOOK_SELDOM = 8, 64
 # A typical tree lags behind the text, and while nothing is drafted nothing is learned of it. Where a draft is
-# asked before every level, a bad one costs its first pass alone, so it is tried when it seems a little too
-# dear. Measured with one user, the default pair: 0.92 to 0.75 make 1.5 to 4% more tokens per second than 1.
-_LENIENCE = 0.92
+# asked before every level, a bad one costs its first pass alone, so it is tried as if it were worth so much.
+_LENIENCE = 1.2
 _PLAIN_EVERY = 512  # steps with drafts after which one has none, so that its cost stays known
 
 
@@ -66,7 +65,7 @@ class Plan:
     shape: Shape  # of free requests that draft, and ..
     drafted: tuple[bool, ...]  # .. which they are; both without probes
     is_probe: bool  # this step tries out what the plan is against
-    seconds_per_token: float  # expected, of the batch; with lenience if the head drafts
+    seconds_per_token: float  # expected, of the batch
     plain_seconds_per_token: float
 
 
@@ -88,7 +87,7 @@ def plan(
     every level, so a draft may go as deep as its limits. looks_around: False spares most of the time; then
     only the last plan is compared with having no head in this step, as lookups come and go.
     """
-    search = Search(costs, seats, load, _LENIENCE if stops_early else 1.0)
+    search = Search(costs, seats, load)
     newcomers = [place for place in search.free if seats[place].drafted is None]
     same = {place for place in search.free if seats[place].drafted}
     if last is not None and not looks_around and not newcomers:
@@ -252,7 +251,7 @@ class Planner:
             return self._made
         found = plan(
             self.costs,
-            [_seat(ask, self._memory(ask)) for ask in asks],
+            [_seat(ask, self._memory(ask), _LENIENCE if self._stops_early else 1.0) for ask in asks],
             load,
             self._shape,
             steps_since_probe=self._since_probe + 1,
@@ -337,7 +336,7 @@ class Planner:
             memory = self._memories[draft.request_id]
             memory.belief.judge(draft.expected, draft.accepted)
             if draft.levels:
-                memory.belief.learn(draft.levels, memory.idle_steps - 1)
+                memory.belief.learn(draft.levels, max(memory.idle_steps - 1, 0))
                 self._modes[memory.sampled].learn(draft.levels, slowness=_MODE_SLOWNESS)
                 memory.idle_steps = 0
 
@@ -354,13 +353,12 @@ class Planner:
         return memory
 
 
-def _seat(ask: Ask, memory: _Memory) -> Seat:
+def _seat(ask: Ask, memory: _Memory, lenience: float) -> Seat:
+    """lenience: by what the values of typical trees are multiplied."""
     belief = memory.belief
+    levels = belief.typical(ask.limits.depth)
+    if lenience != 1.0:
+        levels = [[min(lenience * value, 1.0) for value in level] for level in levels]
     return Seat(
-        ask.asked,
-        ask.limits,
-        belief.typical(ask.limits.depth),
-        belief.trusted(ask.lookup),
-        memory.drafted,
-        memory.idle_steps + 1,
+        ask.asked, ask.limits, levels, belief.trusted(ask.lookup), memory.drafted, memory.idle_steps + 1
     )

@@ -67,7 +67,7 @@ _BESIDE = -1
 class Found(NamedTuple):
     """The best nodes of a shape."""
 
-    seconds_per_token: float  # with lenience
+    seconds_per_token: float
     drafting: frozenset[int]  # free seats for which the head drafts
     taken: list[Node]
     seconds: float  # of the step
@@ -75,13 +75,10 @@ class Found(NamedTuple):
 
 
 class Search:
-    """The typical trees of a batch, pooled, and times by the number of nodes taken from them.
+    """The typical trees of a batch, pooled, and times by the number of nodes taken from them."""
 
-    lenience: by what a draft's seconds per token are multiplied before it is compared with none.
-    """
-
-    def __init__(self, costs: StepCosts, seats: Sequence[Seat], load: Load, lenience: float = 1.0) -> None:
-        self.costs, self.seats, self.load, self.lenience = costs, seats, load, lenience
+    def __init__(self, costs: StepCosts, seats: Sequence[Seat], load: Load) -> None:
+        self.costs, self.seats, self.load = costs, seats, load
         self.free = [place for place, seat in enumerate(seats) if seat.is_free]
         self.fixed = [
             place for place, seat in enumerate(seats) if seat.asked == "fixed" and not seat.limits.is_off
@@ -201,7 +198,7 @@ class Search:
                 rows[level] += min(shape.top_k, limits.top_k)
             tokens += gains[place]
             num_taken += counts[place]
-            rate = self.lenience * (self._draft_seconds(number, rows) + self.times[num_taken]) / tokens
+            rate = (self._draft_seconds(number, rows) + self.times[num_taken]) / tokens
             if rate < best:
                 best, num_best = rate, number
         if num_best in (0, len(order)):
@@ -235,8 +232,6 @@ class Search:
                 best, num_best = seconds / tokens, len(taken)
             elif seconds >= best * (tokens + rest):  # not even if all further rows were free
                 break
-        if drafting:
-            best *= self.lenience
         return Found(best, drafting, taken[:num_best], spent + times[self.rows + num_best], spent)
 
 

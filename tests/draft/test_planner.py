@@ -424,3 +424,20 @@ def test_a_plan_holds_for_a_few_steps_where_nothing_has_changed(monkeypatch: pyt
     steps(6, lambda _: [])
     planner.forget(1)
     assert steps(1, lambda _: []) == 1
+
+
+def test_a_draft_that_can_be_stopped_is_tried_when_it_seems_a_little_too_dear() -> None:
+    """linear: a row costs 1, a draft of one level 0.7, the plain step 11: worth it from 1.7 / 11 on."""
+
+    def drafts(chance: float, *, stops_early: bool) -> bool:
+        planner = Planner(Invented(CURVES["linear"]), stops_early=stops_early)
+        ask = Ask(1, False, "auto", Speculation(2, 1, 1))
+        for _ in range(200):
+            decision = planner.plan([ask], LOAD).decisions[0]
+            planner.carry_out()
+            planner.observe([Drafted(1, [[chance]], 0.0, 0)])
+        return decision.speculation.has_tree
+
+    worth = 1.7 / 11
+    assert [drafts(share * worth, stops_early=False) for share in (0.3, 0.92, 1.1)] == [False, False, True]
+    assert [drafts(share * worth, stops_early=True) for share in (0.3, 0.92, 1.1)] == [False, True, True]
