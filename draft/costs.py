@@ -39,6 +39,7 @@ _PACE_STEPS = 9  # the pace is the median surprise of so many steps
 _PACE_SHARE = 0.9  # the rest of a lasting surprise goes to the shape of the sizes that showed it
 _LEAST_PACE = 0.1  # log units: a smaller median surprise is noise
 _MOST_WEIGHT = 16
+_PAIR_GAIN = 1 / 8
 _REFRESH = 16  # samples between rebuilds of a curve's table
 
 Floats = NDArray[np.float64]
@@ -200,6 +201,7 @@ class StepCosts:
     def __init__(self) -> None:
         self._rows, self._first, self._level = Curve(), Curve(), Curve()
         self._attention = _Attention()
+        self._pair: float | None = None  # seconds
 
     def verify(self, num_rows: int, context: float) -> float:
         """Seconds of a target step of so many rows in all, behind ``context`` tokens on average."""
@@ -231,6 +233,11 @@ class StepCosts:
         """Seconds of every further level."""
         return self._pass(self._level, num_rows)
 
+    def catch_up(self, num_pairs: int) -> float:
+        """Seconds that a first pass takes longer where so many pairs have been waiting."""
+        pair = _PRIOR_ROW * self.first(1) if self._pair is None else self._pair
+        return num_pairs * pair
+
     def _pass(self, curve: Curve, size: int) -> float:
         if curve.is_known:
             return curve(size)
@@ -241,6 +248,14 @@ class StepCosts:
         attention = self._attention.slope * num_rows * context
         self._rows.observe(num_rows, max(seconds - attention, seconds / 5))
         self._attention.observe(num_rows, context, seconds)
+
+    def observe_catch_up(
+        self, num_seqs: int, level_rows: Sequence[int], num_pairs: int, seconds: float
+    ) -> None:
+        """Learn from a draft before which ``num_pairs`` pairs had been waiting: what it took more than
+        usual."""
+        pair = max(seconds - self.draft(num_seqs, level_rows), 0.0) / num_pairs
+        self._pair = pair if self._pair is None else self._pair + _PAIR_GAIN * (pair - self._pair)
 
     def observe_draft(self, num_seqs: int, level_rows: Sequence[int], seconds: float) -> None:
         """Learn from a draft: the passes share what it took more or less than expected.

@@ -99,11 +99,11 @@ class FeatureDraft:
         if self._planning is not None:
             self._planning.forget(seq.request.id)
 
-    def _has_waiting(self, seq: Sequence) -> bool:
-        """Whether there is a row to grow a tree from: not before the first step of a sequence that starts
-        with a single token, or with rows of all its tokens."""
+    def _num_waiting(self, seq: Sequence) -> int:
+        """Pairs that wait. Without any there is no row to grow a tree from: so before the first step of a
+        sequence that starts with a single token, or with rows of all its tokens."""
         pending = self._pending.get(seq.request.id)
-        return pending is not None and pending.num_waiting > 0
+        return 0 if pending is None else pending.num_waiting
 
     def _has_outgrown(self, seq: Sequence, speculation: Speculation, num_under_way: int = 0) -> bool:
         """Whether a tree behind the sequence, its known prompt and so many tokens under way included, would
@@ -194,7 +194,7 @@ class FeatureDraft:
             for decision, grows in zip(decisions, can_grow, strict=True)
         ]
         for seq, size in zip(batch.seqs, sizes, strict=True):
-            if size.has_tree and self._has_waiting(seq):
+            if size.has_tree and self._num_waiting(seq):
                 return None
             if self.lookup.propose(seq, size.lookup) is not None:
                 return None
@@ -225,11 +225,14 @@ class FeatureDraft:
         ]
         found = [self.lookup.propose(seq, limit.lookup) for seq, limit in zip(seqs, limits, strict=True)]
         chances = [[] if lookup is None else lookup.chances for lookup in found]
-        return self._planning.plan(seqs, allowed, chances, num_other_rows)
+        waiting = [self._num_waiting(seq) for seq in seqs]
+        return self._planning.plan(seqs, allowed, chances, waiting, num_other_rows)
 
     def _can_grow(self, seq: Sequence, speculation: Speculation) -> bool:
         """Whether the head can draft for a sequence as much as is asked for."""
-        return speculation.has_tree and self._has_waiting(seq) and not self._has_outgrown(seq, speculation)
+        return (
+            speculation.has_tree and self._num_waiting(seq) > 0 and not self._has_outgrown(seq, speculation)
+        )
 
     def _is_followed(self, seq: Sequence, speculation: Speculation, num_under_way: int) -> bool:
         """Whether the head will have a row to grow such a tree from, behind so many tokens under way."""
@@ -268,7 +271,7 @@ class FeatureDraft:
             return roots_alone(batch)
         active = [row for row, size in enumerate(batch.speculation) if size.has_tree]
         self._taken = frozenset(batch.seqs[row].request.id for row in active)
-        started = self._begin(batch, active, shape.num_pairs)
+        started = self._begin(batch, active, [shape.num_pairs] * len(active))
         sizes = [self._growth.bounded(size) if size.has_tree else None for size in batch.speculation]
         drafted = self._captured.ahead(batch, shape, sizes, tree, verdict, features)
         self._end(drafted, started)
@@ -306,7 +309,7 @@ class FeatureDraft:
         self, batch: Batch, shape: Shape, active: list[int], lookups: Items[Lookup | None]
     ) -> DraftTree:
         pendings = [self._pending[batch.seqs[row].request.id] for row in active]
-        started = self._begin(batch, active, max(pending.num_waiting for pending in pendings))
+        started = self._begin(batch, active, [pending.num_waiting for pending in pendings])
         pairs: list[Pairs | None] = [None] * len(batch.seqs)
         for row, pending in zip(active, pendings, strict=True):
             pairs[row] = Pairs(*pending.take(pending.num_waiting))
@@ -315,13 +318,13 @@ class FeatureDraft:
         self._end(tree, started)
         return tree
 
-    def _begin(self, batch: Batch, active: list[int], most_pending: int) -> Mark:
-        """The head is about to draft for some sequences of a batch; most_pending: see ``Planning.begin``."""
+    def _begin(self, batch: Batch, active: list[int], pending: list[int]) -> Mark:
+        """The head is about to draft for some sequences of a batch; pending: see ``Planning.begin``."""
         for row in active:
             self.coverage.count(batch.seqs[row])
         if self._planning is not None:
             sizes = [] if self.device == "cpu" else [batch.speculation[row] for row in active]
-            self._planning.begin(active, most_pending, sizes)
+            self._planning.begin(active, pending, sizes)
         return self._clock.mark()
 
     def _end(self, tree: DraftTree, started: Mark) -> None:
@@ -335,7 +338,7 @@ class FeatureDraft:
         if not active:
             return DraftTree(roots, torch.full_like(roots, -1))
         pendings = [self._pending[batch.seqs[row].request.id] for row in active]
-        started = self._begin(batch, active, max(pending.num_waiting for pending in pendings))
+        started = self._begin(batch, active, [pending.num_waiting for pending in pendings])
         tree = self._grown(batch, active, roots, mask)
         self._end(tree, started)
         return tree if len(active) == len(roots) else _spread(tree, active, roots)

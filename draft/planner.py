@@ -23,7 +23,7 @@ cost curve: with a knee or a jump the first bad node is not the last good one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from draft.belief import Belief, Levels
@@ -54,6 +54,7 @@ _LOOK_EVERY, _LOOK_SELDOM = 8, 64
 # A typical tree lags behind the text, and while nothing is drafted nothing is learned of it. Where a draft is
 # asked before every level, a bad one costs its first pass alone, so it is tried as if it were worth so much.
 _LENIENCE = 1.2
+_CERTAINLY = 0.9  # of the least chance that pays: costs have moved a little since it was found
 _PLAIN_EVERY = 512  # steps with drafts after which one has none, so that its cost stays known
 
 
@@ -67,6 +68,7 @@ class Plan:
     is_probe: bool  # this step tries out what the plan is against
     seconds_per_token: float  # expected, of the batch
     plain_seconds_per_token: float
+    least_chance: float = 0.0  # with a smaller one no lookup's token pays for its row in such a step
 
 
 def plan(
@@ -108,7 +110,8 @@ def plan(
         return Plan(off, shape, drafted, True, plain, plain)
     probed = _probe(search, found, steps_since_probe)
     decisions = _decisions(search, found, shape, probed, stops_early)
-    return Plan(decisions, shape, drafted, probed is not None, found.seconds_per_token, plain)
+    least = 0.0 if stays.drafting else search.least_chance()
+    return Plan(decisions, shape, drafted, probed is not None, found.seconds_per_token, plain, least)
 
 
 def _refusal(seat: Seat) -> Reason | None:
@@ -129,7 +132,8 @@ def _probe(search: Search, found: Found, steps_since_probe: int) -> int | None:
         return None
     place = max(idle, key=lambda place: search.seats[place].idle_steps)
     rows = search.rows + len(found.taken)
-    extra = search.costs.first(1) + search.times[rows + 1] - search.times[rows]
+    extra = search.costs.first(1) + search.costs.catch_up(search.seats[place].num_pending)
+    extra += search.times[rows + 1] - search.times[rows]
     least = max(extra / (_PROBE_SHARE * found.seconds), _LEAST_PROBE_STEPS)
     return place if min(steps_since_probe, search.seats[place].idle_steps) >= least else None
 
@@ -193,6 +197,7 @@ class Ask:
     asked: Asked
     limits: Speculation  # the most it may use in this step; off where tokens or pages run out
     lookup: Sequence[float] = ()  # path chances of the chain that prompt lookup found
+    num_pending: int = field(default=0, compare=False)  # pairs that the head would have to catch up with
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +242,7 @@ class Planner:
         self._asks: Sequence[Ask] = ()
         self._whole: list[bool] = []  # of which asks every drafted node is kept
         self._load = Load(0.0)
+        self._least_chance = 0.0  # as the last plan has it
         self._planned: tuple[Sequence[Ask], Load, Plan, bool] | None = None
         self._made: Plan | None = None  # the last plan, if others may go by it, ..
         self._age = 0  # .. and how many steps have
@@ -244,6 +250,7 @@ class Planner:
     def plan(self, asks: Sequence[Ask], load: Load) -> Plan:
         """Decide for the sequences of a decode step, in their order. Unless the plan is carried out, the next
         one is made as if nobody had asked for it."""
+        asks = self._without_idle_lookups(asks, load)
         looks_around = self._next_look < 1
         if not looks_around and self._still_holds(asks, load):
             assert self._made is not None
@@ -261,6 +268,19 @@ class Planner:
         )
         self._planned = asks, load, found, looks_around
         return found
+
+    def _without_idle_lookups(self, asks: Sequence[Ask], load: Load) -> Sequence[Ask]:
+        """The asks as if lookups that cannot pay had found nothing. With many users and dear rows these are
+        nearly all, and every one would make a new plan."""
+        least = _CERTAINLY * self._least_chance
+        if not least or len(asks) != len(self._asks) or load.other_rows != self._load.other_rows:
+            return asks
+        return [
+            ask
+            if not ask.lookup or ask.lookup[0] * self._memory(ask).belief.trust >= least
+            else replace(ask, lookup=ask.lookup[:0])
+            for ask in asks
+        ]
 
     def _still_holds(self, asks: Sequence[Ask], load: Load) -> bool:
         """Whether the last plan is good for another step: what one step teaches is hardly ever news, and to
@@ -283,7 +303,7 @@ class Planner:
             drafts = found.shape.levels > 0
             self._look_every = _LOOK_EVERY if drafts else min(2 * self._look_every, _LOOK_SELDOM)
             self._next_look = self._look_every - 1
-        self._shape = found.shape
+        self._shape, self._least_chance = found.shape, found.least_chance
         # A probe is also to show what its row costs and whether it is accepted.
         self._whole = [
             ask.asked == "fixed" or decision.reason == "probe"
@@ -360,5 +380,11 @@ def _seat(ask: Ask, memory: _Memory, lenience: float) -> Seat:
     if lenience != 1.0:
         levels = [[min(lenience * value, 1.0) for value in level] for level in levels]
     return Seat(
-        ask.asked, ask.limits, levels, belief.trusted(ask.lookup), memory.drafted, memory.idle_steps + 1
+        ask.asked,
+        ask.limits,
+        levels,
+        belief.trusted(ask.lookup),
+        memory.drafted,
+        memory.idle_steps + 1,
+        ask.num_pending,
     )

@@ -25,7 +25,7 @@ from draft.tree import prune
 from engine.clock import Mark, seconds_between
 from engine.core import Decision, DraftTree, Sequence, Speculation, StepCost, depths_of
 
-_USUAL_PENDING = 16  # pairs; a draft that has more to catch up with says nothing of the usual one's cost
+_USUAL_PENDING = 16  # pairs; a draft that has more to catch up with says what that costs
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class _Step:
     ids: list[int]  # of the sequences, in the batch's order
     chances: list[list[float]]  # of the lookups' tokens that may be proposed
     active: list[int] = field(default_factory=list)  # places that the head drafts for
-    is_usual: bool = True  # whether the draft's time may be learned from
+    pending: list[int] = field(default_factory=list)  # pairs that each of them catches up with
     level_rows: list[int] = field(default_factory=list)  # of the levels expanded so far
     marks: tuple[Mark, Mark] = (0.0, 0.0)  # of the head's beginning and end
     grown: DraftTree | None = None  # the head's trees of the active ones, read when the step is over
@@ -56,13 +56,22 @@ class Planning:
         seqs: Items[Sequence],
         limits: Items[Speculation],
         lookups: Items[Items[float]],
+        pending: Items[int],
         num_other_rows: int,
     ) -> list[Decision]:
         """Decide for the sequences of a decode step. limits: the most each may use; lookups: chances of the
-        tokens that prompt lookup has for each; num_other_rows: of prompts in the same step."""
+        tokens that prompt lookup has for each; pending: pairs that the head has not taken in of each;
+        num_other_rows: of prompts in the same step."""
         asks = [
-            Ask(seq.request.id, seq.request.sampling.temperature > 0, _asked(seq), limit, own[: limit.lookup])
-            for seq, limit, own in zip(seqs, limits, lookups, strict=True)
+            Ask(
+                seq.request.id,
+                seq.request.sampling.temperature > 0,
+                _asked(seq),
+                limit,
+                own[: limit.lookup],
+                waiting,
+            )
+            for seq, limit, own, waiting in zip(seqs, limits, lookups, pending, strict=True)
         ]
         context = sum(seq.kv_len for seq in seqs) / len(seqs)
         decisions = self.planner.plan(asks, Load(context, num_other_rows)).decisions
@@ -79,10 +88,10 @@ class Planning:
         self._step = self._planned
         self._under_way = [*self._under_way, self._step] if ahead else [self._step]
 
-    def begin(self, active: list[int], most_pending: int, sizes: Items[Speculation] = ()) -> None:
-        """The head drafts for these places of the batch; most_pending: pairs that one of them catches up
-        with; sizes: of their trees where nobody asks before a level, for there all are expanded."""
-        self._step.active, self._step.is_usual = active, most_pending <= _USUAL_PENDING
+    def begin(self, active: list[int], pending: list[int], sizes: Items[Speculation] = ()) -> None:
+        """The head drafts for these places of the batch; pending: pairs that each of them catches up with;
+        sizes: of their trees where nobody asks before a level, for there all are expanded."""
+        self._step.active, self._step.pending = active, pending
         self._step.level_rows = [
             sum(size.top_k for size in sizes if size.depth > depth)
             for depth in range(1, max((size.depth for size in sizes), default=0))
@@ -145,8 +154,12 @@ class Planning:
         draft_s = seconds_between(*step.marks)
         if cost.seconds > draft_s:
             costs.observe_verify(cost.num_rows, cost.context, cost.seconds - draft_s)
-        if step.active and step.is_usual and draft_s > 0:
+        if not step.active or draft_s <= 0:
+            return
+        if max(step.pending) <= _USUAL_PENDING:
             costs.observe_draft(len(step.active), step.level_rows, draft_s)
+        else:
+            costs.observe_catch_up(len(step.active), step.level_rows, sum(step.pending), draft_s)
 
     def start_over(self) -> None:
         """As ``Draft.start_over``."""

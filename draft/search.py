@@ -20,6 +20,7 @@ from draft.costs import StepCosts
 from engine.core import Speculation
 
 _LEAST_VALUE = 0.01  # a less likely node decides nothing here
+_MOST_LOOKED_UP = 32  # tokens of lookups that may be taken together where nobody drafts
 _TRIFLE = 0.002  # nor does so small a share of a step
 
 Asked = Literal["auto", "fixed", "off"]
@@ -35,6 +36,7 @@ class Seat:
     lookup: Sequence[float] = ()  # path chances of the chain that prompt lookup found
     drafted: bool | None = None  # what the last plan had decided; None for a newcomer
     idle_steps: int = 0  # steps since a tree was last drafted for it
+    num_pending: int = 0  # pairs that the head would have to catch up with
 
     @property
     def is_free(self) -> bool:
@@ -98,6 +100,15 @@ class Search:
         )
         self.without_head = self._take(self._lookups, frozenset(), Shape())
         self._pools: dict[Shape, list[Node]] = {}
+
+    def least_chance(self) -> float:
+        """What a token of a lookup must at least be worth, on average, for any number of them to pay where
+        nobody drafts; 0 if that is unknown."""
+        if self.fixed:
+            return 0.0
+        now, *more = self.times[: _MOST_LOOKED_UP + 1]
+        prices = [(seconds - now) / count for count, seconds in enumerate(more, start=1)]
+        return min(prices, default=0.0) * self._tokens / now
 
     def _add_fixed(self, place: int) -> None:
         seat = self.seats[place]

@@ -189,3 +189,18 @@ def test_sizes_of_the_grid() -> None:
     ]
     assert calibration_sizes(40) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40]
     assert calibration_sizes(1) == [1]
+
+
+def test_what_catching_up_costs_is_learned_apart() -> None:
+    costs = StepCosts()
+    costs.observe_verify(1, 100, 0.01)
+    assert 0 < costs.catch_up(10) < costs.verify(1, 100), "before anything was seen"
+    for _ in range(3):
+        costs.observe_draft(1, [2], 0.002)
+    usual = costs.draft(1, [2])
+    costs.observe_catch_up(1, [2], 50, 0.002 + 0.005)
+    assert costs.catch_up(20) == pytest.approx(0.002, rel=0.1)
+    for _ in range(40):
+        costs.observe_catch_up(2, [2, 2], 100, costs.draft(2, [2, 2]) + 0.02)
+    assert costs.catch_up(20) == pytest.approx(0.004, rel=0.1)
+    assert costs.draft(1, [2]) == usual, "and changes nothing else"

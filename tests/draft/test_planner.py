@@ -426,6 +426,70 @@ def test_a_plan_holds_for_a_few_steps_where_nothing_has_changed(monkeypatch: pyt
     assert steps(1, lambda _: []) == 1
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(sorted(CURVES)), st.integers(1, 8), st.integers(0, 2**32))
+def test_lookups_below_the_least_chance_never_pay(name: str, count: int, seed: int) -> None:
+    """However many there are, and whatever a plan does with likelier ones."""
+    draw = random.Random(seed)
+    limits = Speculation(1, 1, 1, lookup=3)
+    chances = [sorted((draw.random() for _ in range(3)), reverse=True) for _ in range(count)]
+    costs = Invented(CURVES[name])
+    least = plan(costs, [Seat("auto", limits, (), own) for own in chances], LOAD).least_chance
+    unlikely = [[min(chance, 0.99 * least) for chance in own] for own in chances]
+    found = plan(costs, [Seat("auto", limits, (), own) for own in unlikely], LOAD)
+    assert all(decision.speculation.lookup == 0 for decision in found.decisions)
+    sure = plan(costs, [Seat("auto", limits, (), [1.0, 1.0, 1.0])] * count, LOAD)
+    if sure.decisions[0].speculation.lookup:
+        assert least < 1, "nothing likely enough is held back"
+
+
+def test_a_lookup_that_cannot_pay_makes_no_new_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row costs 4 and a token 5: it must be likelier than 0.8."""
+    made = []
+
+    def counted(*args: Any, **options: Any) -> Plan:
+        made.append(plan(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(draft.planner, "plan", counted)
+    costs = oracle.Costs(lambda n: 10.0 + 4.0 * (n - 2), lambda n: 9.0, lambda n: 9.0)
+
+    def steps(chance: float, count: int = 40) -> tuple[int, set[int]]:
+        planner, taken = Planner(Invented(costs)), set()
+        for number in range(count):
+            asks = [
+                Ask(place, False, "auto", Speculation(2, 1, 1, lookup=1), [chance] if number % 2 else [])
+                for place in range(2)
+            ]
+            if number == count // 2:
+                made.clear()
+            decisions = planner.plan(asks, LOAD).decisions
+            planner.carry_out()
+            taken |= {decision.speculation.lookup for decision in decisions}
+        return len(made), taken
+
+    assert steps(0.4) == (pytest.approx(3, abs=1), {0})
+    assert steps(0.95) == (20, {0, 1})
+
+
+def test_a_probe_pays_for_what_its_head_has_to_catch_up_with() -> None:
+    def probes(num_pending: int) -> int:
+        costs = Invented(CURVES["launch-bound"])
+        costs.observe_catch_up(1, [], 10, costs.first(1) + 10.0)  # a pair takes 1
+        planner, count = Planner(costs), 0
+        for _ in range(4000):
+            ask = Ask(1, False, "auto", Speculation(4, 3, 1), (), num_pending)
+            decision = planner.plan([ask], LOAD).decisions[0]
+            planner.carry_out()
+            count += decision.reason == "probe"
+            if decision.speculation.has_tree:
+                planner.observe([Drafted(1, [[0.02]], 0.02, 0)])
+        return count
+
+    few, many = probes(1), probes(60)
+    assert few > 8 * many > 0, "a draft of 64 is 16 times as dear as one of 4"
+
+
 def test_a_draft_that_can_be_stopped_is_tried_when_it_seems_a_little_too_dear() -> None:
     """linear: a row costs 1, a draft of one level 0.7, the plain step 11: worth it from 1.7 / 11 on."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -92,11 +93,18 @@ def test_tokens_and_state(draft: str, count: int, temperature: float) -> None:
 def test_a_head_that_was_off_for_long_comes_back_with_its_rows(
     draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it missed is bounded on the way, and filled in exactly."""
+    """What it missed is bounded on the way, and filled in exactly. The planner knows of it, and what it
+    costs is not taken for what drafts usually do."""
     monkeypatch.setattr("draft.head._MOST_PENDING", 64)
     params = [SamplingParams(temperature=0, max_tokens=150)]
     planner = Fickle(1)
     planner.until[0] = 100
+    usual, caught_up = Mock(), Mock()
+    monkeypatch.setattr(planner.costs, "observe_draft", usual)
+    monkeypatch.setattr(planner.costs, "observe_catch_up", caught_up)
+    asked: list[int] = []
+    decide = planner._decide
+    monkeypatch.setattr(planner, "_decide", lambda ask: (asked.append(ask.num_pending), decide(ask))[1])
     engine = make_engine(MODEL, draft, speculation=LIMITS, planner=planner)
     waiting: list[int] = []
 
@@ -107,8 +115,12 @@ def test_a_head_that_was_off_for_long_comes_back_with_its_rows(
     recording = record(engine, [PROMPTS[1]], params, after_step=watch)
     assert recording.completions[0].token_ids == known_plain_tokens(MODEL, [PROMPTS[1]], params)[0]
     assert state_error(MODEL, recording, draft) < TOLERANCE
-    assert max(waiting) == 64
+    assert max(waiting) == max(asked) == 64
     assert recording.completions[0].num_accepted > 0
+    assert usual.call_count > 1
+    late = [call.args[2] for call in caught_up.call_args_list]
+    assert late
+    assert min(late) > 16, "drafts soon after another are usual"
 
 
 @settings(max_examples=16, deadline=None)
