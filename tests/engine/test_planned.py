@@ -102,15 +102,13 @@ def test_a_head_that_was_off_for_long_comes_back_with_its_rows(
     usual, caught_up = Mock(), Mock()
     monkeypatch.setattr(planner.costs, "observe_draft", usual)
     monkeypatch.setattr(planner.costs, "observe_catch_up", caught_up)
-    asked: list[int] = []
-    decide = planner._decide
-    monkeypatch.setattr(planner, "_decide", lambda ask: (asked.append(ask.num_pending), decide(ask))[1])
     engine = make_engine(MODEL, draft, speculation=LIMITS, planner=planner)
-    waiting: list[int] = []
+    waiting, asked = list[int](), list[int]()
 
     def watch(engine: Engine) -> None:
         assert isinstance(engine.draft, FeatureDraft)
         waiting.extend(pending.num_waiting for pending in engine.draft._pending.values())
+        asked.extend(ask.num_pending for ask in planner._asks)
 
     recording = record(engine, [PROMPTS[1]], params, after_step=watch)
     assert recording.completions[0].token_ids == known_plain_tokens(MODEL, [PROMPTS[1]], params)[0]
