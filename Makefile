@@ -3,11 +3,13 @@
 #   make serve   the server (ARGS="MODEL --port 8000 ...")                   make lint   ruff and mypy
 #   make bench   latency, batch 1, plain against speculative                 make clean  remove .venv
 #   make kernels compile every GPU kernel for GPUs that need not be here (minutes; ARGS="--arch 90" for one)
-# PYTHON names the interpreter that creates the environment (3.11 or newer), ARGS is passed on to the command.
+# PYTHON names the interpreter that creates the environment (3.11 or newer), ARGS is passed on to the command,
+# WORKERS is how many processes the tests are shared out to (2; 0 for this one alone, as a debugger needs it).
 
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+WORKERS ?= 2
 
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -27,7 +29,7 @@ bench: $(VENV)/.haast-run
 	$(BIN)/haast bench latency $(ARGS)
 
 test: $(VENV)/.haast-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.haast-test
 	$(BIN)/ruff check .
