@@ -64,6 +64,16 @@ class Rows:
     page_size: int
     sampling: SamplingTensors
 
+    @classmethod
+    def of(cls, batch: Batch, places: list[int]) -> Rows:
+        """The sequences at some places of a batch."""
+        if places == list(range(len(batch.kv_lens))):
+            return cls(batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
+        index = torch.tensor(places, dtype=torch.int64).to(batch.kv_lens.device)
+        return cls(
+            batch.kv_lens[index], batch.page_table[index], batch.page_size, batch.sampling.select(index)
+        )
+
     def slots(self, rows: Tensor) -> Tensor:
         """[b, n] row numbers -> [b, n] slots."""
         return slots_of(rows, self.page_table, self.page_size)
@@ -129,14 +139,9 @@ class Growth:
     def together(self, batch: Batch, active: list[int], roots: Tensor, features: Tensor) -> DraftTree:
         """Trees of some sequences of a batch: active: their places; roots: [B, 1], of all; features:
         [b, 1, H], after the roots of those. Returns [b, N]."""
-        device = roots.device
-        index = torch.tensor(active, dtype=torch.int64).to(device)
-        rows = Rows(
-            batch.kv_lens[index], batch.page_table[index], batch.page_size, batch.sampling.select(index)
-        )
-        limits = Limits.of([self.bounded(batch.speculation[row]) for row in active], str(device))
+        limits = Limits.of([self.bounded(batch.speculation[row]) for row in active], str(roots.device))
         longest = max(batch.seqs[row].kv_len for row in active) + 1
-        return self.in_tensors(rows, roots[index, 0], limits, longest, features)
+        return self.in_tensors(Rows.of(batch, active), roots[active, 0], limits, longest, features)
 
     def in_tensors(
         self, rows: Rows, roots: Tensor, limits: Limits, longest: int, features: Tensor
@@ -165,11 +170,10 @@ class Growth:
             self.is_worth,
         )
 
-    def alone(self, batch: Batch, start: int, features: Tensor) -> DraftTree:
-        """The tree of a batch of one on a CPU, whose row 0 lies at slot ``start``; features as for
-        ``together``."""
-        seq, spec = batch.seqs[0], self.bounded(batch.speculation[0])
-        rows = Rows(batch.kv_lens, batch.page_table, batch.page_size, batch.sampling)
+    def alone(self, batch: Batch, row: int, start: int, features: Tensor) -> DraftTree:
+        """The tree of one sequence of a batch on a CPU, the one at ``row``, whose own row 0 lies at slot
+        ``start``; features as for ``together``."""
+        seq, spec, rows = batch.seqs[row], self.bounded(batch.speculation[row]), Rows.of(batch, [row])
         places, frontier = SoloRows(start, seq.kv_len), features
         sampled = seq.request.sampling.temperature > 0
 

@@ -351,10 +351,10 @@ class FeatureDraft:
             is_worth=None if self._planning is None else self._planning.is_worth_level,
         )
         features = self._extend_all(batch, active)
-        if len(batch.seqs) == 1 and self.device == "cpu":
-            start = first_slot(batch.seqs[0].pages, batch.page_size)
+        if len(active) == 1 and self.device == "cpu":
+            start = first_slot(batch.seqs[active[0]].pages, batch.page_size)
             if start is not None:
-                return growth.alone(batch, start, features)
+                return growth.alone(batch, active[0], start, features)
         return growth.together(batch, active, roots, features)
 
     def _extend_all(self, batch: Batch, active: list[int]) -> Tensor:

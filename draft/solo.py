@@ -1,4 +1,5 @@
-"""Growing the tree of a single sequence on a CPU: the case of one user at a machine without a GPU.
+"""Growing the tree of a single sequence on a CPU: of one user at a machine without a GPU, or of the one among
+several for whom it pays.
 
 ``draft.tree`` and ``draft.growth`` keep the books of many trees in tensors, which is what a device needs. For
 one small tree on a CPU, a hundred tensor calls of a few microseconds each then cost more than the head's own

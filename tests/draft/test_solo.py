@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import draft.head
 from draft.calibration import Calibration
 from draft.solo import Children, SoloRows, grow_one
 from draft.tree import IsWorth
-from engine.core import DraftTree, SamplingParams, Speculation
+from engine.core import SPECULATION_OFF, DraftTree, SamplingParams, Speculation
 from engine.rows import first_slot
 from tests.draft.test_tree import FakeHead, Path, paths_of
 from tests.engine.rig import Model, assert_idle, echo_model, make_engine, plain_tokens, prompts_of, record
@@ -155,6 +156,32 @@ def test_one_request_at_a_time(
     assert_idle(engine)
     assert bool(calls) == alone
     assert sum(c.num_accepted for c in recording.completions) > 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("place", [0, 2])
+def test_the_one_of_a_batch_that_drafts(
+    echo: Model, place: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trees are those of the tensor path, from its own rows, with its own noise."""
+    prompts = prompts_of([9, 12, 15])
+    params = [SamplingParams(temperature=temperature, seed=4 + i, max_tokens=24) for i in range(3)]
+    sizes = [Speculation(8, 4, 4) if own == place else SPECULATION_OFF for own in range(3)]
+    drafted: dict[bool, list[tuple[int, int]]] = {}
+    for alone in (True, False):
+        grown = Mock(wraps=grow_one)
+        with monkeypatch.context() as patch:
+            patch.setattr(draft.growth, "grow_one", grown)
+            if not alone:
+                patch.setattr(draft.head, "first_slot", lambda *_: None)
+            engine = make_engine(echo, "eagle3", page_size=64, num_pages=12)
+            recording = record(engine, prompts, params, sizes)
+        assert [c.token_ids for c in recording.completions] == plain_tokens(echo, prompts, params)
+        assert state_error(echo, recording, "eagle3") < TOLERANCE
+        assert bool(grown.call_count) == alone
+        drafted[alone] = [(c.num_draft_tokens, c.num_accepted) for c in recording.completions]
+    assert drafted[True] == drafted[False]
+    assert drafted[True][place][1] > 2
 
 
 def test_scattered_pages_take_the_tensor_path(echo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
