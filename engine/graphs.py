@@ -16,6 +16,9 @@ meanwhile, and what it reads, are a ``Mailbox``'s and a ``Reader``'s business.
 All graphs share one pool of memory, and what one needs on its way may lie where another has its results: they
 are there until the next replay of any graph.
 
+Who is served must not suffer from a size that comes late and finds no room: once a server is up, what cannot
+be captured is called as it is, and not tried again.
+
 Sizes come in buckets, of sequences and of nodes; what is missing is padding, which lies on the dummy page.
 
 With ``pdl`` the kernels of a graph are launched dependently (``kernels.launches``): only there do they follow
@@ -24,6 +27,7 @@ one another so closely that it matters.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -43,6 +47,7 @@ _ALIGNMENT = 16  # bytes: the widest load of a kernel
 _NUM_BUFFERS = 2  # that a mailbox is written to in turn: one for the step under way, one for that behind it
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int | None:
@@ -99,6 +104,8 @@ class Graphs:
     def __init__(self, device: Device | None = None, pdl: bool = False) -> None:
         self._device, self.pdl = device, pdl
         self._captured: dict[Hashable, _Captured] = {}
+        self._refused: set[Hashable] = set()  # keys that could not be captured
+        self.falls_back = False  # call what cannot be captured, instead of raising why
         self.seconds, self.num_bytes = 0.0, 0  # that captures have taken
 
     @property
@@ -113,18 +120,27 @@ class Graphs:
     def start_over(self, pdl: bool) -> None:
         """Capture everything anew, with dependent launches or without."""
         self._captured.clear()
+        self._refused.clear()
         self.pdl = pdl
 
     def __call__(self, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> T:
         """The results of a function of tensors.
 
         key: says what the function does besides, and of which shapes; two functions of one key are the same.
+        Raises what its capture raised, unless it ``falls_back``.
         """
-        if self._device is None:
+        if self._device is None or key in self._refused:
             return function(*inputs)
         found = self._captured.get(key)
         if found is None:
-            found = self._captured[key] = self._capture(self._device, function, inputs)
+            try:
+                found = self._captured[key] = self._capture(self._device, function, inputs)
+            except RuntimeError as error:  # of memory, as a rule; a broken device will say so again
+                if not self.falls_back:
+                    raise
+                log.warning("%s stays without a graph, which makes it slower: %s", key, error)
+                self._refused.add(key)
+                return function(*inputs)
         for fixed, given in zip(found.inputs, inputs, strict=True):
             assert fixed.shape == given.shape, f"{key}: {list(given.shape)}, captured {list(fixed.shape)}"
             assert fixed.dtype == given.dtype, f"{key}: {given.dtype}, captured {fixed.dtype}"

@@ -66,6 +66,7 @@ def warm_up(engine: Engine, progress: Callable[[float, str], None] = lambda shar
             engine.abort(request.id)
         engine.scheduler.take_aborted()
     progress(1.0, "done")
+    engine.graphs.falls_back = True  # from here on a request would pay for what cannot be captured
     engine.step_log = log
     engine.draft.start_over()
     engine.scheduler.prefixes.num_asked = engine.scheduler.prefixes.num_found = 0

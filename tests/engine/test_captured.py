@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+import torch
 
 from draft.head import FeatureDraft
 from engine.core import Delta, Request, SamplingParams, Speculation
@@ -135,6 +136,26 @@ def test_what_is_common_is_captured_before_anybody_waits(gpu: Simulated, echo: M
     before = gpu.num_captures
     assert tokens(run(device, params)) == tokens(run(make_engine(echo), params))
     assert gpu.num_captures == before
+
+
+def test_sizes_that_come_late_and_find_no_room_fail_nobody(
+    gpu: Simulated, echo: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = Graphs(gpu)
+    device = make_engine(echo, "eagle3", speculation=TREE, device=DEVICE, graphs=graphs)
+    warm_up(device)
+    before = set(graphs.keys)
+
+    def full(function: Callable[[], object]) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gpu, "capture", full)
+    params = params_of(4, 12)
+    got = run(device, params)
+    assert tokens(got) == tokens(run(make_engine(echo), params))
+    assert all(deltas[-1].finish_reason == "length" for deltas in got)
+    assert set(graphs.keys) == before
+    assert_idle(device)
 
 
 def test_a_device_without_graphs_does_the_same(gpu: Simulated, echo: Model) -> None:

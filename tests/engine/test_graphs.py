@@ -61,6 +61,34 @@ def test_changes_in_place_are_made_again(gpu: Simulated) -> None:
     assert [now - then for now, then in zip(total.tolist(), before, strict=True)] == [10.0, 20.0]
 
 
+def test_what_finds_no_room_is_called_as_it_is(
+    gpu: Simulated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But not before the graphs may: a server that starts says why it cannot."""
+    graphs, tried = Graphs(gpu), list[int]()
+
+    def full(function: Callable[[], object]) -> None:
+        tried.append(1)
+        function()  # the runs before a capture
+        raise torch.OutOfMemoryError("no room")
+
+    graphs("early", lambda x: x + 1, on_device(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "capture", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs("late", lambda x: x + 2, on_device(1.0))
+        graphs.falls_back = True
+        for value in (1.0, 2.0, 3.0):
+            assert graphs("late", lambda x: x + 2, on_device(value)).tolist() == [value + 2]
+    assert len(tried) == 2, "not tried again"
+    assert [record.message for record in caplog.records] == [
+        "late stays without a graph, which makes it slower: no room"
+    ]
+    assert graphs("early", lambda x: x + 1, on_device(5.0)).tolist() == [6.0]
+    assert graphs("other", lambda x: x + 3, on_device(5.0)).tolist() == [8.0]
+    assert graphs.keys == ["early", "other"]
+
+
 def test_kernels_of_a_graph_are_launched_as_asked_for(gpu: Simulated) -> None:
     """Dependently or not, while they are captured and at no other time; starting over captures anew."""
     graphs, seen = Graphs(gpu, pdl=True), list[bool]()
