@@ -52,8 +52,12 @@ _MODE_SLOWNESS = 8.0  # a mode's belief follows its requests' trees so much slow
 # nobody should draft. Newcomers are not kept waiting.
 _LOOK_EVERY, _LOOK_SELDOM = 8, 64
 # A typical tree lags behind the text, and while nothing is drafted nothing is learned of it. Where a draft is
-# asked before every level, a bad one costs its first pass alone, so it is tried as if it were worth so much.
-_LENIENCE = 1.2
+# asked before every level, a bad one costs its first pass alone, so it is tried as if it were worth so much;
+# not with more requests than this, for what is tried in vain adds up.
+_LENIENCE, _LENIENT_SEATS = 1.2, 4
+# Newcomers are looked at in the step in which they come, unless they are so small a part of a batch in which
+# nobody drafts: what is not worth it for the others will hardly be for them.
+_NEWS = 0.25
 _CERTAINLY = 0.9  # of the least chance that pays: costs have moved a little since it was found
 _PLAIN_EVERY = 512  # steps with drafts after which one has none, so that its cost stays known
 
@@ -92,7 +96,8 @@ def plan(
     search = Search(costs, seats, load)
     newcomers = [place for place in search.free if seats[place].drafted is None]
     same = {place for place in search.free if seats[place].drafted}
-    if last is not None and not looks_around and not newcomers:
+    are_news = len(newcomers) > (0 if last is not None and last.levels else _NEWS * len(search.free))
+    if last is not None and not looks_around and not are_news:
         stays, shape = search.again(same, last)
         found = min(stays, search.without_head, key=lambda found: found.seconds_per_token)
     else:
@@ -256,9 +261,10 @@ class Planner:
             assert self._made is not None
             self._planned = asks, load, self._made, False
             return self._made
+        lenience = _LENIENCE if self._stops_early and len(asks) <= _LENIENT_SEATS else 1.0
         found = plan(
             self.costs,
-            [_seat(ask, self._memory(ask), _LENIENCE if self._stops_early else 1.0) for ask in asks],
+            [_seat(ask, self._memory(ask), lenience) for ask in asks],
             load,
             self._shape,
             steps_since_probe=self._since_probe + 1,

@@ -20,6 +20,9 @@ from draft.costs import StepCosts
 from engine.core import Speculation
 
 _LEAST_VALUE = 0.01  # a less likely node decides nothing here
+# Of the time per token that lookups must save where nobody drafts: less than that is lost in planning, and in
+# what is believed of costs. With many users one more token is no more than that.
+_LOOKUP_MARGIN = 0.02
 _MOST_LOOKED_UP = 32  # tokens of lookups that may be taken together where nobody drafts
 _TRIFLE = 0.002  # nor does so small a share of a step
 
@@ -98,7 +101,11 @@ class Search:
             for place in self.free
             for chance in seats[place].lookup[: seats[place].limits.lookup]
         )
-        self.without_head = self._take(self._lookups, frozenset(), Shape())
+        self.without_head = self._take([], frozenset(), Shape())
+        if self._lookups:
+            found = self._take(self._lookups, frozenset(), Shape())
+            if found.seconds_per_token < (1 - _LOOKUP_MARGIN) * self.without_head.seconds_per_token:
+                self.without_head = found
         self._pools: dict[Shape, list[Node]] = {}
 
     def least_chance(self) -> float:
@@ -107,8 +114,9 @@ class Search:
         if self.fixed:
             return 0.0
         now, *more = self.times[: _MOST_LOOKED_UP + 1]
-        prices = [(seconds - now) / count for count, seconds in enumerate(more, start=1)]
-        return min(prices, default=0.0) * self._tokens / now
+        bar = (1 - _LOOKUP_MARGIN) * now
+        prices = [(seconds - bar) / count for count, seconds in enumerate(more, start=1)]
+        return min(prices, default=0.0) * self._tokens / bar
 
     def _add_fixed(self, place: int) -> None:
         seat = self.seats[place]
