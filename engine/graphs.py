@@ -76,15 +76,20 @@ class CudaDevice:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                function()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: of what they do on the device, nothing belongs to the graph.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = function()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    function()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on meanwhile: of what they do on the device, nothing belongs to the graph.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                results = function()
+        finally:  # whoever calls it as it is must not overtake the runs before the capture
+            current.wait_stream(self._stream)
         return graph.replay, results
 
     def num_free_bytes(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.graphs import NODE_BUCKETS, Graphs, Mailbox, bucket
+from engine.graphs import NODE_BUCKETS, CudaDevice, Graphs, Mailbox, bucket
 from kernels.launches import are_dependent
 from tests.simulated import DEVICE, GraphError, Simulated, simulated_gpu
 
@@ -87,6 +89,25 @@ def test_what_finds_no_room_is_called_as_it_is(
     assert graphs("early", lambda x: x + 1, on_device(5.0)).tolist() == [6.0]
     assert graphs("other", lambda x: x + 3, on_device(5.0)).tolist() == [8.0]
     assert graphs.keys == ["early", "other"]
+
+
+def test_a_capture_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ran before it did so on a stream of its own, and the function is about to run on the usual one."""
+    usual, own = Mock(name="usual"), Mock(name="own")
+    for name, fake in (
+        ("Stream", lambda device: own),
+        ("current_stream", lambda device: usual),
+        ("graph_pool_handle", Mock()),
+        ("CUDAGraph", Mock()),
+        ("stream", lambda stream: nullcontext()),
+        ("graph", lambda graph, **options: nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    function = Mock(side_effect=[1, 2, torch.OutOfMemoryError("no room")])  # two runs before the capture
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaDevice("cuda").capture(function)
+    own.wait_stream.assert_called_once_with(usual)
+    usual.wait_stream.assert_called_once_with(own)
 
 
 def test_kernels_of_a_graph_are_launched_as_asked_for(gpu: Simulated) -> None:
